@@ -1,0 +1,1 @@
+"""AlphaFold 3, one file per published part."""

@@ -1,0 +1,1 @@
+"""From structures, alignments and templates (or a seed) to AF3 training features."""

@@ -1,0 +1,1 @@
+"""The optimised reference: operators, drop-in modules, sharding and the input pipeline."""

@@ -1,0 +1,1 @@
+"""Operators: each folder holds the definition in plain PyTorch beside its kernels."""

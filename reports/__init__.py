@@ -1,0 +1,1 @@
+"""Run folders in; tables, figures, CSV and HTML out. Never imports torch."""
