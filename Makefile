@@ -1,0 +1,46 @@
+# From a bare checkout: `make sweep` runs the main job, `make test` passes the tests. Both install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
+
+.PHONY: install sweep test test-peers test-gpu lint types check clean
+
+install: $(INSTALLED)
+
+# torch first: asked for by name and version, pip takes a CPU build where one is offered.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
+	touch $@
+
+$(PEERS): $(INSTALLED) tests/peers/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/peers/requirements.txt
+	touch $@
+
+sweep: $(INSTALLED)
+	$(BIN)/megafold-bench sweep
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not peers"
+
+# Our modules against Boltz, Protenix and OpenFold3, with their weights copied over.
+test-peers: $(PEERS)
+	LAYERNORM_TYPE=torch $(BIN)/python -m pytest -m "peers and not gpu"
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+check: test test-peers lint types
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
