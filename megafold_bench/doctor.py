@@ -21,7 +21,7 @@ from typing import Any, Literal
 from megafold_bench import host
 from megafold_bench.devices import amd, list_devices, nvidia, open_selector, selector_for
 from megafold_bench.devices.base import Unavailable, attempt
-from megafold_bench.devices.torch_build import TorchBuild, torch_build
+from megafold_bench.devices.torch_facts import TorchBuild, torch_build
 
 GIB = 1024**3
 MINIMUM_TORCH = (2, 11)

@@ -16,7 +16,7 @@ from megafold_bench.devices import list_devices, nvidia, open_selector, selector
 from megafold_bench.devices.amd import DEFAULT_ROCM
 from megafold_bench.devices.base import Reading, Unavailable, attempt
 from megafold_bench.devices.sysfs import read_text
-from megafold_bench.devices.torch_build import initialised_cuda, torch_build
+from megafold_bench.devices.torch_facts import initialised_cuda, torch_build
 from megafold_bench.doctor import Check, doctor
 
 __all__ = ["Check", "collect", "detect_accelerator", "doctor"]

@@ -26,7 +26,7 @@ from megafold_bench.devices.base import (
     value_or_none,
 )
 from megafold_bench.devices.cpu import CpuDevice
-from megafold_bench.devices.torch_build import initialised_cuda, torch_build
+from megafold_bench.devices.torch_facts import initialised_cuda, torch_build
 from megafold_bench.devices.visible import Candidate, visible_amd, visible_nvidia
 
 __all__ = [
