@@ -31,7 +31,10 @@ class Gpu:
         self.clocks = {1: 1980, 2: 3201}
         self.temperature = 54
         self.reasons = 0x4 | 0x1
-        self.processes = [SimpleNamespace(pid=42, usedGpuMemory=1 << 30), SimpleNamespace(pid=43, usedGpuMemory=None)]
+        self.processes = [
+            SimpleNamespace(pid=42, usedGpuMemory=1 << 30),
+            SimpleNamespace(pid=43, usedGpuMemory=None),
+        ]
         self.pcie_kb = {0: 1000, 1: 2000}
         self.mig_mode = 0
         self.slices = []
@@ -124,7 +127,11 @@ class AmdGpu:
 
     def __init__(self, bdf, serial, hip_id):
         self.bdf = bdf
-        self.asic = {"market_name": "AMD Instinct MI300X", "target_graphics_version": "gfx942", "asic_serial": serial}
+        self.asic = {
+            "market_name": "AMD Instinct MI300X",
+            "target_graphics_version": "gfx942",
+            "asic_serial": serial,
+        }
         self.enumeration = {"hip_id": hip_id}
         self.kfd = {"node_id": hip_id + 2}
         self.total, self.used = 192 << 30, 5 << 30
@@ -189,8 +196,9 @@ def clean_environment(monkeypatch, tmp_path):
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ROCM_PATH", str(tmp_path / "no-rocm"))
-    monkeypatch.setattr(devices.sysfs, "amd_folders", lambda: [])
+    monkeypatch.setattr(devices.sysfs, "amd_folders", list)
     monkeypatch.setattr(devices, "initialised_cuda", lambda: None)
+    monkeypatch.setattr("megafold_bench.environment.initialised_cuda", lambda: None)
     monkeypatch.delitem(sys.modules, "amdsmi", raising=False)
 
 
@@ -200,7 +208,11 @@ def set_torch(monkeypatch, tmp_path):
 
     def set_build(vendor, version="2.13.0"):
         build = TorchBuild(
-            version, "abc", "13.0" if vendor == "nvidia" else None, "7.0" if vendor == "amd" else None, tmp_path
+            version,
+            "abc",
+            "13.0" if vendor == "nvidia" else None,
+            "7.0" if vendor == "amd" else None,
+            tmp_path,
         )
         for name in ("megafold_bench.devices", "megafold_bench.environment", "megafold_bench.doctor"):
             module = sys.modules.get(name)

@@ -55,7 +55,10 @@ def test_power_that_is_nowhere(amd_gpus):
     assert "average_socket_power" in reading.reason
 
 
-@pytest.mark.parametrize(("raw", "expected"), [(750, 750.0), (750_000, 750.0), (750_000_000, 750.0), (40, 40.0), (40_000, 40.0), (40_000_000, 40.0)])
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [(750, 750.0), (750_000, 750.0), (750_000_000, 750.0), (40, 40.0), (40_000, 40.0), (40_000_000, 40.0)],
+)
 def test_watts_from_any_unit(raw, expected):
     assert watts(raw, "power") == pytest.approx(expected)
 

@@ -39,7 +39,10 @@ def test_throttling_leaves_out_idle(nvidia_gpus):
     assert device.throttle_reasons() == ("hw_thermal_slowdown", "hw_power_brake_slowdown")
 
 
-@pytest.mark.parametrize("missing", ["N/A", None, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF, float("nan"), RuntimeError("Not Supported")])
+@pytest.mark.parametrize(
+    "missing",
+    ["N/A", None, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF, float("nan"), RuntimeError("Not Supported")],
+)
 def test_every_form_of_no_value_is_unavailable_with_a_reason(nvidia_gpus, missing):
     nvidia_gpus[0].power_mw = missing
     reading = open_device("cuda", 0).power_w()
