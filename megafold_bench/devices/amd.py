@@ -352,6 +352,14 @@ class AmdDevice:
         received, sent, size = (float(info[key]) for key in ("received", "sent", "max_pkt_sz"))
         return LinkTraffic(rx_bytes_per_s=received * size, tx_bytes_per_s=sent * size)
 
+    def link_rx_bytes(self) -> Reading[int]:
+        """Not told."""
+        return Unavailable("link counter: AMD SMI does not tell received from sent")
+
+    def link_tx_bytes(self) -> Reading[int]:
+        """Not told."""
+        return Unavailable("link counter: AMD SMI does not tell received from sent")
+
     def _process(self, row: Any) -> DeviceProcess:
         # Versions before 6.2 list handles, to be looked up one by one.
         info = row if isinstance(row, dict) else self._smi.amdsmi_get_gpu_process_info(self._handle, row)

@@ -125,6 +125,12 @@ class Device(Protocol):
     def link_traffic(self) -> Reading[LinkTraffic]:
         """Host link traffic, bytes per second. May block for tens of milliseconds."""
 
+    def link_rx_bytes(self) -> Reading[int]:
+        """Bytes received over the host link since some fixed moment. Does not block."""
+
+    def link_tx_bytes(self) -> Reading[int]:
+        """Bytes sent over the host link since some fixed moment. Does not block."""
+
     def processes(self) -> Reading[tuple[DeviceProcess, ...]]:
         """Compute processes on the device."""
 
@@ -154,7 +160,7 @@ class UnavailableDevice:
         return self._missing
 
     memory = power_w = energy_j = utilisation = sm_clock_hz = memory_clock_hz = _unavailable
-    temperature_c = throttle_reasons = link_traffic = processes = _unavailable
+    temperature_c = throttle_reasons = link_traffic = link_rx_bytes = link_tx_bytes = processes = _unavailable
 
     def close(self) -> None:
         """Nothing to give back."""

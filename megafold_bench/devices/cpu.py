@@ -170,6 +170,14 @@ class CpuDevice:
         """A CPU has no host link."""
         return Unavailable("link traffic: a CPU has no host link")
 
+    def link_rx_bytes(self) -> Reading[int]:
+        """Not told."""
+        return Unavailable("link counter: a CPU has no host link")
+
+    def link_tx_bytes(self) -> Reading[int]:
+        """Not told."""
+        return Unavailable("link counter: a CPU has no host link")
+
     def processes(self) -> Reading[tuple[DeviceProcess, ...]]:
         """Every process runs on the CPU; the question has no useful answer."""
         return Unavailable("processes: every process runs on the CPU")

@@ -24,6 +24,10 @@ from megafold_bench.devices.base import (
 )
 from megafold_bench.devices.visible import Candidate
 
+# Field numbers of nvmlDeviceGetFieldValues, cumulative bytes.
+FIELD_PCIE_TX_BYTES = 197
+FIELD_PCIE_RX_BYTES = 198
+
 # Bits of nvmlDeviceGetCurrentClocksEventReasons. Idle, application clocks, sync boost and display
 # clocks are not throttling: nothing holds the clock below what load and setting ask for.
 THROTTLE_BITS = {
@@ -237,6 +241,25 @@ class NvidiaDevice:
         if isinstance(tx, Unavailable):
             return tx
         return rx if isinstance(rx, Unavailable) else LinkTraffic(rx_bytes_per_s=rx, tx_bytes_per_s=tx)
+
+    def _field(self, what: str, number_of_field: int) -> Reading[int]:
+        rows = attempt(what, self._nvml.nvmlDeviceGetFieldValues, self._board, [number_of_field])
+        if isinstance(rows, Unavailable):
+            return rows
+        if rows[0].nvmlReturn != 0:
+            return Unavailable(f"{what}: NVML gave code {rows[0].nvmlReturn}")
+        union = rows[0].value
+        # valueType 1 is a 32-bit unsigned integer; the other integer types share the 64-bit member.
+        reading = number(union.uiVal if rows[0].valueType == 1 else union.ullVal, what)
+        return reading if isinstance(reading, Unavailable) else int(reading)
+
+    def link_rx_bytes(self) -> Reading[int]:
+        """PCIe bytes received; the counter can wrap."""
+        return self._field("PCIe bytes received", FIELD_PCIE_RX_BYTES)
+
+    def link_tx_bytes(self) -> Reading[int]:
+        """PCIe bytes sent; the counter can wrap."""
+        return self._field("PCIe bytes sent", FIELD_PCIE_TX_BYTES)
 
     def processes(self) -> Reading[tuple[DeviceProcess, ...]]:
         """Compute processes; in a container the ids are the host's."""

@@ -130,6 +130,14 @@ class SysfsDevice:
         """Not read: the kernel's pcie_bw file counts packets and blocks for a second."""
         return Unavailable("link traffic: sysfs counts packets, not bytes, and blocks for a second")
 
+    def link_rx_bytes(self) -> Reading[int]:
+        """Not told."""
+        return Unavailable("link counter: not in sysfs")
+
+    def link_tx_bytes(self) -> Reading[int]:
+        """Not told."""
+        return Unavailable("link counter: not in sysfs")
+
     def processes(self) -> Reading[tuple[DeviceProcess, ...]]:
         """Not in the device's folder."""
         return Unavailable("processes: not in sysfs")

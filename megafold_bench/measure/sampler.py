@@ -177,10 +177,7 @@ class _Recorder:
         return [None if isinstance(reading, Unavailable) else reading for reading in readings]
 
     def probe(self) -> list[dict[str, str]]:
-        """Each device's missing columns and why, from one reading of everything.
-
-        The second of two readings is kept: differences (CPU utilisation) have no first value.
-        """
+        """Each device's missing columns and why, from one reading of everything."""
         found = []
         for device in self._devices:
             reasons = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ SLOW = (
     "memory_clock_hz",
     "temperature_c",
     "throttle_reasons",
+    "link_rx_bytes",
+    "link_tx_bytes",
 )
 
 
@@ -78,7 +81,7 @@ class DeviceSummary:
     """One device over one window. The baseline is the first sample of the file, whatever the window.
 
     `throttle_fraction` is the share of samples with at least one reason; `throttle_reasons` gives the
-    share of each.
+    share of each. `link_*_bytes` are the rise over the window.
     """
 
     selector: str
@@ -93,6 +96,8 @@ class DeviceSummary:
     temperature_c: Reading[Temperatures]
     throttle_fraction: Reading[float]
     throttle_reasons: Reading[dict[str, float]]
+    link_rx_bytes: Reading[int]
+    link_tx_bytes: Reading[int]
     energy: Energy
     latency_s: Reading[Spread]
 
@@ -208,6 +213,8 @@ def summarise_device(
         throttle_reasons={name: sum(name in sample for sample in reasons) / len(reasons) for name in names}
         if reasons
         else _missing(device, "throttle_reasons"),
+        link_rx_bytes=_rise(device, "link_rx_bytes", columns),
+        link_tx_bytes=_rise(device, "link_tx_bytes", columns),
         energy=window_energy(
             device.slow_times_ns, device.slow["power_w"], device.slow["energy_j"], start, start + window
         ),
@@ -219,6 +226,16 @@ def summarise_device(
 
 def _spread(values: list[float]) -> Spread:
     return Spread(float(np.median(values)), float(min(values)), float(max(values)))
+
+
+def _rise(device: DeviceSamples, name: str, columns: dict[str, list[Any]]) -> Reading[int]:
+    """How far a cumulative counter rose within the window."""
+    values = columns[name]
+    if len(values) < 2:
+        return _missing(device, name)
+    if any(after < before for before, after in pairwise(values)):
+        return Unavailable(f"{name}: the counter wrapped")
+    return int(values[-1] - values[0])
 
 
 def _missing(device: DeviceSamples, column: str) -> Unavailable:

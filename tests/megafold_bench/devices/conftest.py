@@ -36,6 +36,7 @@ class Gpu:
             SimpleNamespace(pid=43, usedGpuMemory=None),
         ]
         self.pcie_kb = {0: 1000, 1: 2000}
+        self.fields = {197: 5_000_000_000, 198: 7_000_000_000}
         self.mig_mode = 0
         self.slices = []
         self.parent = self
@@ -46,6 +47,14 @@ def _give(value):
     if isinstance(value, Exception):
         raise value
     return value
+
+
+def _field(value):
+    if value is None:
+        return SimpleNamespace(nvmlReturn=3, valueType=0, value=None)
+    return SimpleNamespace(
+        nvmlReturn=0, valueType=3, value=SimpleNamespace(uiVal=value & 0xFFFFFFFF, ullVal=value)
+    )
 
 
 def build_nvml(gpus):
@@ -103,6 +112,7 @@ def build_nvml(gpus):
     m.nvmlDeviceGetTemperatureV = lambda h, sensor: _give(h.temperature)
     m.nvmlDeviceGetCurrentClocksEventReasons = lambda h: _give(h.reasons)
     m.nvmlDeviceGetPcieThroughput = lambda h, counter: _give(h.pcie_kb[counter])
+    m.nvmlDeviceGetFieldValues = lambda h, numbers: [_field(_give(h.fields[n])) for n in numbers]
     m.nvmlDeviceGetComputeRunningProcesses = lambda h: _give(h.processes)
     return m
 

@@ -22,6 +22,13 @@ def test_readings_are_si(nvidia_gpus):
     assert device.link_traffic().rx_bytes_per_s == pytest.approx(2e6)
 
 
+def test_link_counters(nvidia_gpus):
+    device = open_device("cuda", 0)
+    assert (device.link_tx_bytes(), device.link_rx_bytes()) == (5_000_000_000, 7_000_000_000)
+    nvidia_gpus[0].fields[198] = None
+    assert device.link_rx_bytes() == Unavailable("PCIe bytes received: NVML gave code 3")
+
+
 def test_identity_and_settings(nvidia_gpus):
     device = open_device("cuda", 1)
     identity, settings = device.identity, device.settings

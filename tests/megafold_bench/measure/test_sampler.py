@@ -176,7 +176,8 @@ def _rows():
     """Ten seconds at 100 ms: 400 W, a counter that agrees, 20 % of the samples throttled, memory up to 9 GB."""
     return [
         [0, i * 10**8, 2 * 10**6, 10**9 + (8 * 10**9 if i == 50 else 0), 400.0, 5000.0 + 40.0 * i, 0.9, None,
-         3.2e9, 40.0 + i / 10, ["sw_power_cap"] if i % 5 == 0 else []]
+         3.2e9, 40.0 + i / 10, ["sw_power_cap"] if i % 5 == 0 else [],
+         1000 * i, 10**9 - (i if i == 100 else 0)]
         for i in range(101)
     ]  # fmt: skip
 
@@ -186,6 +187,8 @@ def test_summary_of_known_samples(tmp_path):
     summary = summarise_device(file.devices[0])
     assert (summary.device_used_baseline_bytes, summary.device_used_peak_bytes) == (10**9, 9 * 10**9)
     assert summary.energy.energy_j == pytest.approx(4000.0)
+    assert summary.link_rx_bytes == 100_000
+    assert summary.link_tx_bytes == Unavailable("link_tx_bytes: the counter wrapped")
     assert summary.energy.ratio == pytest.approx(1.0)
     assert summary.energy.valid
     assert summary.throttle_fraction == pytest.approx(21 / 101)
