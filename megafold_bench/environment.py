@@ -1,6 +1,6 @@
 """Provenance: what a number was measured on and with. No torch import; a fraction of a second.
 
-`doctor` and `Check` are here for callers; they live in `megafold_bench.doctor`.
+`doctor` and `Check` are here for callers; they live in `megafold_bench.doctor` and `megafold_bench.checks`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megafold_bench import host
+from megafold_bench.checks import Check
 from megafold_bench.devices import list_devices, nvidia, open_selector, selector_for
 from megafold_bench.devices.amd import DEFAULT_ROCM
 from megafold_bench.devices.base import Reading, Unavailable, attempt
 from megafold_bench.devices.sysfs import read_text
 from megafold_bench.devices.torch_facts import initialised_cuda, torch_build
-from megafold_bench.doctor import Check, doctor
+from megafold_bench.doctor import doctor
 
 __all__ = ["Check", "collect", "detect_accelerator", "doctor"]
 

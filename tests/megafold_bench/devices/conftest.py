@@ -224,7 +224,12 @@ def set_torch(monkeypatch, tmp_path):
             "7.0" if vendor == "amd" else None,
             tmp_path,
         )
-        for name in ("megafold_bench.devices", "megafold_bench.environment", "megafold_bench.doctor"):
+        for name in (
+            "megafold_bench.devices",
+            "megafold_bench.environment",
+            "megafold_bench.doctor",
+            "megafold_bench.checks",
+        ):
             module = sys.modules.get(name)
             if module is not None:
                 monkeypatch.setattr(module, "torch_build", lambda: build)

@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from megafold_bench import checks as ck
 from megafold_bench import doctor as dr
 
 
@@ -84,7 +85,7 @@ def test_amdsmi_package_without_a_library(monkeypatch, tmp_path, set_torch, vend
 
 def test_torch_broken_by_amdsmi(monkeypatch):
     done = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nKeyError: 'libamd_smi.so'\n")
-    monkeypatch.setattr(dr.subprocess, "run", lambda *a, **k: done)
+    monkeypatch.setattr(ck.subprocess, "run", lambda *a, **k: done)
     check = dr.check_torch_runs()
     assert check.status == "fail"
     assert "pip uninstall amdsmi" in check.remedy
@@ -94,11 +95,11 @@ def test_torch_that_hangs_or_computes_wrongly(monkeypatch):
     def hangs(*a, **k):
         raise subprocess.TimeoutExpired("python", 1)
 
-    monkeypatch.setattr(dr.subprocess, "run", hangs)
+    monkeypatch.setattr(ck.subprocess, "run", hangs)
     assert "took over" in dr.check_torch_runs(1.0).detail
     wrong = '{"torch": "2.13", "cuda": true, "sum": 0.0, "arch": ["sm_90"], "name": "H200"}'
     monkeypatch.setattr(
-        dr.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stdout=wrong, stderr="")
+        ck.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stdout=wrong, stderr="")
     )
     assert dr.check_torch_runs().status == "fail"
 
