@@ -187,11 +187,16 @@ class AmdDevice:
     def _ask(self, what: str, function: str, *arguments: Any) -> Reading[Any]:
         return attempt(what, lambda: getattr(self._smi, function)(self._handle, *arguments))
 
-    def _field(self, what: str, function: str, key: str) -> Reading[str]:
+    def _info(self, what: str, function: str) -> Reading[dict[str, Any]]:
+        """The dictionary of a call; some versions give the text 'N/A' in its place."""
         info = self._ask(what, function)
-        if isinstance(info, Unavailable):
+        if isinstance(info, Unavailable | dict):
             return info
-        return text(info.get(key) if isinstance(info, dict) else None, what)
+        return Unavailable(f"{what}: the library gave {info!r}")
+
+    def _field(self, what: str, function: str, key: str) -> Reading[str]:
+        info = self._info(what, function)
+        return info if isinstance(info, Unavailable) else text(info.get(key), what)
 
     def _ask_enum(self, what: str, function: str, *names: tuple[str, str]) -> Reading[Any]:
         """Like `_ask`, with arguments named (enumeration, member), which older libraries may lack."""
@@ -226,8 +231,10 @@ class AmdDevice:
         known = [part for part in parts if not isinstance(part, Unavailable)]
         missing = next((part for part in parts if isinstance(part, Unavailable)), None)
         ecc = self._ask("ECC", "amdsmi_get_gpu_ecc_enabled")
-        mask = ecc if isinstance(ecc, Unavailable) else number(int(ecc), "ECC")
-        cap = self._ask("power limit", "amdsmi_get_power_cap_info")
+        mask = (
+            ecc if isinstance(ecc, Unavailable) else number(int(ecc) if isinstance(ecc, bool) else ecc, "ECC")
+        )
+        cap = self._info("power limit", "amdsmi_get_power_cap_info")
         value = cap if isinstance(cap, Unavailable) else first_value(cap, ["power_cap"], "power limit")
         return Settings(
             partition="/".join(known) if known or missing is None else missing,
@@ -242,7 +249,7 @@ class AmdDevice:
             raw = self._ask_enum("memory", call, ("AmdSmiMemoryType", "VRAM"))
             parts.append(raw if isinstance(raw, Unavailable) else number(raw, "memory"))
         if any(isinstance(part, Unavailable) for part in parts):
-            info = self._ask("memory", "amdsmi_get_gpu_vram_usage")
+            info = self._info("memory", "amdsmi_get_gpu_vram_usage")
             if isinstance(info, Unavailable):
                 return info
             parts = [number(info.get(key), "memory", MIB) for key in ("vram_total", "vram_used")]
@@ -255,7 +262,7 @@ class AmdDevice:
 
     def power_w(self) -> Reading[float]:
         """Socket power. MI300X gives `socket_power`, and 'N/A' as its average."""
-        info = self._ask("power", "amdsmi_get_power_info")
+        info = self._info("power", "amdsmi_get_power_info")
         if isinstance(info, Unavailable):
             return info
         keys = ("socket_power", "current_socket_power", "average_socket_power")
@@ -264,7 +271,7 @@ class AmdDevice:
 
     def energy_j(self) -> Reading[float]:
         """The accumulator times its resolution in microjoules. The second die of an MI250 counts nothing."""
-        info = self._ask("energy", "amdsmi_get_energy_count")
+        info = self._info("energy", "amdsmi_get_energy_count")
         if isinstance(info, Unavailable):
             return info
         # `power` was the accumulator's name up to 6.2.4; from 6.4 there is only the new one.
@@ -280,7 +287,7 @@ class AmdDevice:
 
     def utilisation(self) -> Reading[float]:
         """Graphics activity."""
-        info = self._ask("utilisation", "amdsmi_get_gpu_activity")
+        info = self._info("utilisation", "amdsmi_get_gpu_activity")
         return (
             info if isinstance(info, Unavailable) else number(info.get("gfx_activity"), "utilisation", 1e-2)
         )
@@ -332,7 +339,7 @@ class AmdDevice:
                 for key, name in RESIDENCY_COUNTERS.items()
                 if now.get(key, 0.0) > before.get(key, now.get(key, 0.0))
             )
-        status = self._ask("throttle reasons", "amdsmi_get_violation_status")
+        status = self._info("throttle reasons", "amdsmi_get_violation_status")
         if isinstance(status, Unavailable):
             return status
         known = {key: status.get(key) for key in VIOLATIONS if isinstance(status.get(key), bool | int)}
@@ -342,7 +349,7 @@ class AmdDevice:
 
     def link_traffic(self) -> Reading[LinkTraffic]:
         """Packets times packet size over one second. Blocks for that second."""
-        info = self._ask("link traffic", "amdsmi_get_gpu_pci_throughput")
+        info = self._info("link traffic", "amdsmi_get_gpu_pci_throughput")
         if isinstance(info, Unavailable):
             return info
         values = [number(info.get(key), "link traffic") for key in ("received", "sent", "max_pkt_sz")]

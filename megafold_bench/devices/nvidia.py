@@ -124,7 +124,11 @@ class NvidiaDevice:
     def identity(self) -> Identity:
         """Name, UUID, PCI address, memory, compute capability as ``sm_90``, driver."""
         nvml, board = self._nvml, self._board
-        capability = attempt("arch", lambda: nvml.nvmlDeviceGetCudaComputeCapability(board))
+
+        def arch() -> str:
+            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(board)
+            return f"sm_{int(major)}{int(minor)}"
+
         memory = self.memory()
         return Identity(
             vendor="nvidia",
@@ -132,9 +136,7 @@ class NvidiaDevice:
             uuid=self._uuid,
             pci_id=self._text("PCI address", lambda: nvml.nvmlDeviceGetPciInfo(board).busId),
             total_bytes=memory if isinstance(memory, Unavailable) else memory.total_bytes,
-            arch=capability
-            if isinstance(capability, Unavailable)
-            else f"sm_{int(capability[0])}{int(capability[1])}",
+            arch=attempt("arch", arch),
             driver=self._text("driver", nvml.nvmlSystemGetDriverVersion),
             source="nvml",
         )
@@ -243,14 +245,14 @@ class NvidiaDevice:
         return rx if isinstance(rx, Unavailable) else LinkTraffic(rx_bytes_per_s=rx, tx_bytes_per_s=tx)
 
     def _field(self, what: str, number_of_field: int) -> Reading[int]:
-        rows = attempt(what, self._nvml.nvmlDeviceGetFieldValues, self._board, [number_of_field])
-        if isinstance(rows, Unavailable):
-            return rows
-        if rows[0].nvmlReturn != 0:
-            return Unavailable(f"{what}: NVML gave code {rows[0].nvmlReturn}")
-        union = rows[0].value
-        # valueType 1 is a 32-bit unsigned integer; the other integer types share the 64-bit member.
-        reading = number(union.uiVal if rows[0].valueType == 1 else union.ullVal, what)
+        def read() -> Any:
+            row = self._nvml.nvmlDeviceGetFieldValues(self._board, [number_of_field])[0]
+            if row.nvmlReturn != 0:
+                raise LookupError(f"NVML gave code {row.nvmlReturn}")
+            # valueType 1 is a 32-bit unsigned integer; the other integer types share the 64-bit member.
+            return row.value.uiVal if row.valueType == 1 else row.value.ullVal
+
+        reading = self._number(what, read)
         return reading if isinstance(reading, Unavailable) else int(reading)
 
     def link_rx_bytes(self) -> Reading[int]:
@@ -263,14 +265,15 @@ class NvidiaDevice:
 
     def processes(self) -> Reading[tuple[DeviceProcess, ...]]:
         """Compute processes; in a container the ids are the host's."""
-        rows = attempt("processes", lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
-        if isinstance(rows, Unavailable):
-            return rows
-        found = []
-        for row in rows:
+
+        def one(row: Any) -> DeviceProcess:
             used = number(row.usedGpuMemory, "process memory")
-            found.append(DeviceProcess(int(row.pid), used if isinstance(used, Unavailable) else int(used)))
-        return tuple(found)
+            return DeviceProcess(int(row.pid), used if isinstance(used, Unavailable) else int(used))
+
+        def read() -> tuple[DeviceProcess, ...]:
+            return tuple(one(row) for row in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
+
+        return attempt("processes", read)
 
     def close(self) -> None:
         """Give back this device's NVML initialisation."""

@@ -247,3 +247,30 @@ def test_sysfs_finds_amd_cards_only(tmp_path):
     assert amd_folders(tmp_path / "class") == [folder]
     (folder / "vendor").write_text("0x10de\n")
     assert amd_folders(tmp_path / "class") == []
+
+
+READERS = (
+    "memory", "power_w", "energy_j", "utilisation", "sm_clock_hz", "memory_clock_hz", "temperature_c",
+    "throttle_reasons", "link_traffic", "link_rx_bytes", "link_tx_bytes", "processes",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", ["N/A", None, {}, KeyError("gone")])
+def test_no_reading_ever_raises(amd_gpus, monkeypatch, answer):
+    """Whatever every call of the library answers, a reading is a value or a reason."""
+    device = open_selector("amd:0000:05:00.0")
+
+    def give(*arguments):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    module = sys.modules["amdsmi"]
+    for name in [name for name in vars(module) if name.startswith("amdsmi_get_")]:
+        monkeypatch.setattr(module, name, give)
+    for name in READERS:
+        reading = getattr(device, name)()
+        assert reading == () or (isinstance(reading, Unavailable) and reading.reason)
+    assert isinstance(device.identity.name, Unavailable)
+    assert isinstance(device.settings.ecc, Unavailable)
+    assert isinstance(device.settings.power_limit_w, Unavailable)

@@ -26,7 +26,7 @@ def test_link_counters(nvidia_gpus):
     device = open_device("cuda", 0)
     assert (device.link_tx_bytes(), device.link_rx_bytes()) == (5_000_000_000, 7_000_000_000)
     nvidia_gpus[0].fields[198] = None
-    assert device.link_rx_bytes() == Unavailable("PCIe bytes received: NVML gave code 3")
+    assert device.link_rx_bytes() == Unavailable("PCIe bytes received: LookupError: NVML gave code 3")
 
 
 def test_identity_and_settings(nvidia_gpus):
@@ -137,3 +137,27 @@ def test_no_binding(monkeypatch):
     reading = nvidia.load_nvml()
     assert isinstance(reading, Unavailable)
     assert "install nvidia-ml-py" in reading.reason
+
+
+@pytest.mark.parametrize("answer", ["N/A", None, KeyError("gone")])
+def test_no_reading_ever_raises(nvidia_gpus, monkeypatch, answer):
+    """Whatever every call of the library answers, a reading is a value or a reason."""
+    device = open_device("cuda", 0)
+
+    def give(*arguments, **keywords):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    module = sys.modules["pynvml"]
+    for name in [name for name in vars(module) if name.startswith(("nvmlDevice", "nvmlSystem"))]:
+        monkeypatch.setattr(module, name, give)
+    for name in (
+        "memory", "power_w", "energy_j", "utilisation", "sm_clock_hz", "memory_clock_hz", "temperature_c",
+        "throttle_reasons", "link_traffic", "link_rx_bytes", "link_tx_bytes", "processes",
+    ):  # fmt: skip
+        reading = getattr(device, name)()
+        assert isinstance(reading, Unavailable)
+        assert reading.reason
+    assert isinstance(device.identity.name, Unavailable)
+    assert isinstance(device.settings.power_limit_w, Unavailable)
