@@ -43,7 +43,9 @@ def recomputed(function: Callable[..., Any], keeps_random_state: bool = False) -
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=keeps_random_state, **kwargs)
+        return checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=keeps_random_state, **kwargs
+        )
 
     return run
 

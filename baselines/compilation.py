@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ each width, each precision. Beyond that something recompiles every step."""
 
 def compile_units(units: Iterable[tuple[str, nn.Module]]) -> None:
     """Replace the ``forward`` of each unit, in place, by the compiled one of its class (static shapes)."""
-    compiled: dict[type[nn.Module], object] = {}
+    compiled: dict[type[nn.Module], Callable[..., Any]] = {}
     for _, unit in units:
         kind = type(unit)
         if kind not in compiled:
@@ -48,9 +49,13 @@ def compiler_support(device: str) -> Support:
         if not torch.cuda.is_available():
             return Support(False, "no CUDA or ROCm device is visible to torch")
         if find_spec("triton") is None:
-            return Support(False, "torch.compile needs Triton on this device; install it with: pip install triton")
+            return Support(
+                False, "torch.compile needs Triton on this device; install it with: pip install triton"
+            )
         return Support(True)
     compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
     if not compiler or shutil.which(compiler.split()[0]) is None:
-        return Support(False, "torch.compile needs a C++ compiler on the CPU: none of $CXX, g++, clang++, c++ found")
+        return Support(
+            False, "torch.compile needs a C++ compiler on the CPU: none of $CXX, g++, clang++, c++ found"
+        )
     return Support(True)
