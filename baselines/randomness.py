@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,3 +18,17 @@ def derived_seed(seed: int, step: int, purpose: str) -> int:
 def stream(seed: int, step: int, purpose: str, device: torch.device) -> torch.Generator:
     """A fresh generator on `device` for one purpose of one step."""
     return torch.Generator(device).manual_seed(derived_seed(seed, step, purpose))
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Deterministic operators on the CPU, where several threads otherwise add up gathered gradients in any
+    order; on other devices nothing changes, because determinism there costs time that trainers do not pay.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -14,16 +14,16 @@ atoms enter the diffusion at the centroid of the resolved ones. No loss is fetch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from baselines.af3.diffusion import DiffusionConditioning
 from baselines.af3.model import AlphaFold3
 from baselines.af3.msa import sample_rows
-from baselines.af3.sampling import sample
+from baselines.af3.sampling import SamplingConfig, sample
 from baselines.alignment import center_random_augmentation
 from baselines.checkpointing import checkpoint_units, recomputed
 from baselines.losses.confidence import confidence_losses
@@ -40,7 +40,7 @@ from baselines.losses.weights import LossWeights
 from baselines.optim import Optimizer, OptimizerConfig
 from baselines.permutation import permute_labels
 from baselines.precision import POLICIES, PrecisionPolicy
-from baselines.randomness import derived_seed, stream
+from baselines.randomness import derived_seed, repeatable, stream
 
 NOISE_LOG_MEAN, NOISE_LOG_STD = -1.2, 1.5
 """Training noise levels are σ_data · exp(−1.2 + 1.5·N(0, 1))."""
@@ -100,7 +100,7 @@ class TrainingSession:
     def backward(self, features: Features, index: int) -> Losses:
         """Forward and backward of step `index`: leaves the gradients in the parameters."""
         self.optimizer.zero_grad()
-        with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+        with torch.random.fork_rng(devices=_cuda_devices(self.device)), repeatable(self.device):
             torch.manual_seed(derived_seed(self.seed, index, "dropout"))
             return self._backward(features, index)
 
@@ -110,7 +110,7 @@ class TrainingSession:
         trunk = self._trunk(features, index, trains_trunk)
         leaves = trunk.leaves()
         conditioning = self._conditioning(features, leaves, weights.diffusion > 0)
-        fixed = _map_tensors(conditioning, lambda t: t.detach())
+        fixed = DiffusionConditioning(*(t.detach() for t in conditioning))
         x = self._rollout(features, leaves.detached(), fixed, index)
         labels = permute_labels(x, features)
         losses = self._distogram(features, leaves, labels) | self._confidence(features, leaves, x, labels)
@@ -138,12 +138,12 @@ class TrainingSession:
         assert previous is not None
         return TrunkOutput(s_inputs, *previous)
 
-    def _conditioning(self, features: Features, leaves: TrunkOutput, trains: bool) -> Any:
+    def _conditioning(self, features: Features, leaves: TrunkOutput, trains: bool) -> DiffusionConditioning:
         """The pair conditioning, which no noise level or coordinate enters: once for all samples."""
         with torch.set_grad_enabled(trains), self.config.precision.diffusion(self.device):
             return self._condition(features, leaves.s_inputs, leaves.s, leaves.z)
 
-    def _rollout(self, features: Features, trunk: TrunkOutput, conditioning: Any, index: int) -> Tensor:
+    def _rollout(self, features: Features, trunk: TrunkOutput, conditioning: DiffusionConditioning, index: int) -> Tensor:
         """One structure by a short reverse diffusion (Algorithm 18) without gradient, [A, 3] float32."""
 
         def denoise(x_noisy: Tensor, t_hat: Tensor) -> Tensor:
@@ -153,14 +153,9 @@ class TrainingSession:
                 )
 
         with torch.no_grad():
-            x = sample(
-                denoise,
-                features["atom_mask"],
-                samples=1,
-                steps=self.config.rollout_steps,
-                generator=self._stream(index, "rollout"),
-            )
-        return x[0].float()
+            schedule = SamplingConfig(steps=self.config.rollout_steps)
+            generator = self._stream(index, "rollout")
+            return sample(denoise, features["atom_mask"], schedule, generator=generator)[0]
 
     def _distogram(self, features: Features, leaves: TrunkOutput, labels: Labels) -> Losses:
         weight = self.config.weights.distogram
@@ -181,13 +176,13 @@ class TrainingSession:
         return {name: value.detach() for name, value in vars(losses).items()}
 
     def _diffusion(
-        self, features: Features, leaves: TrunkOutput, conditioning: Any, labels: Labels, index: int
+        self, features: Features, leaves: TrunkOutput, conditioning: DiffusionConditioning, labels: Labels, index: int
     ) -> Losses:
         """Diffusion losses, chunk by chunk, each chunk's backward before the next one's forward."""
         config = self.config
         noised = noise_samples(labels, config.diffusion_samples, self._stream(index, "diffusion"))
         targets = diffusion_targets(features, labels, smooth_lddt=config.weights.smooth_lddt > 0)
-        shared = _map_tensors(conditioning, lambda t: t.detach().requires_grad_(t.requires_grad))
+        shared = DiffusionConditioning(*(t.detach().requires_grad_() for t in conditioning))
         sums: Losses = {}
         for start in range(0, config.diffusion_samples, config.diffusion_chunk):
             chunk = noised[start : start + config.diffusion_chunk]
@@ -198,7 +193,7 @@ class TrainingSession:
             parts = _diffusion_parts(x.float(), chunk, targets, config.weights)
             (parts["diffusion"] * (config.weights.diffusion / config.diffusion_samples)).backward()
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in parts.items()}
-        _backward_through(_tensors(conditioning), _tensors(shared))
+        _backward_through(conditioning, shared)
         return {name: value / config.diffusion_samples for name, value in sums.items()}
 
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -242,18 +237,7 @@ def _diffusion_parts(x: Tensor, chunk: NoisedSamples, targets: DiffusionTargets,
     return {"diffusion": total.sum()} | {name: value.sum() for name, value in vars(losses).items()}
 
 
-def _map_tensors(holder: Any, function: Any) -> Any:
-    """A copy of a dataclass of tensors (None allowed) with `function` applied to each."""
-    values = {f.name: getattr(holder, f.name) for f in fields(holder)}
-    return replace(holder, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
-
-
-def _tensors(holder: Any) -> list[Tensor]:
-    values = (getattr(holder, f.name) for f in fields(holder))
-    return [v for v in values if isinstance(v, Tensor)]
-
-
-def _backward_through(outputs: Any, leaves: Any) -> None:
+def _backward_through(outputs: Iterable[Tensor], leaves: Iterable[Tensor]) -> None:
     """Continue backward from `outputs` with the gradients their `leaves` have collected."""
     pairs = [(o, leaf.grad) for o, leaf in zip(outputs, leaves, strict=True)]
     pairs = [(o, g.to(o.dtype)) for o, g in pairs if o.requires_grad and g is not None]

@@ -23,10 +23,17 @@ MIN_RESOLUTION, MAX_RESOLUTION = 0.1, 4.0
 class ConfidenceLogits(Protocol):
     """Logits: plddt [A, 50], pae and pde [N, N, 64], resolved [A, 2]."""
 
-    plddt: Tensor
-    pae: Tensor
-    pde: Tensor
-    resolved: Tensor
+    @property
+    def plddt(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def pae(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def pde(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def resolved(self) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

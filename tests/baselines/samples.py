@@ -85,7 +85,7 @@ def make_features(seed: int = 0, unresolved: float = 0.1, dtype: torch.dtype = t
         "atom_within_token": torch.tensor(within).to(torch.uint8),
         "ref_pos": torch.randn(a, 3, generator=generator),
         "ref_element": torch.where(atom_mask, 6, 0).to(torch.uint8),
-        "ref_charge": torch.zeros(a),
+        "ref_charge": (torch.arange(a) % 3 - 1.0) * atom_mask,
         "ref_atom_name": torch.randint(0, 64, (a, 4), generator=generator).to(torch.uint8),
         "ref_space_uid": token_of.int(),
         "msa": torch.randint(0, 20, (rows, n), generator=generator).to(torch.uint8),
