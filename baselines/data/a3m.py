@@ -59,7 +59,9 @@ def read_a3m(path: Path, kind: int) -> Alignment:
 def parse_a3m(content: bytes, kind: int, name: str = "alignment") -> Alignment:
     """`read_a3m` on bytes; `name` is used in errors."""
     data = np.frombuffer(content, np.uint8)
-    starts = np.flatnonzero(np.concatenate(([True], data[:-1] == _NEWLINE))) if data.size else np.zeros(0, int)
+    starts = (
+        np.flatnonzero(np.concatenate(([True], data[:-1] == _NEWLINE))) if data.size else np.zeros(0, int)
+    )
     is_header = data[starts] == _GREATER
     if not is_header.any():
         raise UserError(f"alignment {name!r} holds no '>' header: give an A3M file")

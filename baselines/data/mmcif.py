@@ -50,7 +50,9 @@ def read_structure(path: Path) -> Structure:
     try:
         found = _residues(block["atom_site"])
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"structure {str(path)!r} has a damaged atom_site ({error}): download it again") from None
+        raise UserError(
+            f"structure {str(path)!r} has a damaged atom_site ({error}): download it again"
+        ) from None
     if not found:
         raise UserError(f"structure {str(path)!r} holds no atoms besides water: give a coordinate file")
     chains, places = _chains(found, _sequences(block))
@@ -71,7 +73,9 @@ def _read_block(path: Path) -> Any:
         raise
     except Exception as error:  # the library raises many kinds on damaged input
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"structure {str(path)!r} is not a complete mmCIF file ({reason}): download it again") from None
+        raise UserError(
+            f"structure {str(path)!r} is not a complete mmCIF file ({reason}): download it again"
+        ) from None
 
 
 def _check_complete(text: str) -> None:
@@ -274,9 +278,7 @@ def _note_place(
         places[("label:" + entry.chain, str(entry.sequence_id), name)] = place
 
 
-def _links(
-    block: Any, places: dict[tuple[str, str, str], tuple[str, int]]
-) -> list[tuple[AtomKey, AtomKey]]:
+def _links(block: Any, places: dict[tuple[str, str, str], tuple[str, int]]) -> list[tuple[AtomKey, AtomKey]]:
     """Covalent links of ``struct_conn`` between residues of this file."""
     if "struct_conn" not in block:
         return []
