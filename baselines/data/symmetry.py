@@ -34,10 +34,11 @@ def automorphisms(
     for first, second in bonds.tolist():
         neighbours[first].add(second)
         neighbours[second].add(first)
-    colours = _refine(
-        [(int(e), int(a) * (i + 1)) for i, (e, a) in enumerate(zip(elements, anchored, strict=True))],
-        neighbours,
-    )
+    initial = [
+        (int(element), index + 1 if anchor else 0)
+        for index, (element, anchor) in enumerate(zip(elements, anchored, strict=True))
+    ]
+    colours = _refine(initial, neighbours)
     if len(set(colours)) == size:
         return identity[None]
     found: dict[tuple[int, ...], None] = {tuple(identity.tolist()): None}
@@ -72,7 +73,7 @@ def _collect(
             accepted += 1
 
 
-def _refine(colours: list[tuple[int, ...]] | list[int], neighbours: list[set[int]]) -> list[int]:
+def _refine(colours: list[tuple[int, int]], neighbours: list[set[int]]) -> list[int]:
     """Colour refinement: atoms differ when their neighbours' colours do."""
     ranks = {colour: rank for rank, colour in enumerate(sorted(set(colours)))}
     current = [ranks[colour] for colour in colours]

@@ -138,7 +138,7 @@ def test_only_water(tmp_path):
 
 
 def test_a_coordinate_that_is_no_number(tmp_path):
-    with pytest.raises(UserError, match="damaged atom_site"):
+    with pytest.raises(UserError, match="is damaged"):
         read_structure(write(tmp_path / "x.cif", ["ATOM 1 C CA . ALA A 1 1 ? nine 9 9 1 1 A 1"]))
 
 
@@ -163,3 +163,54 @@ def test_folders(tmp_path):
     assert set(spec.msa) == {"A", "B-2"}
     assert [path.name for path in spec.templates["A"]] == ["template_A_1abc.cif"]
     assert [path.name for path in spec.shared_templates] == ["template_1abc.cif"]
+
+
+def test_assembly_copies_and_entity_sequences(tmp_path):
+    """``A-2`` has the sequence of ``A``; without a scheme it comes from the entity."""
+    sequence = [("A", 1, "ALA"), ("A", 2, "GLY"), ("A", 3, "SER")]
+    rows = [row for chain, shift in (("A", 0), ("A-2", 30)) for row in atoms_of("SER", chain, 3, shift)]
+    complex_ = load_complex(InputSpec(write(tmp_path / "x.cif", rows, sequence)))
+    assert complex_.chain_names.tolist() == ["A", "A-2"]
+    assert complex_.sym_id.tolist() == [0, 0, 0, 1, 1, 1]
+    path = write(tmp_path / "y.cif", atoms_of("SER", "A", 3, 0))
+    listed = "loop_\n_entity_poly_seq.entity_id\n_entity_poly_seq.num\n_entity_poly_seq.mon_id\n1 1 ALA\n1 2 GLY\n1 3 SER\n#\n"
+    asym = "_struct_asym.id A\n_struct_asym.entity_id 1\n#\n"
+    path.write_text(path.read_text().replace("data_test\n#\n", "data_test\n#\n" + listed + asym))
+    assert read_structure(path).chains[0].sequence == "AGS"
+
+
+def test_ligands_of_one_chain_are_molecules_of_their_own(tmp_path):
+    rows = [*atoms_of("ALA", "A", 1, 0), *atoms_of("ALA", "A", 2, 4)]
+    rows += [*atoms_of("MG", "I", 1, 20, seq="."), *atoms_of("MG", "I", 2, 30, seq=".")]
+    names = [chain.name for chain in read_structure(write(tmp_path / "x.cif", rows)).chains]
+    assert names == ["A", "I:MG1", "I:MG2"]
+
+
+def test_binary_cif(tmp_path):
+    from biotite.structure.io.pdbx import BinaryCIFBlock, BinaryCIFCategory, BinaryCIFFile, CIFFile
+
+    path = write(tmp_path / "x.cif", [*atoms_of("ALA", "A", 1, 0), *atoms_of("GLY", "A", 2, 4)])
+    site = CIFFile.read(path).block["atom_site"]
+    columns = {name: site[name].as_array(float if name.startswith("Cartn") else str) for name in site}
+    binary = BinaryCIFFile({"x": BinaryCIFBlock({"atom_site": BinaryCIFCategory(columns)})})
+    binary.write(tmp_path / "x.bcif")
+    (tmp_path / "x.bcif.gz").write_bytes(gzip.compress((tmp_path / "x.bcif").read_bytes()))
+    hashes = {
+        load_complex(InputSpec(tmp_path / name)).content_hash for name in ("x.cif", "x.bcif", "x.bcif.gz")
+    }
+    assert len(hashes) == 1
+
+
+def test_two_alignments_of_one_sequence_are_noted(tmp_path):
+    rows = [
+        row
+        for chain, at in (("A", 0), ("B", 30))
+        for n in (1, 2)
+        for row in atoms_of("ALA", chain, n, at + 4 * n)
+    ]
+    structure = write(tmp_path / "x.cif", rows)
+    (tmp_path / "a.a3m").write_text(">q\nAA\n>r\nAC\n")
+    (tmp_path / "b.a3m").write_text(">q\nAA\n>r\nAD\n")
+    complex_ = load_complex(InputSpec(structure, {"A": tmp_path / "a.a3m", "B": tmp_path / "b.a3m"}))
+    assert "the alignment of chain B is not used" in complex_.notes[0]
+    assert len(complex_.msa_rows) == 2
