@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-_TRIALS = 24
+_TRIALS = 12
 
 
 def place_atom(
