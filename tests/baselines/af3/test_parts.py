@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from baselines.af3.atom_attention import key_windows, query_windows, window_layout
 from baselines.af3.attention import biased_attention
 from baselines.af3.attention_pair_bias import AttentionPairBias
-from baselines.af3.config import PairConfig, RelativePositionConfig, preset
+from baselines.af3.config import AtomConfig, PairConfig, RelativePositionConfig, preset
 from baselines.af3.diffusion import TokenTransformer
 from baselines.af3.embedders import bond_matrix, relative_position
 from baselines.af3.model import perturb_zero_parameters
@@ -45,33 +45,44 @@ def perturbed(module):
 # windows
 
 
-def test_windows_against_a_loop():
-    queries, keys, atoms = 32, 128, 160
-    x = torch.arange(float(atoms * 2)).view(atoms, 2) + 1.0
-    got_q, got_k = query_windows(x, queries), key_windows(x, queries, keys, fill=-5.0)
-    for w in range(atoms // queries):
-        for i in range(queries):
-            assert torch.equal(got_q[w, i], x[w * queries + i])
-        for k in range(keys):
-            atom = w * queries + queries // 2 - keys // 2 + k
-            expected = x[atom] if 0 <= atom < atoms else torch.full((2,), -5.0)
-            assert torch.equal(got_k[w, k], expected)
+def layout_of(atoms, real, edge_windows="shifted"):
+    features = {
+        "atom_mask": torch.arange(atoms) < real,
+        "atom_to_token": torch.zeros(atoms, dtype=torch.int64),
+    }
+    return window_layout(features, AtomConfig(edge_windows=edge_windows))
 
 
-def test_key_mask_drops_padding_and_what_is_outside(features):
-    config = preset("tiny").atom
-    layout = window_layout(features, config)
-    mask = features["atom_mask"]
-    for w, k in itertools.product(range(mask.shape[0] // 32), range(128)):
-        atom = 32 * w - 48 + k
-        assert bool(layout.key_mask[w, k]) == (0 <= atom < mask.shape[0] and bool(mask[atom]))
+@pytest.mark.parametrize("real", [160, 150, 130])
+def test_windows_against_a_loop(real):
+    x = torch.arange(160.0 * 2).view(160, 2)
+    for edges in ("shifted", "masked"):
+        layout = layout_of(160, real, edges)
+        queries, keys = query_windows(x, layout), key_windows(x, layout)
+        for w in range(5):
+            assert torch.equal(queries[w], x[32 * w : 32 * w + 32])
+            first = 32 * w + 16 - 64
+            if edges == "shifted":
+                first = 0 if first < 0 else min(first, real - 128)
+            for k in range(128):
+                atom = first + k
+                assert bool(layout.key_mask[w, k]) == (0 <= atom < real)
+                if 0 <= atom < real:
+                    assert torch.equal(keys[w, k], x[atom])
+
+
+def test_few_atoms_all_attend_to_all():
+    layout = layout_of(96, 70)
+    assert layout.key_mask.sum(-1).tolist() == [70, 70, 70]
+    assert layout.key_atom[:, :70].tolist() == [list(range(70))] * 3
 
 
 def test_window_gradient_counts_every_window_an_atom_is_in():
     x = torch.zeros(160, 1, requires_grad=True)
-    key_windows(x, 32, 128).sum().backward()
-    expected = [sum(0 <= a - (32 * w - 48) < 128 for w in range(5)) for a in range(160)]
-    assert x.grad.flatten().tolist() == expected
+    layout = layout_of(160, 160)
+    key_windows(x, layout).sum().backward()
+    assert x.grad.flatten().tolist() == torch.bincount(layout.key_atom.flatten(), minlength=160).tolist()
+    assert x.grad.sum() == 5 * 128
 
 
 # features
