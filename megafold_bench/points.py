@@ -46,6 +46,7 @@ class Point:
     alloc_conf: str | None = None
 
     def __post_init__(self) -> None:
+        """Freeze the workload's factors."""
         object.__setattr__(self, "workload", MappingProxyType(dict(self.workload)))
 
     @cached_property
