@@ -154,8 +154,7 @@ class LocalLauncher:
             if process is not None:
                 self._clear(process)
             os.close(events_read)
-        status = progress.status
-        code = os.waitstatus_to_exitcode(status) if status is not None else process.returncode
+        code = _exit_code(progress.status, process.returncode)
         ending = Ending(
             exit_code=code if code >= 0 else None,
             signal=-code if code < 0 else None,
@@ -230,6 +229,16 @@ class LocalLauncher:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _exit_code(worker_status: int | None, guard_code: int) -> int:
+    """The worker's exit code, negative for a signal, as far as it is known.
+
+    A guard that ended in order without reporting the worker has killed it.
+    """
+    if worker_status is not None:
+        return os.waitstatus_to_exitcode(worker_status)
+    return -signal.SIGKILL if guard_code == 0 else guard_code
 
 
 def oom_kills(root: Path = Path("/")) -> int:

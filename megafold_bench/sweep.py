@@ -20,6 +20,9 @@ from megafold_bench.runs import RunFolder
 from megafold_bench.trials import WorkerRequest, blank_record, utc_now, verdict_fields
 from megafold_bench.variants import Scalar
 
+SAMPLE_INTERVAL_S = 0.05
+"""Interval of the device sampler beside a trial."""
+
 MEMORY_WARMUP = 0
 DOMINATED_AFTER = 2
 """Lengths that must have failed for want of memory before longer ones are skipped."""
