@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -35,27 +35,27 @@ app = typer.Typer(
 )
 
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
-Variants = Annotated[Optional[str], typer.Option(help="Names, separated by commas: see `variants`.")]
-SeqLens = Annotated[Optional[str], typer.Option(help='Tokens: "64:256:64" (first:last:step) or "384,512".')]
-Preset = Annotated[Optional[str], typer.Option(help="Model dimensions: tiny, small or af3.")]
-Input = Annotated[Optional[Path], typer.Option("--input", help="A structure (mmCIF) or a folder with one.")]
-Msa = Annotated[Optional[list[str]], typer.Option(help="CHAIN=FILE.a3m; repeat for each chain.")]
-Template = Annotated[Optional[list[str]], typer.Option(help="CHAIN=FILE.cif; repeat for each.")]
-Timeout = Annotated[Optional[float], typer.Option(help="Wall limit of a trial in seconds.")]
-Out = Annotated[Optional[Path], typer.Option(help="The run folder; runs/<kind>-<time> if not given.")]
+Variants = Annotated[str | None, typer.Option(help="Names, separated by commas: see `variants`.")]
+SeqLens = Annotated[str | None, typer.Option(help='Tokens: "64:256:64" (first:last:step) or "384,512".')]
+Preset = Annotated[str | None, typer.Option(help="Model dimensions: tiny, small or af3.")]
+Input = Annotated[Path | None, typer.Option("--input", help="A structure (mmCIF) or a folder with one.")]
+Msa = Annotated[list[str] | None, typer.Option(help="CHAIN=FILE.a3m; repeat for each chain.")]
+Template = Annotated[list[str] | None, typer.Option(help="CHAIN=FILE.cif; repeat for each.")]
+Timeout = Annotated[float | None, typer.Option(help="Wall limit of a trial in seconds.")]
+Out = Annotated[Path | None, typer.Option(help="The run folder; runs/<kind>-<time> if not given.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="With --resume: run crashed, hung and timed-out trials again.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the trials and run none.")]
-Cycles = Annotated[Optional[int], typer.Option(help="Recycling cycles.")]
-DiffusionSamples = Annotated[Optional[int], typer.Option(help="Noised copies per step.")]
-MsaRows = Annotated[Optional[int], typer.Option(help="Alignment rows per cycle.")]
-Precision = Annotated[Optional[str], typer.Option(help="Precision policy of the variant.")]
-Seed = Annotated[Optional[int], typer.Option(help="Seed of weights, crop and noise.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu or cuda (also ROCm).")]
+Cycles = Annotated[int | None, typer.Option(help="Recycling cycles.")]
+DiffusionSamples = Annotated[int | None, typer.Option(help="Noised copies per step.")]
+MsaRows = Annotated[int | None, typer.Option(help="Alignment rows per cycle.")]
+Precision = Annotated[str | None, typer.Option(help="Precision policy of the variant.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights, crop and noise.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda (also ROCm).")]
 Settings = Annotated[
-    Optional[list[str]], typer.Option("--option", help="KEY=VALUE, passed to the variant; repeat for each.")
+    list[str] | None, typer.Option("--option", help="KEY=VALUE, passed to the variant; repeat for each.")
 ]
 
 
@@ -198,9 +198,9 @@ def sweep(
     input_: Input = None,
     msa: Msa = None,
     template: Template = None,
-    steps: Annotated[Optional[int], typer.Option(help="Measured steps per trial.")] = None,
-    warmup: Annotated[Optional[int], typer.Option(help="Steps before them, the first included.")] = None,
-    repeats: Annotated[Optional[int], typer.Option(help="Fresh processes per point.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Measured steps per trial.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps before them, the first included.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Fresh processes per point.")] = None,
     timeout: Timeout = None,
     out: Out = None,
     resume: Resume = False,
@@ -314,9 +314,9 @@ def boundary(
     preset: Preset = None,
     granularity: Annotated[int, typer.Option(help="The grid: lengths are multiples of this.")] = 32,
     memory_limit: Annotated[
-        Optional[str], typer.Option(help="Capacities of smaller cards to emulate: 40GiB,64GiB,80GiB.")
+        str | None, typer.Option(help="Capacities of smaller cards to emulate: 40GiB,64GiB,80GiB.")
     ] = None,
-    start: Annotated[Optional[int], typer.Option(help="First length to try.")] = None,
+    start: Annotated[int | None, typer.Option(help="First length to try.")] = None,
     longest: Annotated[int, typer.Option(help="No length above this is tried.")] = 8192,
     confirm: Annotated[int, typer.Option(help="Trials at each end of the boundary.")] = 2,
     gpus: Annotated[int, typer.Option(help="GPUs per trial.")] = 1,
@@ -372,7 +372,9 @@ def _run_boundary(spec: BoundarySpec, path: Path, resume: bool) -> None:
     from megafold_bench.sweep import SAMPLE_INTERVAL_S, Runner
 
     with (
-        RunFolder.open(path, kind="boundary", spec=spec.as_dict(), environment=collect, resume=resume) as folder,
+        RunFolder.open(
+            path, kind="boundary", spec=spec.as_dict(), environment=collect, resume=resume
+        ) as folder,
         _resumable(path, "boundary"),
     ):
         runner = Runner(
@@ -404,8 +406,9 @@ def variants() -> None:
 @app.command()
 def show(run: RunArgument) -> None:
     """The table of a finished or running sweep."""
-    from megafold_bench.records import read_manifest
     from reports.tables import print_table
+
+    from megafold_bench.records import read_manifest
 
     read_manifest(run)
     print_table(run, _console())
@@ -417,8 +420,9 @@ def plot(
     published: Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")] = False,
 ) -> None:
     """Figures (SVG, PDF, PNG) and, beside each, the CSV it was drawn from."""
-    from megafold_bench.records import read_manifest
     from reports.figures import plot_run
+
+    from megafold_bench.records import read_manifest
 
     read_manifest(run)
     for path in plot_run(run, published=published):
@@ -429,11 +433,12 @@ def plot(
 def export(
     run: RunArgument,
     format_: Annotated[str, typer.Option("--format", help="csv, json or parquet.")] = "csv",
-    out: Annotated[Optional[Path], typer.Option(help="The file to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
 ) -> None:
     """All records in one flat file."""
-    from megafold_bench.records import read_manifest
     from reports.export import export_run
+
+    from megafold_bench.records import read_manifest
 
     if format_ not in ("csv", "json", "parquet"):
         raise UserError(f"--format {format_}: choose csv, json or parquet")
@@ -450,8 +455,9 @@ def model(
     """What is trained: dimensions, parameters by part, FLOPs of a step by part."""
     import json
 
-    from baselines.af3 import flops
     from baselines.af3.config import preset as config_of
+
+    from baselines.af3 import flops
 
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: give at least 1")
@@ -462,13 +468,15 @@ def model(
     for heading, values in report.items():
         typer.echo(heading)
         for name, value in values.items() if isinstance(values, dict) else [("", values)]:
-            typer.echo(f"  {name:40s} {value:,}" if isinstance(value, int | float) else f"  {name:40s} {value}")
+            typer.echo(
+                f"  {name:40s} {value:,}" if isinstance(value, int | float) else f"  {name:40s} {value}"
+            )
 
 
 @app.command()
 def doctor() -> None:
     """GPU, driver, torch, Triton, vendor libraries, allocator, disk: what will and will not work."""
-    from megafold_bench.environment import doctor as examine
+    from megafold_bench.doctor import doctor as examine
 
     checks = examine()
     for check in checks:
@@ -482,11 +490,12 @@ def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The reference.")],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="What is compared with it.")],
     by: Annotated[str, typer.Option(help="What the runs differ in: variant or gpu.")] = "variant",
-    fail_above: Annotated[Optional[str], typer.Option(help="Exit with 1 if slower by more, as 5%.")] = None,
+    fail_above: Annotated[str | None, typer.Option(help="Exit with 1 if slower by more, as 5%.")] = None,
 ) -> None:
     """The same points of two runs side by side: ratios with intervals."""
-    from megafold_bench.records import read_manifest
     from reports.compare import compare as compare_runs
+
+    from megafold_bench.records import read_manifest
 
     threshold = _fraction(fail_above) if fail_above is not None else None
     for run in (run_a, run_b):
@@ -513,8 +522,9 @@ def report(
     html: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML file: summary, boundary, time, memory, environment, how to reproduce."""
-    from megafold_bench.records import read_manifest
     from reports.html import write_report
+
+    from megafold_bench.records import read_manifest
 
     for run in runs:
         read_manifest(run)

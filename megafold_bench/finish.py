@@ -46,5 +46,7 @@ def _summarise_times(record: Record, times: TimeRecord) -> None:
     summary = times["step_time_s"]
     median = summary["median"] if summary else None
     times["compile_s"] = None if median is None else max(0.0, times["first_step_s"] - median)
-    times["throughput_tokens_per_s"] = None if median is None else record["factors"]["seq_len_tokens"] / median
+    times["throughput_tokens_per_s"] = (
+        None if median is None else record["factors"]["seq_len_tokens"] / median
+    )
     times["samples_per_s"] = None if median is None else 1.0 / median

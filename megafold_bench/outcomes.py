@@ -13,35 +13,30 @@ import signal
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-GIB = 1 << 30
-
 
 class Outcome(StrEnum):
-    """How a trial ended."""
+    """How a trial ended. `meaning` says it in a line."""
 
-    meaning: str
+    OK = "ok"
+    OK_PRESSURE = "ok_pressure"
+    OOM_DEVICE = "oom_device"
+    OOM_DEVICE_LIB = "oom_device_lib"
+    OOM_HOST = "oom_host"
+    KERNEL_RESOURCE = "kernel_resource"
+    INDEX_OVERFLOW = "index_overflow"
+    LAUNCH_FAIL = "launch_fail"
+    TIMEOUT = "timeout"
+    HANG = "hang"
+    CRASH = "crash"
+    NAN = "nan"
+    UNSUPPORTED = "unsupported"
+    ERROR = "error"
+    SKIPPED_DOMINATED = "skipped_dominated"
 
-    def __new__(cls, value: str, meaning: str) -> Outcome:
-        member = str.__new__(cls, value)
-        member._value_ = value
-        member.meaning = meaning
-        return member
-
-    OK = "ok", "all steps finished with finite losses"
-    OK_PRESSURE = "ok_pressure", "finished, but the allocator had to free its cache and retry: slower than it should be"
-    OOM_DEVICE = "oom_device", "the allocator could not get device memory"
-    OOM_DEVICE_LIB = "oom_device_lib", "a library ran out of device memory outside the allocator"
-    OOM_HOST = "oom_host", "the host ran out of memory"
-    KERNEL_RESOURCE = "kernel_resource", "a kernel needs more shared memory or registers than the device has"
-    INDEX_OVERFLOW = "index_overflow", "a tensor or launch grid exceeded an index limit"
-    LAUNCH_FAIL = "launch_fail", "a kernel could not be launched or accessed memory illegally"
-    TIMEOUT = "timeout", "the wall limit passed while steps were still finishing"
-    HANG = "hang", "the wall limit passed with no step finished since a long time"
-    CRASH = "crash", "the process died from a signal or left without a record"
-    NAN = "nan", "the loss was not finite"
-    UNSUPPORTED = "unsupported", "the variant cannot run here; the detail says why"
-    ERROR = "error", "the variant raised an exception of another kind"
-    SKIPPED_DOMINATED = "skipped_dominated", "not run: shorter lengths already failed for the same reason"
+    @property
+    def meaning(self) -> str:
+        """What the outcome says, in a line."""
+        return _MEANINGS[self]
 
     @property
     def is_ok(self) -> bool:
@@ -52,6 +47,25 @@ class Outcome(StrEnum):
     def is_memory(self) -> bool:
         """Whether the trial ended for want of memory, on the device or the host."""
         return self in (Outcome.OOM_DEVICE, Outcome.OOM_DEVICE_LIB, Outcome.OOM_HOST)
+
+
+_MEANINGS = {
+    Outcome.OK: "all steps finished with finite losses",
+    Outcome.OK_PRESSURE: "finished, but the allocator had to free its cache and retry: slower than it should be",
+    Outcome.OOM_DEVICE: "the allocator could not get device memory",
+    Outcome.OOM_DEVICE_LIB: "a library ran out of device memory outside the allocator",
+    Outcome.OOM_HOST: "the host ran out of memory",
+    Outcome.KERNEL_RESOURCE: "a kernel needs more shared memory or registers than the device has",
+    Outcome.INDEX_OVERFLOW: "a tensor or launch grid exceeded an index limit",
+    Outcome.LAUNCH_FAIL: "a kernel could not be launched or accessed memory illegally",
+    Outcome.TIMEOUT: "the wall limit passed while steps were still finishing",
+    Outcome.HANG: "the wall limit passed with no step finished since a long time",
+    Outcome.CRASH: "the process died from a signal or left without a record",
+    Outcome.NAN: "the loss was not finite",
+    Outcome.UNSUPPORTED: "the variant cannot run here; the detail says why",
+    Outcome.ERROR: "the variant raised an exception of another kind",
+    Outcome.SKIPPED_DOMINATED: "not run: shorter lengths already failed for the same reason",
+}
 
 
 @dataclass(frozen=True)

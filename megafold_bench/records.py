@@ -142,7 +142,9 @@ class Record(TypedDict):
     outcome: OutcomeRecord
     time: TimeRecord | None  # null in the memory phase and where nothing was measured
     memory: MemoryRecord | None  # null in the time phase
-    telemetry: dict[str, Any] | None  # readings of the device sampler, each a value or {"unavailable": reason}
+    telemetry: (
+        dict[str, Any] | None
+    )  # readings of the device sampler, each a value or {"unavailable": reason}
     losses: list[float | None]  # every step in order, warm-up included; null if not finite
     facts: dict[str, Any]  # the workload's facts: n_atoms, msa_depth, parameters, model_flops_per_step…
     provenance: dict[str, Any]  # of the worker: torch, device name and uuid, threads, allocator, gc policy

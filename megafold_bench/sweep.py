@@ -17,7 +17,7 @@ from megafold_bench.outcomes import Outcome, Verdict, complete, signal_name
 from megafold_bench.points import Phase, Point, Trial
 from megafold_bench.records import Record, latest
 from megafold_bench.runs import RunFolder
-from megafold_bench.trials import WorkerRequest, blank_record, utc_now, verdict_fields
+from megafold_bench.trials import WorkerRequest, blank_record, utc_now
 from megafold_bench.variants import Scalar
 
 SAMPLE_INTERVAL_S = 0.05
@@ -93,12 +93,16 @@ def parse_seq_lens(text: str) -> tuple[int, ...]:
             raise UserError(f"--seq-lens {text}: {part!r} is not a range; {remedy}")
         first, last, step = numbers
         if last < first:
-            raise UserError(f"--seq-lens {text}: the range ends at {last}, before it begins at {first}; {remedy}")
+            raise UserError(
+                f"--seq-lens {text}: the range ends at {last}, before it begins at {first}; {remedy}"
+            )
         lengths.update(range(first, last + 1, step))
     return tuple(sorted(lengths))
 
 
-def make_point(spec: SweepSpec, variant: str, seq_len: int, phase: Phase, capacity: int | None = None) -> Point:
+def make_point(
+    spec: SweepSpec, variant: str, seq_len: int, phase: Phase, capacity: int | None = None
+) -> Point:
     """The point of a variant at a length. Raises `UserError` for options the variant refuses."""
     is_time = phase is Phase.TIME
     return Point(
@@ -244,7 +248,8 @@ class Runner:
             record = blank_record(request, complete(ending))
             record["wall_s"] = launched.wall_s
             started = launched.steps_done if ending.last_event != "started" else None
-            record["outcome"].update(failing_rank=0, failing_step=started)
+            record["outcome"]["failing_rank"] = 0
+            record["outcome"]["failing_step"] = started
         outcome = record["outcome"]
         outcome["exit_code"] = ending.exit_code
         outcome["signal"] = signal_name(ending.signal) if ending.signal is not None else None

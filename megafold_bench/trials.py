@@ -27,6 +27,11 @@ class WorkerRequest:
     sample_interval_s: float | None = None
     """Interval of the device sampler; None to run without one."""
 
+    @property
+    def samples_path(self) -> Path:
+        """Where the device sampler writes."""
+        return self.record_path.parent.parent / "samples" / f"{self.trial.trial_id}.{self.attempt}.jsonl"
+
     def to_json(self) -> str:
         """One line; `from_json` reads it."""
         return json.dumps(

@@ -101,17 +101,16 @@ class TrialRun:
     def measure(self) -> None:
         """Build the workload and run the phase's steps. Raises whatever ends the trial."""
         point = self.point
-        self._prepare()
-        began = time.perf_counter()
-        workload = build(point)
-        timer = steps.timer_for(point.device)
-        timer.synchronise()
-        self._build_s = time.perf_counter() - began
-        self.record["facts"] = dict(workload.facts)
-        self._emit("built", seconds=self._build_s)
-        total = point.warmup + point.steps
-        with sampling(self._request, self.record):
-            steps.run_steps(workload, timer, total, self._log, self._after_step)
+        with Telemetry(self._request, self.record) as self._telemetry:
+            self._prepare()
+            began = time.perf_counter()
+            workload = build(point)
+            timer = steps.timer_for(point.device)
+            timer.synchronise()
+            self._build_s = time.perf_counter() - began
+            self.record["facts"] = dict(workload.facts)
+            self._emit("built", seconds=self._build_s)
+            steps.run_steps(workload, timer, point.warmup + point.steps, self._log, self._after_step)
 
     def _prepare(self) -> None:
         point = self.point
@@ -130,6 +129,8 @@ class TrialRun:
     def _after_step(self, index: int) -> None:
         for meter in self._meters:
             meter.after_step(index)
+        if index + 1 == self.point.warmup:
+            self._telemetry.steady()
         self._emit("step", index=index, of=self.point.warmup + self.point.steps)
 
     def fail(self, error: BaseException) -> None:
@@ -138,7 +139,9 @@ class TrialRun:
         self.record["outcome"]["failing_rank"] = 0
         done = len(self._log.losses)
         # A step whose loss is not finite did finish; any other failing step left nothing in the log.
-        self.record["outcome"]["failing_step"] = done - 1 if is_nan(self.record) else done if self._build_s else None
+        self.record["outcome"]["failing_step"] = (
+            done - 1 if is_nan(self.record) else done if self._build_s else None
+        )
 
     def complete(self) -> Record:
         """The record with everything that was measured."""
@@ -150,6 +153,7 @@ class TrialRun:
         if self._meters:
             with self._even_after_a_device_error():
                 memory.add_memory(record, self._meters, len(self._log.losses))
+                memory.add_sampled(record)
         retries = (record["memory"] or {}).get("alloc_retries")
         if retries and record["outcome"]["status"] == Outcome.OK:
             record["outcome"]["status"] = Outcome.OK_PRESSURE.value
@@ -174,22 +178,59 @@ def is_nan(record: Record) -> bool:
     return record["outcome"]["status"] == Outcome.NAN
 
 
-@contextlib.contextmanager
-def sampling(request: WorkerRequest, record: Record) -> Iterator[None]:
-    """Sample the device beside the steps, in a process of the sampler's own, and record its readings."""
-    if request.sample_interval_s is None:
-        record["unavailable"]["telemetry"] = "sampling was switched off"
-        yield
-        return
-    from megafold_bench.measure.sampler import Sampler
+class Telemetry:
+    """The device sampler beside one trial, in a process of its own. Its failure is not the trial's."""
 
-    device = request.trial.point.device
-    sampler = Sampler([device if device == "cpu" else f"{device}:0"], request.sample_interval_s)
-    try:
-        with sampler:
-            yield
-    finally:
-        record["telemetry"] = sampler.readings
+    def __init__(self, request: WorkerRequest, record: Record) -> None:
+        self._request = request
+        self._record = record
+        self._sampler: Any = None
+        self._steady_from_ns: int | None = None
+
+    def __enter__(self) -> Telemetry:
+        if self._request.sample_interval_s is None:
+            self._record["unavailable"]["telemetry"] = "sampling was switched off"
+            return self
+        from megafold_bench.measure.sampler import Sampler
+
+        device = self._request.trial.point.device
+        selector = device if device == "cpu" else f"{device}:0"
+        path = self._request.samples_path
+        try:
+            path.parent.mkdir(exist_ok=True)
+            self._sampler = Sampler([selector], self._request.sample_interval_s, path).__enter__()
+        except (OSError, RuntimeError) as error:
+            self._record["unavailable"]["telemetry"] = str(error)
+        return self
+
+    def steady(self) -> None:
+        """The warm-up is over: power, clocks and energy are summarised from here on."""
+        self._steady_from_ns = time.monotonic_ns()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._sampler is None:
+            return
+        ended_ns = time.monotonic_ns()
+        self._sampler.__exit__(*error)
+        try:
+            whole = self._sampler.result()
+            window = self._sampler.result(self._steady_from_ns, ended_ns)
+        except (OSError, UserError, ValueError) as failure:
+            self._record["unavailable"]["telemetry"] = f"the sampler's file cannot be read: {failure}"
+            return
+        telemetry = window.devices[0].as_record()
+        # Memory is a peak over the whole trial, everything else a mean over the steady steps.
+        telemetry |= {
+            name: value
+            for name, value in whole.devices[0].as_record().items()
+            if name.startswith("device_used")
+        }
+        cost = vars(window.cost) if window.cost else {"unavailable": window.cost.reason}
+        self._record["telemetry"] = {
+            **telemetry,
+            "sample_interval_s": self._request.sample_interval_s,
+            "cost": cost,
+        }
 
 
 def run(request: WorkerRequest, emit: Emit) -> int:
@@ -209,7 +250,12 @@ def run(request: WorkerRequest, emit: Emit) -> int:
     try:
         write_atomically(request.record_path, encode(record))
     except OSError as error:
-        emit("io_error", must_arrive=True, message=f"{request.record_path}: {error.strerror}", errno=error.errno)
+        emit(
+            "io_error",
+            must_arrive=True,
+            message=f"{request.record_path}: {error.strerror}",
+            errno=error.errno,
+        )
         return EXIT_IO_ERROR
     return 0
 

@@ -141,7 +141,7 @@ class CudaMeter:
             "non_torch_bytes": self._used() - int(self._cuda.memory_reserved()),
             "peak_step": self._peak_step,
         }
-        pinned = getattr(self._cuda, "host_memory_stats", dict)().get("allocated_bytes.peak")
+        pinned = self._cuda.host_memory_stats().get("allocated_bytes.peak")
         peaks.values["pinned_peak_bytes"] = pinned
         if pinned is None:
             peaks.unavailable["memory.pinned_peak_bytes"] = "this torch does not report pinned memory"
@@ -173,6 +173,22 @@ def add_memory(record: Record, meters: list[MemoryMeter], steps_done: int) -> No
             rank[name] = None
             record["unavailable"][f"memory.{name}"] = "measured on GPUs only"
     record["memory"] = {**rank, "ranks": [rank], "steps": steps_done}  # type: ignore[typeddict-item]
+
+
+def add_sampled(record: Record) -> None:
+    """Let the sampler's view of the device complete the meters': it also saw between the ends of steps.
+
+    Its baseline was taken before the process touched the device, so the process's context is not in it.
+    """
+    found, telemetry = record["memory"], record["telemetry"]
+    if found is None or telemetry is None or found.get("device_total_bytes") is None:
+        return
+    peak, baseline = telemetry["device_used_peak_bytes"], telemetry["device_used_baseline_bytes"]
+    for view in (found, *found["ranks"]):
+        if peak is not None:
+            view["device_used_peak_bytes"] = max(peak, view["device_used_peak_bytes"] or 0)
+        if baseline is not None:
+            view["device_used_baseline_bytes"] = baseline
 
 
 def emulate_capacity(cuda: Any, capacity_bytes: int, device: int = 0) -> int:

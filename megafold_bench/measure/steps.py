@@ -135,7 +135,9 @@ class QuietCollector:
         gc.unfreeze()
 
 
-def run_steps(workload: Workload, timer: Timer, count: int, log: StepLog, on_step: Callable[[int], None]) -> None:
+def run_steps(
+    workload: Workload, timer: Timer, count: int, log: StepLog, on_step: Callable[[int], None]
+) -> None:
     """Run `count` steps into `log`; `on_step(index)` is called after each, outside the timed window.
 
     Raises `NonFiniteLossError` at the first loss that is not finite; the log holds it.

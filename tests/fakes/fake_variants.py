@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megafold_bench.errors import UserError
@@ -49,10 +50,18 @@ OOM_TEXT = (
 EXCEPTIONS: dict[str, Exception] = {
     "oom_device": OutOfMemoryError(OOM_TEXT),
     "oom_cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "oom_accelerator": AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-    "oom_nccl": DistBackendError("NCCL error: unhandled cuda error\nLast error:\nFailed to CUDA calloc async 608 bytes"),
-    "oom_host_torch": RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
-    "kernel_resource": OutOfResources("out of resource: shared memory, Required: 300000, Hardware limit: 232448."),
+    "oom_accelerator": AcceleratorError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+    ),
+    "oom_nccl": DistBackendError(
+        "NCCL error: unhandled cuda error\nLast error:\nFailed to CUDA calloc async 608 bytes"
+    ),
+    "oom_host_torch": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"
+    ),
+    "kernel_resource": OutOfResources(
+        "out of resource: shared memory, Required: 300000, Hardware limit: 232448."
+    ),
     "index_overflow": RuntimeError("CUDA error: invalid configuration argument"),
     "launch_fail": AcceleratorError("CUDA error: an illegal memory access was encountered"),
     "error": KeyError("pair"),
@@ -159,7 +168,7 @@ class FakeVariant:
             time.sleep(3600)
         if factors["touch"]:
             # One line for each time the trial was really run.
-            with open(str(factors["touch"]), "a") as file:
+            with Path(str(factors["touch"])).open("a") as file:
                 file.write(f"{self.name} {seq_len}\n")
         scaled = {**factors, "step_ms": float(factors["step_ms"] or 0) * self._factor}
         return FakeWorkload(scaled, seq_len, seed)
