@@ -75,7 +75,13 @@ def host_memory_error() -> None:
     bytearray(limit)
 
 
-def provoke(ending: str) -> None:
+def cgroup_kill(counter: Path) -> None:
+    """What the kernel's out-of-memory killer does: one more kill in the cgroup, and SIGKILL."""
+    counter.write_text(counter.read_text().replace("oom_kill 4", "oom_kill 5"))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def provoke(ending: str, touch: Path) -> None:
     """End the process, or the step, as asked."""
     if ending in EXCEPTIONS:
         raise EXCEPTIONS[ending]
@@ -94,6 +100,8 @@ def provoke(ending: str) -> None:
     elif ending == "bad_alloc":
         print("terminate called after throwing an instance of 'std::bad_alloc'", file=sys.stderr, flush=True)
         ctypes.CDLL(None).abort()
+    elif ending == "cgroup_kill":
+        cgroup_kill(touch)
     elif ending == "hang":
         time.sleep(3600)
     elif ending == "hang_family":
@@ -117,6 +125,7 @@ class FakeWorkload:
         self._seed = seed
         self._step_s = float(factors["step_ms"] or 0) / 1e3
         self._bad_step = int(factors["bad_step"] or 0)
+        self._touch = Path(str(factors["touch"]))
         self._index = 0
         ending, _, from_len = str(factors["ending"]).partition("@")
         self._ending = ending if seq_len >= int(from_len or 0) else "ok"
@@ -133,10 +142,8 @@ class FakeWorkload:
 
     def step(self, batch: int) -> Mapping[str, float]:
         time.sleep(self._step_s)
-        if self._ending == "slow":
-            time.sleep(0.05)
         if batch == self._bad_step:
-            provoke(self._ending)
+            provoke(self._ending, self._touch)
         self._index += 1
         bad = self._ending == "nan" and batch == self._bad_step
         return {"loss": float("nan") if bad else 1.0 / (1 + batch) + self._seed}
@@ -166,7 +173,7 @@ class FakeVariant:
             raise UserError("the complex has 12 tokens, 64 were asked for: lower --seq-lens")
         if factors["ending"] == "slow_build":
             time.sleep(3600)
-        if factors["touch"]:
+        if factors["touch"] and factors["ending"] != "cgroup_kill":
             # One line for each time the trial was really run.
             with Path(str(factors["touch"])).open("a") as file:
                 file.write(f"{self.name} {seq_len}\n")
