@@ -139,7 +139,9 @@ class FolderLock:
 
     def release(self) -> None:
         """Let go of the folder. The file stays: removing it would race with the next holder."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _read_holder(fd: int) -> str:

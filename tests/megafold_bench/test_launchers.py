@@ -80,7 +80,9 @@ def test_killed_guard_takes_the_worker_along(request_for, launcher, listener, ma
         def on_event(self, event):
             if event["event"] == "built":
                 worker_and_guard = processes_with(mark)
-                parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().split()[3]) for pid in worker_and_guard}
+                parents = {
+                    pid: int(Path(f"/proc/{pid}/stat").read_text().split()[3]) for pid in worker_and_guard
+                }
                 (guard,) = [pid for pid in worker_and_guard if parents[pid] == os.getpid()]
                 os.kill(guard, signal.SIGKILL)
 

@@ -23,7 +23,9 @@ def test_missing_file_is_an_empty_run(tmp_path):
     assert read_results(tmp_path / "results.jsonl") == []
 
 
-@pytest.mark.parametrize("tail", [b'{"schema_version": 1, "tri', b"\x00\x00\x00\x00", b'{"a": "\xff\xfe', b"[1, 2]\n"])
+@pytest.mark.parametrize(
+    "tail", [b'{"schema_version": 1, "tri', b"\x00\x00\x00\x00", b'{"a": "\xff\xfe', b"[1, 2]\n"]
+)
 def test_torn_line_is_skipped_with_a_warning(tmp_path, tail):
     path = tmp_path / "results.jsonl"
     path.write_bytes(line("a") + line("b") + tail)
@@ -46,7 +48,11 @@ def test_newer_schema_is_refused_naming_both_versions(tmp_path):
 
 
 def test_latest_attempt_counts():
-    records = [{"trial_id": "a", "attempt": 1}, {"trial_id": "b", "attempt": 1}, {"trial_id": "a", "attempt": 2}]
+    records = [
+        {"trial_id": "a", "attempt": 1},
+        {"trial_id": "b", "attempt": 1},
+        {"trial_id": "a", "attempt": 2},
+    ]
     assert latest(records) == [records[2], records[1]]  # type: ignore[arg-type]
 
 

@@ -165,7 +165,9 @@ def test_unwritable_out():
         open_run(Path("/proc/megafold-bench-run"))
 
 
-@pytest.mark.parametrize(("number", "words"), [(28, "full"), (30, "writable"), (13, "writable"), (5, "cannot")])
+@pytest.mark.parametrize(
+    ("number", "words"), [(28, "full"), (30, "writable"), (13, "writable"), (5, "cannot")]
+)
 def test_operating_system_errors_are_explained(number, words):
     error = OSError(number, os.strerror(number))
     assert words in str(runs.explain_os_error(error, Path("x"), "write to"))
