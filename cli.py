@@ -302,6 +302,13 @@ def _print_run(path: Path) -> None:
         typer.echo(f"figures: {figures[0].parent} ({', '.join(figure.name for figure in figures)})")
 
 
+def _require_run(path: Path) -> None:
+    """Raise `UserError` unless `path` is a run folder that this version can read."""
+    from megafold_bench.records import read_manifest
+
+    read_manifest(path)
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -442,7 +449,9 @@ def export(
 
     if format_ not in ("csv", "json", "parquet"):
         raise UserError(f"--format {format_}: choose csv, json or parquet")
-    read_manifest(run)
+    _require_run(run)
+    from reports.export import export_run
+
     typer.echo(str(export_run(run, format_, out)))
 
 
@@ -499,7 +508,9 @@ def compare(
 
     threshold = _fraction(fail_above) if fail_above is not None else None
     for run in (run_a, run_b):
-        read_manifest(run)
+        _require_run(run)
+    from reports.compare import compare as compare_runs
+
     comparison = compare_runs(run_a, run_b, by=by, fail_above=threshold)
     comparison.print(_console())
     if comparison.failed:

@@ -74,6 +74,7 @@ class Round:
         self.trials: list[Trial] = [t for t in plan(self.spec) if t.point.phase is Phase.TIME]
         self.seen = b""
         self.safe: set[int] = set()
+        self.counts: Counter[int] = Counter()
 
     def sweep(self) -> int:
         """Fork a child that sweeps, resuming what is there. Returns its process id."""
@@ -126,8 +127,6 @@ class Round:
         self.safe = done
         self.counts = Counter(runs_before)
 
-    counts: Counter[int] = Counter()
-
     def finish(self) -> None:
         """Every trial has exactly one record, of an ending that the kills explain."""
         records = read_results(self.path / "results.jsonl")
@@ -153,10 +152,10 @@ class Round:
 
 
 def kill_somebody(rng: random.Random, sweep_pid: int, mark: str, report: dict[str, Any]) -> None:
-    """One kill: the sweep in one case of three, else one of the trial's processes if there is one."""
+    """One kill: the sweep in every other case, else one of the trial's processes if there is one."""
     trial_processes = marked(mark)
     target = sweep_pid
-    if trial_processes and rng.random() < 2 / 3:
+    if trial_processes and rng.random() < 1 / 2:
         target = rng.choice(trial_processes)
     number = rng.choice(SIGNALS)
     try:

@@ -56,7 +56,7 @@ def test_file_as_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         open_run(tmp_path / "file")
-    with pytest.raises(UserError, match="choose a|cannot"):
+    with pytest.raises(UserError, match=r"choose a|cannot"):
         open_run(tmp_path / "file/run")
 
 
