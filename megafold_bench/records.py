@@ -39,7 +39,7 @@ class Factors(TypedDict):
     device: str  # "cpu" or "cuda" (also ROCm)
     seed: int
     steps: int  # measured steps
-    warmup_steps: int  # steps before them
+    warmup_steps: int  # steps before them, the first one included
     world_size: int
     world_size_emulated: int | None
     capacity_emulated_bytes: int | None
@@ -64,7 +64,7 @@ class OutcomeRecord(TypedDict):
     exit_code: int | None
     signal: str | None  # "SIGKILL"…
     failing_rank: int | None
-    failing_step: int | None  # 0-based, counting the first and the warm-up steps
+    failing_step: int | None  # 0-based, warm-up steps included
     exception_type: str | None
     oom: OutOfMemory | None
     log_tail: str | None  # the last lines of the worker's output, for failures only
@@ -77,14 +77,14 @@ Summary = dict[str, Any]
 class TimeRecord(TypedDict):
     """Step times of a time-phase trial. Summaries are of the measured steps only.
 
-    ``samples`` holds the raw values of the measured steps in order, under the same names; the first
-    and the warm-up steps are under ``warmup_samples``. ``gpu_step_time_s`` (CUDA events) is null on CPU.
+    ``samples`` holds the raw values of the measured steps in order, under the same names; the warm-up
+    steps, of which the first compiles, are under ``warmup_samples``. ``gpu_step_time_s`` (CUDA events) is null on CPU.
     """
 
-    step_time_s: Summary  # load + transfer + step, synchronised, wall clock
+    step_time_s: Summary | None  # load + transfer + step, synchronised, wall clock
     gpu_step_time_s: Summary | None
-    data_wait_s: Summary
-    h2d_s: Summary
+    data_wait_s: Summary | None
+    h2d_s: Summary | None
     enqueue_s: Summary | None  # host time until the step call returned, before synchronising
     samples: dict[str, list[float]]
     warmup_samples: dict[str, list[float]]
@@ -92,9 +92,9 @@ class TimeRecord(TypedDict):
     steady_from_step: int
     build_s: float
     first_step_s: float
-    compile_s: float  # the first step minus the median step, never negative
-    throughput_tokens_per_s: float
-    samples_per_s: float
+    compile_s: float | None  # the first step minus the median step, never negative
+    throughput_tokens_per_s: float | None
+    samples_per_s: float | None
 
 
 class RankMemory(TypedDict, total=False):
@@ -121,7 +121,6 @@ class MemoryRecord(RankMemory, total=False):
     """Memory of a memory-phase trial: the maximum over ranks at the top, each rank under `ranks`."""
 
     ranks: list[RankMemory]
-    sample_interval_s: float | None
     steps: int
 
 
@@ -130,7 +129,7 @@ class Record(TypedDict):
 
     schema_version: int
     run_id: str
-    point_id: str  # sha256 of the canonical JSON of `factors`
+    point_id: str  # first 16 hex digits of the sha256 of the canonical JSON of `factors`
     case_id: str  # the same without phase, steps and warmup_steps: joins time and memory trials
     trial_id: str  # "<point_id>-<repeat>"
     repeat: int
@@ -143,8 +142,10 @@ class Record(TypedDict):
     outcome: OutcomeRecord
     time: TimeRecord | None  # null in the memory phase and where nothing was measured
     memory: MemoryRecord | None  # null in the time phase
-    telemetry: dict[str, Any] | None  # readings of the device sampler, each a value or {"unavailable": reason}
-    losses: list[float | None]  # every step in order, the first and warm-up steps included; null if not finite
+    telemetry: (
+        dict[str, Any] | None
+    )  # readings of the device sampler, each a value or {"unavailable": reason}
+    losses: list[float | None]  # every step in order, warm-up included; null if not finite
     facts: dict[str, Any]  # the workload's facts: n_atoms, msa_depth, parameters, model_flops_per_step…
     provenance: dict[str, Any]  # of the worker: torch, device name and uuid, threads, allocator, gc policy
     quality: list[str]  # flags such as "alloc_retries", "clock_backwards", "unsteady"

@@ -194,13 +194,13 @@ def text(raw: Any, what: str) -> Reading[str]:
     return str(raw).strip()
 
 
-def attempt(what: str, call: Callable[[], T]) -> Reading[T]:
-    """`call()`; whatever the vendor library raises becomes the reason.
+def attempt(what: str, call: Callable[..., T], *arguments: Any) -> Reading[T]:
+    """`call(*arguments)`; whatever the vendor library raises becomes the reason.
 
     Vendor bindings raise their own classes for "not supported", but also KeyError, AttributeError (an
     older library) and OSError; all mean that there is no reading, so all are caught and named.
     """
     try:
-        return call()
+        return call(*arguments)
     except Exception as error:
         return Unavailable(f"{what}: {type(error).__name__}: {error}".rstrip(": "))

@@ -6,7 +6,6 @@ here and nowhere else.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +60,11 @@ def _decoded(raw: Any) -> str:
     return raw.decode() if isinstance(raw, bytes) else str(raw)
 
 
+def _place(nvml: Any, handle: Any, parent_uuid: str) -> tuple[str, int, int]:
+    gpu, compute = nvml.nvmlDeviceGetGpuInstanceId(handle), nvml.nvmlDeviceGetComputeInstanceId(handle)
+    return parent_uuid, int(gpu), int(compute)
+
+
 def _slices(nvml: Any, parent: Any, parent_uuid: str) -> tuple[Candidate, ...]:
     """MIG instances of a GPU in MIG mode, in NVML's order; none where MIG is off or unknown."""
     mode = attempt("MIG mode", lambda: nvml.nvmlDeviceGetMigMode(parent)[0])
@@ -68,18 +72,11 @@ def _slices(nvml: Any, parent: Any, parent_uuid: str) -> tuple[Candidate, ...]:
         return ()
     found = []
     for index in range(int(nvml.nvmlDeviceGetMaxMigDeviceCount(parent))):
-        handle = attempt("MIG", functools.partial(nvml.nvmlDeviceGetMigDeviceHandleByIndex, parent, index))
+        handle = attempt("MIG", nvml.nvmlDeviceGetMigDeviceHandleByIndex, parent, index)
         if isinstance(handle, Unavailable):
             continue
         uuid = _decoded(nvml.nvmlDeviceGetUUID(handle))
-        place = attempt(
-            "MIG instance",
-            lambda handle=handle: (
-                parent_uuid,
-                int(nvml.nvmlDeviceGetGpuInstanceId(handle)),
-                int(nvml.nvmlDeviceGetComputeInstanceId(handle)),
-            ),
-        )
+        place = attempt("MIG instance", _place, nvml, handle, parent_uuid)
         found.append(Candidate(uuid, uuid, slice_of=None if isinstance(place, Unavailable) else place))
     return tuple(found)
 

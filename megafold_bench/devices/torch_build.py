@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megafold_bench.devices.base import Reading, Unavailable
 
@@ -70,7 +71,7 @@ def torch_build() -> Reading[TorchBuild]:
     return TorchBuild(version, facts.get("git_version"), facts.get("cuda"), facts.get("hip"), folder)
 
 
-def initialised_cuda() -> object | None:
+def initialised_cuda() -> Any:
     """``torch.cuda`` if this process has already initialised it, else None. Never imports or initialises."""
     torch = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)

@@ -1,0 +1,1 @@
+"""What is measured in a worker: step times, memory. The device sampler runs beside either."""
