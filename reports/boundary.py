@@ -1,4 +1,8 @@
-"""The memory boundary of each series, as far as a run's trials show it."""
+"""The memory boundary of each series, as far as a run's trials show it, whatever they were run for.
+
+The ends are those of `megafold_bench.boundary`: the longest success below every failure and the
+shortest failure above every success.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +55,8 @@ def boundaries(found: Iterable[Cell]) -> list[Boundary]:
         result.append(
             Boundary(
                 series=series,
-                max_ok=max(passed, default=None),
-                min_fail=min(failed, default=None),
+                max_ok=max((n for n in passed if not failed or n < min(failed)), default=None),
+                min_fail=min((n for n in failed if not passed or n > max(passed)), default=None),
                 other_end=f"{other.outcome.value} at {other.seq_len}" if other else "",
                 n_trials=sum(len(cell.statuses) for cell in group),
                 monotone=not (passed and failed) or max(passed) < min(failed),

@@ -14,7 +14,7 @@ import pandas as pd
 from megafold_bench.outcomes import Outcome
 from megafold_bench.records import Record
 from megafold_bench.statistics import Interval, hierarchical_interval, outliers
-from reports.energy import energy_per_step_j
+from reports.energy import step_energy
 from reports.units import bytes_text
 
 # Factors that may set series apart beside the variant. Length, phase, repeats and counts do not.
@@ -30,13 +30,11 @@ FLAG_MEANING = {
     "throttled": "the device lowered its clocks for more than 5 % of the time",
     "foreign_process": "another process used the device",
     "allocator_retries": "the allocator freed its cache and retried: slower than it should be",
-    "alloc_retries": "the allocator freed its cache and retried: slower than it should be",
     "unsteady": "step times still drifted by 2 % or more",
     "outliers": "some steps lie more than 10 scaled median deviations off (kept in all numbers)",
     "clock_backwards": "the system clock went backwards",
     "mixed_outcomes": "repeats of this point ended differently",
     "memory_varies": "peak memory differs between repeats by more than 2 MiB and 0.5 %",
-    "fixture": "made up for tests: nobody measured this",
 }
 
 
@@ -94,6 +92,7 @@ class Cell:
     memory_spread_bytes: int | None
     capacity_bytes: int | None
     energy_j: float | None
+    energy_method: str
     flags: tuple[str, ...]
 
     @property
@@ -219,11 +218,11 @@ def _capacity(records: Sequence[Record]) -> int | None:
 
 def _flags(records: Sequence[Record], times: Times | None, memory: Mapping[str, int | None], spread: int | None) -> tuple[str, ...]:  # fmt: skip
     flags = {flag for record in records for flag in record.get("quality") or []}
-    if any((record.get("provenance") or {}).get("fixture") for record in records):
-        flags.add("fixture")
+    if any(((record.get("telemetry") or {}).get("throttle_fraction") or 0) > 0.05 for record in records):
+        flags.add("throttled")
     if times is not None and any(outliers(process) for process in times.processes):
         flags.add("outliers")
-    if memory.get("alloc_retries") and "alloc_retries" not in flags:
+    if memory.get("alloc_retries"):
         flags.add("allocator_retries")
     if len({outcome_of(record).is_ok for record in records if outcome_of(record) not in NOT_RUN}) > 1:
         flags.add("mixed_outcomes")
@@ -238,7 +237,7 @@ def _cell(series: str, records: Sequence[Record]) -> Cell:
     times = _times(timed)
     memory, spread = _memory(records)
     outcome, detail = _worst(records)
-    energies = [e for e in (energy_per_step_j(r) for r in records) if e is not None]
+    energies = [e for e in (step_energy(r) for r in records if outcome_of(r).is_ok) if e is not None]
     first = records[0]
     return Cell(
         series=series,
@@ -256,7 +255,8 @@ def _cell(series: str, records: Sequence[Record]) -> Cell:
         memory=memory,
         memory_spread_bytes=spread,
         capacity_bytes=_capacity(records),
-        energy_j=float(np.median(energies)) if energies else None,
+        energy_j=float(np.median([e.joules for e in energies])) if energies else None,
+        energy_method="/".join(sorted({e.method for e in energies})),
         flags=_flags(records, times, memory, spread),
     )
 
@@ -303,6 +303,7 @@ def as_frame(found: Iterable[Cell]) -> pd.DataFrame:
                 "n_steps": time.n_steps if time else 0,
                 "gpu_step_time_median_s": cell.gpu_time_s, "data_wait_median_s": cell.data_wait_s,
                 "throughput_tokens_per_s": cell.tokens_per_s, "energy_per_step_j": cell.energy_j,
+                "energy_method": cell.energy_method,
                 **cell.memory, "peak_memory_spread_bytes": cell.memory_spread_bytes,
                 "capacity_bytes": cell.capacity_bytes, "flags": ";".join(cell.flags),
             }  # fmt: skip

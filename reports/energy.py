@@ -1,36 +1,31 @@
-"""Energy of a step from a record's telemetry, whichever way the device could give it."""
+"""Energy of a step from a record's telemetry."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from megafold_bench.records import Record
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or value is None:
-        return None
-    if isinstance(value, int | float):
-        return float(value)
-    if isinstance(value, list):  # one value for each device
-        parts = [_number(part) for part in value]
-        known = [part for part in parts if part is not None]
-        return sum(known) if known and len(known) == len(parts) else None
-    if isinstance(value, Mapping):
-        for key in ("value", "median", "gpu", "total"):
-            if key in value:
-                return _number(value[key])
-    return None
+@dataclass(frozen=True)
+class StepEnergy:
+    """Joules of one training step; `method` is ``"counter"`` or ``"integrated"`` (power over time)."""
+
+    joules: float
+    method: str
 
 
-def energy_per_step_j(record: Record) -> float | None:
-    """Joules of one training step over all devices of the trial; None where no counter gave them.
+def step_energy(record: Record) -> StepEnergy | None:
+    """Energy of one measured step of a time trial, or None where the device gave none.
 
-    Reads ``telemetry.energy_per_step_j``: a number, a list with one for each device, or a mapping that
-    holds either under ``value`` or ``gpu``. A counter that telemetry marks as not valid does not count.
+    Telemetry holds the energy of the whole steady window, in which the measured steps ran back to back.
+    A counter that failed its check against integrated power does not count; the integral does.
     """
-    telemetry = record.get("telemetry") or {}
-    if telemetry.get("energy_counter_valid") is False:
+    if record["factors"]["phase"] != "time":
         return None
-    return _number(telemetry.get("energy_per_step_j"))
+    energy = (record.get("telemetry") or {}).get("energy") or {}
+    joules, method = energy.get("energy_j"), energy.get("method") or ""
+    steps = len(((record.get("time") or {}).get("samples") or {}).get("step_time_s") or [])
+    if joules is None or not steps or (method == "counter" and energy.get("valid") is False):
+        return None
+    return StepEnergy(joules / steps, method)

@@ -16,37 +16,40 @@ from reports.frame import load_run, samples, trials
 FORMATS = ("csv", "json", "parquet")
 
 
-def export(run_dir: Path, fmt: str = "csv", out: Path | None = None) -> list[Path]:
-    """Write ``trials``, ``points`` and ``samples`` of a run in `fmt`; into ``exports/`` unless `out` is given.
+def export_run(run_dir: Path, fmt: str = "csv", out: Path | None = None) -> Path:
+    """Write the trials of a run in `fmt` to the file `out`, by default in the run's ``exports``.
 
-    Trials are one row per trial with dotted column names, points one row per series and length,
-    samples one row per raw step time. JSON writes them as one file of records, parquet needs pyarrow.
-    Raises `UserError` for an unknown format, a missing pyarrow or a folder that cannot be written.
+    CSV and parquet hold one row per trial with dotted column names; beside the file stand ``…_points``
+    (a row for each series and length) and ``…_samples`` (one for each raw step time). JSON holds the
+    manifest, the whole records and the points in one file. Returns the path of the main file. Raises
+    `UserError` for an unknown format, a missing pyarrow or a place that cannot be written.
     """
     if fmt not in FORMATS:
         raise UserError(f"unknown export format {fmt!r}: choose from {', '.join(FORMATS)}")
     if fmt == "parquet" and find_spec("pyarrow") is None:
         raise UserError('parquet needs pyarrow: python -m pip install "megafold-bench[parquet]"')
     run = load_run(run_dir)
-    folder = make_folder(out or run_dir / "exports")
+    path = out or run_dir / "exports" / f"trials.{fmt}"
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file, such as {path / f'trials.{fmt}'}")
+    make_folder(path.parent)
+    points = as_frame(cells(run.records))
     if fmt == "json":
-        points = as_frame(cells(run.records))
         content = {
             "manifest": run.manifest,
             "trials": list(run.records),
             "points": json.loads(points.to_json(orient="records", double_precision=15)),
         }
-        return [write_text(folder / "run.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")]
-    frames = {"trials": trials(run), "points": as_frame(cells(run.records)), "samples": samples(run)}
-    paths = []
-    for name, frame in frames.items():
-        path = folder / f"{name}.{fmt}"
+        return write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    stem = "" if out is None else f"{path.stem}_"
+    beside = {"points": points, "samples": samples(run)}
+    targets = {path: trials(run), **{path.with_name(f"{stem}{name}{path.suffix}"): f for name, f in beside.items()}}
+    for target, frame in targets.items():
         if fmt == "csv":
-            write_text(path, frame.to_csv(index=False))
+            write_text(target, frame.to_csv(index=False))
         else:
-            _write_parquet(frame, path)
-        paths.append(path)
-    return paths
+            _write_parquet(frame, target)
+    return path
 
 
 def _write_parquet(frame: pd.DataFrame, path: Path) -> None:

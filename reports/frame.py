@@ -35,7 +35,10 @@ class Run:
     def provenance(self) -> Provenance:
         """Where the run was measured: of its newest record that has any, with the manifest behind it."""
         newest = next((r["provenance"] for r in reversed(self.records) if r.get("provenance")), {})
-        return Provenance.gather(newest, self.manifest.get("environment") or {})
+        spec = self.manifest.get("spec") or {}
+        asked = spec.get("device") or (spec.get("base") or {}).get("device")
+        device = self.records[0]["factors"]["device"] if self.records else asked
+        return Provenance.gather(newest, self.manifest.get("environment") or {}, device or "cuda")
 
 
 def load_run(run_dir: Path) -> Run:

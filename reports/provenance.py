@@ -8,21 +8,22 @@ from typing import Any
 
 # Where each fact stands. The first path that leads to a value wins; the record is asked before the manifest.
 _PATHS: dict[str, tuple[str, ...]] = {
-    "device": ("device.name", "gpu.name", "device_name", "gpu_name", "devices.name", "gpus.name", "cpu.model", "cpu.name", "cpu"),
-    "vendor": ("device.vendor", "gpu.vendor", "gpu_vendor", "vendor", "devices.vendor", "gpus.vendor"),
-    "driver": ("device.driver", "gpu.driver", "driver", "driver_version", "devices.driver", "gpus.driver"),
-    "uuid": ("device.uuid", "gpu.uuid", "device_uuid", "devices.uuid", "gpus.uuid"),
-    "toolkit": ("cuda", "rocm", "hip", "cuda_version", "rocm_version", "versions.cuda", "versions.rocm"),
-    "torch": ("torch.version", "torch_version", "versions.torch", "torch"),
-    "triton": ("triton.version", "triton_version", "versions.triton", "triton"),
-    "python": ("python.version", "python_version", "versions.python", "python"),
-    "version": ("megafold_bench.version", "megafold_bench", "versions.megafold_bench", "version"),
-    "commit": ("commit.hash", "commit", "git.commit", "source.commit"),
-    "dirty": ("commit.dirty", "git.dirty", "source.dirty", "dirty"),
-    "host": ("host", "hostname", "host_name", "hostname_hash", "host_hash"),
-    "cpu": ("cpu.model", "cpu.name", "cpu_model", "cpu"),
+    "device": ("device_name", "gpus.name"),
+    "vendor": ("gpus.vendor",),
+    "driver": ("gpus.driver",),
+    "uuid": ("device_uuid", "gpus.uuid"),
+    "toolkit": ("cuda", "hip", "software.torch.cuda", "software.torch.hip"),
+    "torch": ("torch", "software.torch.version"),
+    "triton": ("triton", "software.triton"),
+    "python": ("python", "software.python"),
+    "version": ("source.version",),
+    "commit": ("source.commit",),
+    "dirty": ("source.dirty",),
+    "host": ("host.name_hash",),
+    "cpu": ("cpu.model", "cpu.name"),
     "fixture": ("fixture",),
-}  # fmt: skip
+}
+_CPU_PATHS = {"device": ("device_name", "cpu.model", "cpu.name"), "vendor": (), "driver": (), "uuid": (), "toolkit": ()}
 
 
 def _lookup(tree: Any, path: str) -> Any:
@@ -65,9 +66,13 @@ class Provenance:
     fixture: str
 
     @classmethod
-    def gather(cls, record: Mapping[str, Any], environment: Mapping[str, Any]) -> Provenance:
-        """Facts of a record's provenance, with the manifest's environment behind it."""
-        return cls(**{name: _first((record, environment), paths) for name, paths in _PATHS.items()})
+    def gather(cls, record: Mapping[str, Any], environment: Mapping[str, Any], device: str) -> Provenance:
+        """Facts of a record's provenance, with the manifest's environment behind it.
+
+        `device` is the factor (``"cpu"`` or ``"cuda"``): a run on the CPU names no GPU that stood idle.
+        """
+        paths = {**_PATHS, **_CPU_PATHS} if device == "cpu" else _PATHS
+        return cls(**{name: _first((record, environment), where) for name, where in paths.items()})
 
     @property
     def short_commit(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +23,7 @@ def _spread(cell: Cell) -> str:
     if cell.time is None or cell.time.median == 0:
         return ""
     half = max(cell.time.interval.hi - cell.time.median, cell.time.median - cell.time.interval.lo)
-    return f" ± {significant(100 * half / cell.time.median, 2)} %"
+    return f"{significant(100 * half / cell.time.median, 2)} %"
 
 
 def _marks(cell: Cell, numbers: dict[str, int]) -> str:
@@ -56,7 +57,8 @@ def _table(found: list[Cell], numbers: dict[str, int], narrow: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1) if narrow else (0, 2))
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("variant", overflow="fold")
-    table.add_column("step (median)" if not narrow else "step", justify="right", overflow="fold")
+    table.add_column("step (median)" if not narrow else "step", justify="right", no_wrap=True)
+    table.add_column("±", justify="right", no_wrap=True)
     memory_names = ["allocated", "reserved", "device"] if on_device else ["host peak"]
     for name in memory_names[1:2] if narrow and on_device else memory_names:
         table.add_column(name, justify="right", no_wrap=not narrow)
@@ -72,9 +74,9 @@ def _table(found: list[Cell], numbers: dict[str, int], narrow: bool) -> Table:
         fields = fields[1:2] if narrow else fields
         shown = [bytes_text(cell.memory.get(field)) for field in fields if on_device]
         shown = shown or [bytes_text(cell.memory.get("host_rss_peak_bytes"))]
-        time = seconds_text(cell.time.median) + _spread(cell) if cell.time else DASH
+        time = seconds_text(cell.time.median) if cell.time else DASH
         table.add_row(
-            length, escape(cell.series), time, *shown, _speed_up(cell, references.get(cell.seq_len)),
+            length, escape(cell.series), time, _spread(cell), *shown, _speed_up(cell, references.get(cell.seq_len)),
             _ending(cell) + _marks(cell, numbers),
         )  # fmt: skip
         previous = cell.seq_len
@@ -84,7 +86,8 @@ def _table(found: list[Cell], numbers: dict[str, int], narrow: bool) -> Table:
 def _progress(run: Run) -> str:
     """What is still to come, where the manifest says how many trials were planned."""
     spec = run.manifest.get("spec") or {}
-    planned = next((spec[key] for key in ("n_trials", "trials") if isinstance(spec.get(key), int)), None)
+    parts = [len(spec.get("variants") or ()), len(spec.get("seq_lens") or ()), spec.get("repeats") or 0]
+    planned = 2 * math.prod(parts) or None  # a time and a memory trial of each
     done = len(run.records)
     if planned is None or done >= planned:
         return f"{done} trials"
