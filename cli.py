@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import warnings
@@ -299,7 +300,8 @@ def _print_run(path: Path) -> None:
     figures = plot_run(path)
     typer.echo(f"records: {path / 'results.jsonl'}")
     if figures:
-        typer.echo(f"figures: {figures[0].parent} ({', '.join(figure.name for figure in figures)})")
+        names = ", ".join(dict.fromkeys(figure.stem for figure in figures))
+        typer.echo(f"figures: {figures[0].parent} ({names})")
 
 
 def _require_run(path: Path) -> None:
@@ -413,11 +415,9 @@ def variants() -> None:
 @app.command()
 def show(run: RunArgument) -> None:
     """The table of a finished or running sweep."""
+    _require_run(run)
     from reports.tables import print_table
 
-    from megafold_bench.records import read_manifest
-
-    read_manifest(run)
     print_table(run, _console())
 
 
@@ -427,11 +427,9 @@ def plot(
     published: Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")] = False,
 ) -> None:
     """Figures (SVG, PDF, PNG) and, beside each, the CSV it was drawn from."""
+    _require_run(run)
     from reports.figures import plot_run
 
-    from megafold_bench.records import read_manifest
-
-    read_manifest(run)
     for path in plot_run(run, published=published):
         typer.echo(str(path))
 
@@ -443,10 +441,6 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
 ) -> None:
     """All records in one flat file."""
-    from reports.export import export_run
-
-    from megafold_bench.records import read_manifest
-
     if format_ not in ("csv", "json", "parquet"):
         raise UserError(f"--format {format_}: choose csv, json or parquet")
     _require_run(run)
@@ -502,10 +496,6 @@ def compare(
     fail_above: Annotated[str | None, typer.Option(help="Exit with 1 if slower by more, as 5%.")] = None,
 ) -> None:
     """The same points of two runs side by side: ratios with intervals."""
-    from reports.compare import compare as compare_runs
-
-    from megafold_bench.records import read_manifest
-
     threshold = _fraction(fail_above) if fail_above is not None else None
     for run in (run_a, run_b):
         _require_run(run)
@@ -533,12 +523,10 @@ def report(
     html: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML file: summary, boundary, time, memory, environment, how to reproduce."""
+    for run in runs:
+        _require_run(run)
     from reports.html import write_report
 
-    from megafold_bench.records import read_manifest
-
-    for run in runs:
-        read_manifest(run)
     write_report(runs, html)
     typer.echo(str(html))
 
@@ -565,7 +553,8 @@ def main() -> NoReturn:
         describe = getattr(error, "format_message", None)
         if describe is None:
             raise
-        typer.echo(f"error: {describe()}", err=True)
+        given = shlex.join(sys.argv[1:])
+        typer.echo(f"error: {describe()} (in: {given}; see --help)".replace("\n", " "), err=True)
         sys.exit(EXIT_USER_ERROR)
     sys.exit(code if isinstance(code, int) else 0)
 
