@@ -254,7 +254,8 @@ def sweep(
     if find_boundary:
         from megafold_bench.boundary import BoundarySpec
 
-        _run_boundary(BoundarySpec(spec), path.with_name(path.name + "-boundary"), resume)
+        beside = path.with_name(path.name + "-boundary")
+        _run_boundary(BoundarySpec(spec), beside, resume and beside.exists())
     _print_run(path)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import time
+from typing import ClassVar
 
 import pytest
 
@@ -12,7 +13,7 @@ from megafold_bench.outcomes import NonFiniteLossError
 class Slow:
     """Each part of a step sleeps for a time of its own."""
 
-    facts: dict = {}
+    facts: ClassVar[dict[str, int]] = {}
 
     def load(self):
         time.sleep(0.01)
@@ -63,7 +64,7 @@ def test_device_events_time_the_transfer_and_the_step():
 
 
 class Losses:
-    facts: dict = {}
+    facts: ClassVar[dict[str, int]] = {}
 
     def __init__(self, losses):
         self._losses = iter(losses)
