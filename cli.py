@@ -1,0 +1,564 @@
+"""The command line: parses, calls, prints. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from megafold_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megafold_bench.boundary import BoundarySpec
+    from megafold_bench.records import Record
+    from megafold_bench.sweep import SweepSpec
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+app = typer.Typer(
+    help="Measure AlphaFold3-class training: time, memory and where it runs out, per variant and length.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+Variants = Annotated[str | None, typer.Option(help="Names, separated by commas: see `variants`.")]
+SeqLens = Annotated[str | None, typer.Option(help='Tokens: "64:256:64" (first:last:step) or "384,512".')]
+Preset = Annotated[str | None, typer.Option(help="Model dimensions: tiny, small or af3.")]
+Input = Annotated[Path | None, typer.Option("--input", help="A structure (mmCIF) or a folder with one.")]
+Msa = Annotated[list[str] | None, typer.Option(help="CHAIN=FILE.a3m; repeat for each chain.")]
+Template = Annotated[list[str] | None, typer.Option(help="CHAIN=FILE.cif; repeat for each.")]
+Timeout = Annotated[float | None, typer.Option(help="Wall limit of a trial in seconds.")]
+Out = Annotated[Path | None, typer.Option(help="The run folder; runs/<kind>-<time> if not given.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="With --resume: run crashed, hung and timed-out trials again.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the trials and run none.")]
+Cycles = Annotated[int | None, typer.Option(help="Recycling cycles.")]
+DiffusionSamples = Annotated[int | None, typer.Option(help="Noised copies per step.")]
+MsaRows = Annotated[int | None, typer.Option(help="Alignment rows per cycle.")]
+Precision = Annotated[str | None, typer.Option(help="Precision policy of the variant.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights, crop and noise.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda (also ROCm).")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--option", help="KEY=VALUE, passed to the variant; repeat for each.")
+]
+
+
+def _parse_scalar(text: str) -> str | int | float | bool | None:
+    words: dict[str, bool | None] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _pairs(values: list[str] | None, flag: str, form: str) -> list[tuple[str, str]]:
+    pairs = []
+    for value in values or []:
+        name, separator, rest = value.partition("=")
+        if not (separator and name and rest):
+            raise UserError(f"{flag} {value}: write {form}")
+        pairs.append((name, rest))
+    return pairs
+
+
+def _existing(path: Path, flag: str) -> str:
+    if not path.exists():
+        raise UserError(f"{flag} {path}: there is no such file; check the path")
+    return str(path.resolve())
+
+
+def _files(values: list[str] | None, flag: str, form: str) -> str | None:
+    named = [f"{chain}={_existing(Path(path), flag)}" for chain, path in _pairs(values, flag, form)]
+    return ";".join(named) or None
+
+
+def _options(
+    preset: str | None,
+    input_: Path | None,
+    msa: list[str] | None,
+    template: list[str] | None,
+    settings: list[str] | None,
+    **others: int | str | None,
+) -> dict[str, Any]:
+    """What goes to the variant: named flags, then ``--option``."""
+    named: dict[str, Any] = {
+        "preset": preset,
+        "input": _existing(input_, "--input") if input_ else None,
+        "msa": _files(msa, "--msa", "CHAIN=FILE.a3m"),
+        "template": _files(template, "--template", "CHAIN=FILE.cif"),
+        **others,
+    }
+    options = {name: value for name, value in named.items() if value is not None}
+    for name, value in _pairs(settings, "--option", "KEY=VALUE"):
+        options[name.replace("-", "_")] = _parse_scalar(value)
+    return options
+
+
+def _default_out(kind: str) -> Path:
+    return Path("runs") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _base_spec(device: str | None) -> SweepSpec:
+    """The sweep that is run when nothing is asked for."""
+    from megafold_bench import defaults
+    from megafold_bench.environment import detect_accelerator
+    from megafold_bench.measure.memory import allocator_setting
+    from megafold_bench.sweep import SweepSpec
+
+    kind = device or detect_accelerator()
+    return SweepSpec(
+        variants=defaults.VARIANTS,
+        seq_lens=defaults.SEQ_LENS.get(kind, ()),
+        device=kind,
+        options={"preset": defaults.PRESET.get(kind)},
+        alloc_conf=allocator_setting() or defaults.alloc_conf(kind),
+    )
+
+
+def _sweep_spec(out: Path | None, resume: bool, asked: dict[str, Any], options: dict[str, Any]) -> SweepSpec:
+    """Defaults, or what a run to be resumed asked for, with what the command line names on top."""
+    from dataclasses import replace
+
+    from megafold_bench.records import read_manifest
+    from megafold_bench.sweep import SweepSpec, parse_seq_lens
+
+    if resume and out is None:
+        raise UserError("--resume needs the run folder: name it with --out")
+    given = {name: value for name, value in asked.items() if value is not None}
+    if "variants" in given:
+        given["variants"] = tuple(name.strip() for name in given["variants"].split(",") if name.strip())
+    if "seq_lens" in given:
+        given["seq_lens"] = parse_seq_lens(given["seq_lens"])
+    if resume and out is not None and out.exists():
+        base = SweepSpec.from_dict(read_manifest(out)["spec"])
+    else:
+        base = _base_spec(given.get("device"))
+    return replace(base, **given, options={**base.options, **options})
+
+
+def _refuse_unknown(names: tuple[str, ...]) -> None:
+    from megafold_bench import variants
+
+    for name in names:
+        variants.get(name)
+
+
+def _is_retriable(record: Record) -> bool:
+    from megafold_bench.outcomes import Outcome
+
+    retriable = (Outcome.CRASH, Outcome.HANG, Outcome.TIMEOUT, Outcome.ERROR, Outcome.SKIPPED_DOMINATED)
+    return Outcome(record["outcome"]["status"]) in retriable
+
+
+@contextmanager
+def _resumable(path: Path, command: str) -> Iterator[None]:
+    """Turn an interruption into a hint how to go on. The trial in progress has been ended by then."""
+    from megafold_bench.runs import resume_command
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        typer.echo(f"stopped; continue with: {resume_command(path, ('megafold-bench', command))}", err=True)
+        code = EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
+        raise typer.Exit(code if isinstance(code, int) else EXIT_TERMINATED) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@app.command()
+def sweep(
+    variants: Variants = None,
+    preset: Preset = None,
+    seq_lens: SeqLens = None,
+    input_: Input = None,
+    msa: Msa = None,
+    template: Template = None,
+    steps: Annotated[int | None, typer.Option(help="Measured steps per trial.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps before them, the first included.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Fresh processes per point.")] = None,
+    timeout: Timeout = None,
+    out: Out = None,
+    resume: Resume = False,
+    retry_failed: RetryFailed = False,
+    dry_run: DryRun = False,
+    find_boundary: Annotated[
+        bool, typer.Option("--find-boundary", help="Then search the longest length that trains.")
+    ] = False,
+    cycles: Cycles = None,
+    diffusion_samples: DiffusionSamples = None,
+    msa_rows: MsaRows = None,
+    precision: Precision = None,
+    seed: Seed = None,
+    device: Device = None,
+    settings: Settings = None,
+) -> None:
+    """Train a few steps per variant and length, each trial in a fresh process, and record them."""
+    from megafold_bench.sweep import plan
+
+    asked = {
+        "variants": variants,
+        "seq_lens": seq_lens,
+        "steps": steps,
+        "warmup": warmup,
+        "repeats": repeats,
+        "timeout_s": timeout,
+        "seed": seed,
+        "device": device,
+    }
+    options = _options(
+        preset,
+        input_,
+        msa,
+        template,
+        settings,
+        cycles=cycles,
+        diffusion_samples=diffusion_samples,
+        msa_rows=msa_rows,
+        precision=precision,
+    )
+    spec = _sweep_spec(out, resume, asked, options)
+    _refuse_unknown(spec.variants)
+    trials = plan(spec)
+    if dry_run:
+        for number, trial in enumerate(trials, start=1):
+            typer.echo(f"{number:4d}  {trial}  {trial.trial_id}")
+        return
+    path = out or _default_out("sweep")
+    _run_sweep(spec, path, resume, retry_failed)
+    if find_boundary:
+        from megafold_bench.boundary import BoundarySpec
+
+        beside = path.with_name(path.name + "-boundary")
+        _run_boundary(BoundarySpec(spec), beside, resume and beside.exists())
+    _print_run(path)
+
+
+def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool) -> None:
+    from megafold_bench.environment import collect
+    from megafold_bench.launchers import LocalLauncher
+    from megafold_bench.progress import LiveListener, PlainListener
+    from megafold_bench.runs import RunFolder
+    from megafold_bench.sweep import SAMPLE_INTERVAL_S, Runner, plan, run_plan
+
+    console = _console()
+    trials = plan(spec)
+    with ExitStack() as stack:
+        folder = stack.enter_context(
+            RunFolder.open(path, kind="sweep", spec=spec.as_dict(), environment=collect, resume=resume)
+        )
+        stack.enter_context(_resumable(path, "sweep"))
+        live = console.is_terminal
+        listener = (
+            stack.enter_context(LiveListener(console, trials, folder.records))
+            if live
+            else PlainListener(console)
+        )
+        runner = Runner(
+            folder,
+            LocalLauncher(tick_s=1.0 if live else None),
+            listener,
+            spec.timeout_s,
+            SAMPLE_INTERVAL_S,
+            _is_retriable if retry_failed else lambda record: False,
+        )
+        left = [trial for trial in trials if runner.recorded(trial) is None]
+        if not left:
+            typer.echo(f"all {len(trials)} trials of {path} are recorded already")
+        run_plan(trials, runner)
+
+
+def _print_run(path: Path) -> None:
+    from reports.figures import plot_run
+    from reports.tables import print_table
+
+    print_table(path, _console())
+    figures = plot_run(path)
+    typer.echo(f"records: {path / 'results.jsonl'}")
+    if figures:
+        names = ", ".join(dict.fromkeys(figure.stem for figure in figures))
+        typer.echo(f"figures: {figures[0].parent} ({names})")
+
+
+def _require_run(path: Path) -> None:
+    """Raise `UserError` unless `path` is a run folder that this version can read."""
+    from megafold_bench.records import read_manifest
+
+    read_manifest(path)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+@app.command()
+def boundary(
+    variants: Variants = None,
+    preset: Preset = None,
+    granularity: Annotated[int, typer.Option(help="The grid: lengths are multiples of this.")] = 32,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Capacities of smaller cards to emulate: 40GiB,64GiB,80GiB.")
+    ] = None,
+    start: Annotated[int | None, typer.Option(help="First length to try.")] = None,
+    longest: Annotated[int, typer.Option(help="No length above this is tried.")] = 8192,
+    confirm: Annotated[int, typer.Option(help="Trials at each end of the boundary.")] = 2,
+    gpus: Annotated[int, typer.Option(help="GPUs per trial.")] = 1,
+    input_: Input = None,
+    msa: Msa = None,
+    template: Template = None,
+    timeout: Timeout = None,
+    out: Out = None,
+    resume: Resume = False,
+    cycles: Cycles = None,
+    diffusion_samples: DiffusionSamples = None,
+    msa_rows: MsaRows = None,
+    precision: Precision = None,
+    seed: Seed = None,
+    device: Device = None,
+    settings: Settings = None,
+) -> None:
+    """Find the longest sequence that trains and the shortest that does not, per variant."""
+    from megafold_bench.boundary import BoundarySpec, parse_sizes
+    from megafold_bench.records import read_manifest
+
+    if resume and out is not None:
+        spec = BoundarySpec.from_dict(read_manifest(out)["spec"])
+        _run_boundary(spec, out, resume=True)
+        return
+    if gpus != 1:
+        raise UserError(f"--gpus {gpus}: one GPU per trial is what boundary measures; leave it at 1")
+    asked = {"variants": variants, "timeout_s": timeout, "seed": seed, "device": device}
+    options = _options(
+        preset,
+        input_,
+        msa,
+        template,
+        settings,
+        cycles=cycles,
+        diffusion_samples=diffusion_samples,
+        msa_rows=msa_rows,
+        precision=precision,
+    )
+    base = _sweep_spec(out, resume, asked, options)
+    _refuse_unknown(base.variants)
+    limits = parse_sizes(memory_limit) if memory_limit else (None,)
+    spec = BoundarySpec(base, granularity, limits, start, longest, confirm)
+    _run_boundary(spec, out or _default_out("boundary"), resume)
+
+
+def _run_boundary(spec: BoundarySpec, path: Path, resume: bool) -> None:
+    from megafold_bench.boundary import describe, find_boundaries
+    from megafold_bench.environment import collect
+    from megafold_bench.launchers import LocalLauncher
+    from megafold_bench.progress import PlainListener
+    from megafold_bench.runs import RunFolder
+    from megafold_bench.sweep import SAMPLE_INTERVAL_S, Runner
+
+    with (
+        RunFolder.open(
+            path, kind="boundary", spec=spec.as_dict(), environment=collect, resume=resume
+        ) as folder,
+        _resumable(path, "boundary"),
+    ):
+        runner = Runner(
+            folder, LocalLauncher(), PlainListener(_console()), spec.base.timeout_s, SAMPLE_INTERVAL_S
+        )
+        found = find_boundaries(spec, runner)
+    for result in found:
+        typer.echo(describe(result))
+    typer.echo(f"records: {path / 'results.jsonl'}")
+
+
+@app.command()
+def variants() -> None:
+    """What is registered, what can be used on this machine, and why the rest cannot."""
+    from rich.table import Table
+
+    from megafold_bench import variants as registry
+    from megafold_bench.environment import detect_accelerator
+
+    device = detect_accelerator()
+    table = Table("variant", f"usable on {device}", "what it is")
+    for name in registry.names():
+        variant = registry.get(name)
+        support = variant.support(device)
+        table.add_row(name, "yes" if support.usable else f"no: {support.reason}", variant.summary)
+    _console().print(table)
+
+
+@app.command()
+def show(run: RunArgument) -> None:
+    """The table of a finished or running sweep."""
+    _require_run(run)
+    from reports.tables import print_table
+
+    print_table(run, _console())
+
+
+@app.command()
+def plot(
+    run: RunArgument,
+    published: Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")] = False,
+) -> None:
+    """Figures (SVG, PDF, PNG) and, beside each, the CSV it was drawn from."""
+    _require_run(run)
+    from reports.figures import plot_run
+
+    for path in plot_run(run, published=published):
+        typer.echo(str(path))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    format_: Annotated[str, typer.Option("--format", help="csv, json or parquet.")] = "csv",
+    out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
+) -> None:
+    """All records in one flat file."""
+    if format_ not in ("csv", "json", "parquet"):
+        raise UserError(f"--format {format_}: choose csv, json or parquet")
+    _require_run(run)
+    from reports.export import export_run
+
+    typer.echo(str(export_run(run, format_, out)))
+
+
+@app.command()
+def model(
+    preset: Annotated[str, typer.Option(help="tiny, small or af3.")] = "af3",
+    tokens: Annotated[int, typer.Option(help="Tokens of the step whose FLOPs are counted.")] = 384,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What is trained: dimensions, parameters by part, FLOPs of a step by part."""
+    import json
+
+    from baselines.af3.config import preset as config_of
+
+    from baselines.af3 import flops
+
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: give at least 1")
+    report = flops.report(config_of(preset), n_tokens=tokens)
+    if json_:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    for heading, values in report.items():
+        typer.echo(heading)
+        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            typer.echo(
+                f"  {name:40s} {value:,}" if isinstance(value, int | float) else f"  {name:40s} {value}"
+            )
+
+
+@app.command()
+def doctor() -> None:
+    """GPU, driver, torch, Triton, vendor libraries, allocator, disk: what will and will not work."""
+    from megafold_bench.doctor import doctor as examine
+
+    checks = examine()
+    for check in checks:
+        typer.echo(f"{check.status:8s} {check.name:24s} {check.detail}")
+        if check.remedy:
+            typer.echo(f"{'':33s} → {check.remedy}")
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The reference.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="What is compared with it.")],
+    by: Annotated[str, typer.Option(help="What the runs differ in: variant or gpu.")] = "variant",
+    fail_above: Annotated[str | None, typer.Option(help="Exit with 1 if slower by more, as 5%.")] = None,
+) -> None:
+    """The same points of two runs side by side: ratios with intervals."""
+    threshold = _fraction(fail_above) if fail_above is not None else None
+    for run in (run_a, run_b):
+        _require_run(run)
+    from reports.compare import compare as compare_runs
+
+    comparison = compare_runs(run_a, run_b, by=by, fail_above=threshold)
+    comparison.print(_console())
+    if comparison.failed:
+        raise typer.Exit(1)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / 100
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise UserError(f"--fail-above {text}: write a percentage such as 5%")
+    return value
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    html: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML file: summary, boundary, time, memory, environment, how to reproduce."""
+    for run in runs:
+        _require_run(run)
+    from reports.html import write_report
+
+    write_report(runs, html)
+    typer.echo(str(html))
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    sys.stderr.write(f"warning: {message}\n")
+
+
+def main() -> NoReturn:
+    """Run the command line: user errors end with one line and code 2, an interruption with 130."""
+    warnings.showwarning = _warn
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER_ERROR)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        # Typer's own usage errors; its copy of click is private, so they are known by what they can do.
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        given = shlex.join(sys.argv[1:])
+        typer.echo(f"error: {describe()} (in: {given}; see --help)".replace("\n", " "), err=True)
+        sys.exit(EXIT_USER_ERROR)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

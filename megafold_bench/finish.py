@@ -1,0 +1,52 @@
+"""Complete a worker's record: statistics of its raw samples, and flags that ask for care in reading it.
+
+Done by the sweep, not in the worker: it needs libraries that a measured process should not load.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from megafold_bench.measure.steps import SERIES
+from megafold_bench.records import Record, TimeRecord
+from megafold_bench.statistics import quality_flags, summarise
+
+
+def finish(record: Record) -> Record:
+    """Fill in the statistics and the quality flags, in place. Returns the record."""
+    if record["time"] is not None:
+        _summarise_times(record, record["time"])
+    retries = (record["memory"] or {}).get("alloc_retries") or 0
+    samples = record["time"]["samples"].get("step_time_s", []) if record["time"] else []
+    flags: list[str] = []
+    if samples:
+        flags += quality_flags(samples, allocator_retries=retries)
+    elif retries:
+        flags.append("allocator_retries")
+    if datetime.fromisoformat(record["ended_at"]) < datetime.fromisoformat(record["started_at"]):
+        flags.append("clock_backwards")
+    record["quality"] += [flag for flag in flags if flag not in record["quality"]]
+    return record
+
+
+def _summarise_times(record: Record, times: TimeRecord) -> None:
+    samples, warmup = times["samples"], times["warmup_samples"]
+    for name in SERIES:
+        values = samples.get(name)
+        times[name] = summarise(values).as_dict() if values else None  # type: ignore[literal-required]
+        if not values:
+            ended_early = name in warmup
+            record["unavailable"][f"time.{name}"] = (
+                "the trial ended before a measured step"
+                if ended_early
+                else "the device has no clock of its own: see step_time_s"
+            )
+    times["first_step_s"] = [*warmup["step_time_s"], *samples.get("step_time_s", [])][0]
+    times["steady_from_step"] = times["warmup_steps"]
+    summary = times["step_time_s"]
+    median = summary["median"] if summary else None
+    times["compile_s"] = None if median is None else max(0.0, times["first_step_s"] - median)
+    times["throughput_tokens_per_s"] = (
+        None if median is None else record["factors"]["seq_len_tokens"] / median
+    )
+    times["samples_per_s"] = None if median is None else 1.0 / median

@@ -1,0 +1,172 @@
+"""A figure in the paper's form: axes over sequence length, room for labels at the right, a caption below."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+from reports.figures.style import COLUMN_IN, FAINT, INK, Look
+
+CAPTION_PT = 5.0
+CAPTION_CHARACTERS = 104
+LEFT_IN, TOP_IN, AXIS_IN = 0.44, 0.24, 0.34
+LABEL_GAP_PT = 5.0
+
+
+def slug(text: str) -> str:
+    """`text` fit for an XML id: letters, digits, dots and dashes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+
+
+def text_size_in(text: str, points: float) -> tuple[float, float]:
+    """Width and height of a text in inches, from a canvas of its own."""
+    figure = Figure(figsize=(1, 1), dpi=72)
+    canvas = FigureCanvasAgg(figure)
+    box = figure.text(0, 0, text, fontsize=points).get_window_extent(canvas.get_renderer())
+    return box.width / 72, box.height / 72
+
+
+def wrap_caption(caption: str) -> list[str]:
+    """The caption in lines that fit the column."""
+    return textwrap.wrap(caption, CAPTION_CHARACTERS, break_long_words=True) or [""]
+
+
+def new_figure(title: str, caption: str, labels: Sequence[str], plot_height_in: float = 1.75) -> tuple[Figure, Axes]:
+    """One pair of axes at column width. `labels` are the texts that will stand right of them."""
+    lines = wrap_caption(caption)
+    caption_in = 0.085 * len(lines) + 0.05
+    label_in = max((text_size_in(label, 6)[0] for label in labels), default=0.0)
+    right_in = min(label_in + LABEL_GAP_PT / 72 + 0.06, 1.3)
+    plot_height_in = max(plot_height_in, 0.125 * len(labels) + 0.2)
+    height = TOP_IN + plot_height_in + AXIS_IN + caption_in
+    figure = Figure(figsize=(COLUMN_IN, height))
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes(
+        (
+            LEFT_IN / COLUMN_IN,
+            (AXIS_IN + caption_in) / height,
+            (COLUMN_IN - LEFT_IN - right_in) / COLUMN_IN,
+            plot_height_in / height,
+        )
+    )
+    axes.set_title(title, x=-0.4 / (COLUMN_IN - LEFT_IN - right_in))
+    figure.text(
+        0.04 / COLUMN_IN, 0.03 / height, "\n".join(lines), fontsize=CAPTION_PT, color=FAINT,
+        va="bottom", ha="left", linespacing=1.15, gid="caption",
+    )  # fmt: skip
+    return figure, axes
+
+
+def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    """A log2 axis with a tick at each measured length, labels thinned out where they would touch."""
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(lengths) / 1.07, max(lengths) * 1.07)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(set(lengths))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    kept = _thinned(axes, sorted(set(lengths)))
+    axes.set_xticks(sorted(set(lengths)), [str(n) if n in kept else "" for n in sorted(set(lengths))])
+    axes.set_xlabel("sequence length (tokens, log scale)", labelpad=2)
+
+
+def _thinned(axes: Axes, lengths: Sequence[int]) -> set[int]:
+    """Lengths whose labels fit side by side; the longest first, since it matters most."""
+    kept: list[tuple[float, float]] = []
+    chosen = set()
+    for n in reversed(lengths):
+        centre = axes.transData.transform((n, 0))[0]
+        half = text_size_in(str(n), 6)[0] * axes.figure.dpi / 2 + 2
+        if all(centre + half < lo or centre - half > hi for lo, hi in kept):
+            kept.append((centre - half, centre + half))
+            chosen.add(n)
+    return chosen
+
+
+def spread_apart(wanted: Sequence[float], size: float, low: float, high: float) -> list[float]:
+    """Positions as near to `wanted` as they can be with `size` between neighbours, within [low, high].
+
+    Neighbours that would touch form a block around the mean of their wishes; blocks that touch merge.
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    blocks: list[tuple[float, list[int]]] = []
+
+    def centre(members: list[int]) -> float:
+        mean = sum(wanted[i] for i in members) / len(members)
+        half = size * (len(members) - 1) / 2
+        return min(max(mean, low + half), max(high - half, low + half))
+
+    for i in order:
+        members = [i]
+        while blocks and centre(members) - blocks[-1][0] < size * (len(members) + len(blocks[-1][1])) / 2:
+            members = blocks.pop()[1] + members
+        blocks.append((centre(members), members))
+    result = [0.0] * len(wanted)
+    for middle, members in blocks:
+        for rank, i in enumerate(members):
+            result[i] = middle + size * (rank - (len(members) - 1) / 2)
+    return result
+
+
+def label_series(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Names right of the axes at their series' last points: (name, x, y in data, colour), never overlapping.
+
+    A name that had to move, or whose series ends early, gets a thin line to its point.
+    """
+    if not ends:
+        return
+    figure = axes.figure
+    point = figure.dpi / 72
+    frame = axes.get_window_extent()
+    places = [axes.transData.transform((x, y)) for _, x, y, _ in ends]
+    size = 8.0 * point
+    ys = spread_apart([place[1] for place in places], size, frame.y0 + size / 2, frame.y1 - size / 2)
+    for (name, x, y, colour), place, label_y in zip(ends, places, ys, strict=True):
+        moved = abs(label_y - place[1]) > 1.5 * point or frame.x1 - place[0] > 14 * point
+        axes.annotate(
+            name, (x, y), xytext=(frame.x1 + LABEL_GAP_PT * point, label_y), textcoords="figure pixels",
+            fontsize=6, color=colour, va="center", ha="left", annotation_clip=False, gid=slug(f"label-{name}"),
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2.5}
+            if moved else None,
+        )  # fmt: skip
+
+
+def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of texts of a figure whose boxes intersect by more than half a pixel each way."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    # Text's own extent: an annotation's would include the line to its point.
+    boxes = [
+        (text.get_text(), Text.get_window_extent(text, renderer))
+        for text in figure.findobj(Text)
+        if isinstance(text, Text) and text.get_text().strip() and text.get_visible()
+    ]
+    return [
+        (a, b)
+        for i, (a, first) in enumerate(boxes)
+        for b, second in boxes[i + 1 :]
+        if min(first.x1, second.x1) - max(first.x0, second.x0) > 0.5
+        and min(first.y1, second.y1) - max(first.y0, second.y0) > 0.5
+    ]
+
+
+def marker_style(look: Look, hollow: bool, paper: str) -> dict[str, object]:
+    """Keyword arguments of a marker: filled, or hollow where the point is doubtful."""
+    return {
+        "marker": look.marker,
+        "markerfacecolor": paper if hollow else look.colour,
+        "markeredgecolor": look.colour,
+        "linestyle": "none",
+    }
+
+
+def ink_label(axes: Axes, text: str) -> None:
+    """The quantity and unit of the y axis."""
+    axes.set_ylabel(text, labelpad=3, color=INK)

@@ -1,0 +1,109 @@
+"""A run folder in memory: its manifest, its valid records, and one table row per trial."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from megafold_bench.records import RESULTS_NAME, Manifest, Record, latest, read_manifest, read_results
+from reports.provenance import Provenance
+
+LONG_FIELDS = frozenset({"samples", "warmup_samples", "losses", "ranks", "log_tail"})
+"""Fields of a record that have no place in a table cell; exports keep them elsewhere."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `records` holds the latest attempt of each trial; `warnings` what could not be read."""
+
+    path: Path
+    manifest: Manifest
+    records: tuple[Record, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which is what people call a run."""
+        return self.path.resolve().name
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the run was measured: of its newest record that has any, with the manifest behind it."""
+        newest = next((r["provenance"] for r in reversed(self.records) if r.get("provenance")), {})
+        spec = self.manifest.get("spec") or {}
+        asked = spec.get("device") or (spec.get("base") or {}).get("device")
+        device = self.records[0]["factors"]["device"] if self.records else asked
+        return Provenance.gather(newest, self.manifest.get("environment") or {}, device or "cuda")
+
+
+def load_run(run_dir: Path) -> Run:
+    """Read a run folder, finished or still being written.
+
+    Lines that cannot be read become `Run.warnings`. Raises `UserError` if `run_dir` is no run folder or
+    is of a newer schema.
+    """
+    manifest = read_manifest(run_dir)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = read_results(run_dir / RESULTS_NAME)
+    return Run(run_dir, manifest, tuple(latest(records)), tuple(str(item.message) for item in caught))
+
+
+def _flatten(value: Mapping[str, Any], prefix: str, row: dict[str, Any]) -> None:
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        if key in LONG_FIELDS:
+            continue
+        if isinstance(item, Mapping):
+            _flatten(item, f"{name}.", row)
+        elif isinstance(item, list | tuple):
+            row[name] = ";".join(str(part) for part in item)
+        else:
+            row[name] = item
+
+
+def trials(run: Run) -> pd.DataFrame:
+    """One row per trial, columns by dotted path into the record (``time.step_time_s.median``), SI units.
+
+    Factors and the outcome lose their prefix where that is clear: ``variant``, ``seq_len_tokens``, ``status``.
+    """
+    rows = []
+    for record in run.records:
+        row: dict[str, Any] = {}
+        for key, item in record.items():
+            if key in LONG_FIELDS:
+                continue
+            if key in ("factors", "outcome") and isinstance(item, Mapping):
+                _flatten(item, "", row)
+            elif isinstance(item, Mapping):
+                _flatten(item, f"{key}.", row)
+            elif isinstance(item, list | tuple):
+                row[key] = ";".join(str(part) for part in item)
+            else:
+                row[key] = item
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def samples(run: Run) -> pd.DataFrame:
+    """Every raw time sample: one row per trial, quantity and step, in order, warm-up steps marked."""
+    rows = []
+    for record in run.records:
+        time = record.get("time") or {}
+        for warmup, group in ((True, "warmup_samples"), (False, "samples")):
+            for name, values in (time.get(group) or {}).items():
+                for step, value in enumerate(values):
+                    rows.append((record["trial_id"], record["factors"]["variant"],
+                                 record["factors"]["seq_len_tokens"], name, warmup, step, value))  # fmt: skip
+    columns = ["trial_id", "variant", "seq_len_tokens", "quantity", "warmup", "step", "value_s"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def load(run_dir: Path) -> pd.DataFrame:
+    """`trials` of the run folder `run_dir`."""
+    return trials(load_run(run_dir))

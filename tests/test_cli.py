@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+import cli
+
+ROOT = Path(cli.__file__).resolve().parent
+FAKES = ROOT / "tests" / "fakes"
+SMALL = ["--variants", "fake", "--device", "cpu", "--steps", "3", "--warmup", "1", "--repeats", "1"]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    inherited = [part for part in [os.environ.get("PYTHONPATH")] if part]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKES), str(ROOT), *inherited])}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, environment):
+    """Runs the command line in this process; returns exit code, stdout, stderr."""
+    monkeypatch.syspath_prepend(str(FAKES))
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+
+    def call_(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["megafold-bench", *map(str, arguments)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call_
+
+
+def run(environment, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import cli; cli.main()", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_help_is_quick_and_loads_nothing_heavy(environment):
+    code = (
+        "import sys, cli\n"
+        "sys.argv = ['megafold-bench', '--help']\n"
+        "try: cli.main()\n"
+        "finally: print('loaded', sorted({'torch', 'numpy', 'pandas', 'matplotlib', 'triton', 'click'} & set(sys.modules)))"
+    )
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        ended = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        times.append(time.perf_counter() - began)
+    assert "loaded []" in ended.stdout
+    commands = "sweep boundary variants show plot export model doctor compare report"
+    for command in commands.split(" "):
+        assert command in ended.stdout
+    assert min(times) < 0.5
+
+
+BAD = [
+    (["--seq-lens", "0"], "--seq-lens 0"),
+    (["--seq-lens", "10:1"], "--seq-lens 10:1"),
+    (["--seq-lens", "x"], "--seq-lens x"),
+    (["--variants", "nope"], "unknown variant 'nope': choose from fake"),
+    (["--variants", ","], "--variants"),
+    (["--preset", "huge"], "unknown preset 'huge': choose"),
+    (["--steps", "0"], "--steps 0"),
+    (["--warmup", "0"], "--warmup 0"),
+    (["--repeats", "0"], "--repeats 0"),
+    (["--timeout", "-1"], "--timeout -1"),
+    (["--steps", "many"], "many"),
+    (["--speed", "9"], "--speed"),
+    (["--device", "tpu"], "--device tpu"),
+    (["--input", "/no/such.cif"], "--input /no/such.cif"),
+    (["--msa", "A"], "--msa A"),
+    (["--msa", "A=/no/such.a3m"], "/no/such.a3m"),
+    (["--option", "speling=1"], "unknown option 'speling'"),
+    (["--option", "novalue"], "--option novalue"),
+    (["--out", "/proc/megafold/run"], "/proc/megafold/run"),
+    (["--resume"], "--out"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD)
+def test_bad_input_is_one_line_and_exit_code_two(call, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("sweep", *SMALL, "--seq-lens", "16", *arguments)
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_that_is_no_run_is_refused_untouched(call, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    code, _, err = call("sweep", *SMALL, "--seq-lens", "16", "--out", tmp_path)
+    assert code == 2 and "is not a run folder" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("command", ["show", "plot", "export", "report"])
+def test_commands_on_a_folder_that_is_no_run(call, tmp_path, command):
+    code, _, err = call(command, tmp_path / "none")
+    assert code == 2 and "does not exist" in err and len(err.splitlines()) == 1
+
+
+def test_compare_checks_its_threshold(call, tmp_path):
+    code, _, err = call("compare", tmp_path, tmp_path, "--fail-above", "lots")
+    assert code == 2 and "--fail-above lots" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--memory-limit", "40"], "--memory-limit 40"),
+        (["--memory-limit", "40GiB"], "needs a GPU"),
+        (["--granularity", "0"], "--granularity 0"),
+        (["--gpus", "8"], "--gpus 8"),
+    ],
+)
+def test_bad_boundary_input(call, tmp_path, arguments, words):
+    code, _, err = call(
+        "boundary", "--variants", "fake", "--device", "cpu", "--out", tmp_path / "run", *arguments
+    )
+    assert code == 2 and words in err and not (tmp_path / "run").exists()
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("sweep", *SMALL, "--seq-lens", "16,32", "--dry-run")
+    assert code == 0
+    assert [line.split()[2] for line in out.splitlines()] == ["N=16", "N=16", "N=32", "N=32"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_reach_the_variant(call, tmp_path):
+    code, out, _ = call("sweep", *SMALL, "--seq-lens", "16", "--option", "step-ms=2.5", "--dry-run")
+    _, plain, _ = call("sweep", *SMALL, "--seq-lens", "16", "--dry-run")
+    assert code == 0 and out != plain
+
+
+def test_boundary_prints_what_it_found(call, tmp_path):
+    arguments = ["boundary", "--variants", "fake", "--device", "cpu", "--longest", "256", "--start", "64"]
+    out_dir = tmp_path / "run"
+    code, out, _ = call(*arguments, "--option", "ending=oom_device@100", "--confirm", "1", "--out", out_dir)
+    assert code == 0
+    assert "fake: max_ok 96, min_fail 128, granularity 32" in out
+    lines = (out_dir / "results.jsonl").read_text().splitlines()
+    code, again, _ = call("boundary", "--out", out_dir, "--resume")
+    assert code == 0 and out.splitlines()[-2] in again
+    assert (out_dir / "results.jsonl").read_text().splitlines() == lines
+
+
+def test_variants_lists_what_is_registered(call):
+    code, out, _ = call("variants")
+    assert code == 0 and "fake-slow" in out and "sleeps" in out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_says_how_to_resume(environment, tmp_path, number, code):
+    out = tmp_path / "run"
+    arguments = ["sweep", *SMALL, "--seq-lens", "16", "--option", "ending=hang", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import cli; cli.main()", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 20
+    while not list(out.glob("logs/*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert f"megafold-bench sweep --out {out} --resume" in err
+    assert "Traceback" not in err
+
+
+def test_sweep_end_to_end(environment, tmp_path):
+    out = tmp_path / "run"
+    ended = run(environment, "sweep", *SMALL, "--seq-lens", "16:32:16", "--out", out)
+    assert ended.returncode == 0, ended.stderr
+    assert "[1/4] fake N=16 time #1: ok" in ended.stdout
+    assert "results.jsonl" in ended.stdout and "figures" in ended.stdout
+    assert len((out / "results.jsonl").read_text().splitlines()) == 4
+    assert json.loads((out / "manifest.json").read_text())["environment"]["source"]["version"]
+
+    again = run(environment, "sweep", "--out", out, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "all 4 trials" in again.stdout
+    without = run(environment, "sweep", *SMALL, "--seq-lens", "16:32:16", "--out", out)
+    assert without.returncode == 2 and "--resume" in without.stderr
+    other = run(environment, "sweep", "--seq-lens", "64", "--out", out, "--resume")
+    assert other.returncode == 2 and "seq_lens" in other.stderr
