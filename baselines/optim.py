@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 
+EMA_DECAY = 0.999
+"""Of the running mean of the weights, where it is switched on."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Adam as the AF3 supplement gives it (5.4)."""

@@ -203,6 +203,21 @@ class TrainingSession:
         return total + w.diffusion * losses["diffusion"] if "diffusion" in losses else total
 
 
+def loss_names(weights: LossWeights) -> list[str]:
+    """Names of the losses that have a weight."""
+    weighted = {
+        "distogram": weights.distogram,
+        "mse": weights.diffusion,
+        "bond": weights.diffusion * weights.bond,
+        "smooth_lddt": weights.diffusion * weights.smooth_lddt,
+        "plddt": weights.confidence,
+        "pde": weights.confidence,
+        "resolved": weights.confidence,
+        "pae": weights.confidence * weights.pae,
+    }
+    return [name for name, weight in weighted.items() if weight > 0]
+
+
 @dataclass(frozen=True)
 class NoisedSamples:
     """D training samples: moved truth and noisy input [D, A, 3], noise levels [D] in Å."""
