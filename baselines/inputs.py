@@ -34,7 +34,10 @@ def open_complex(factors: Mapping[str, Scalar], seq_len: int, seed: int) -> Comp
     named = factors.get("input")
     if named is None:
         return synthetic_complex(
-            seq_len, seed, msa_depth=2 * int(factors["msa_rows"] or 1), templates=int(factors["templates"] or 0)
+            seq_len,
+            seed,
+            msa_depth=2 * int(factors["msa_rows"] or 1),
+            templates=int(factors["templates"] or 0),
         )
     return _load(str(named), str(factors.get("msa") or ""), str(factors.get("template") or ""))
 
@@ -44,7 +47,9 @@ def check_input(factors: Mapping[str, Scalar], seq_len: int) -> None:
     if factors.get("input") is None:
         for name in ("msa", "template"):
             if factors.get(name):
-                raise UserError(f"{name} {factors[name]!r} needs a structure to belong to: name it with input")
+                raise UserError(
+                    f"{name} {factors[name]!r} needs a structure to belong to: name it with input"
+                )
         if seq_len < MIN_TOKENS:
             raise UserError(
                 f"sequence length {seq_len} is too short for the synthetic complex: give at least {MIN_TOKENS}"

@@ -143,7 +143,9 @@ class TrainingSession:
         with torch.set_grad_enabled(trains), self.config.precision.diffusion(self.device):
             return self._condition(features, leaves.s_inputs, leaves.s, leaves.z)
 
-    def _rollout(self, features: Features, trunk: TrunkOutput, conditioning: DiffusionConditioning, index: int) -> Tensor:
+    def _rollout(
+        self, features: Features, trunk: TrunkOutput, conditioning: DiffusionConditioning, index: int
+    ) -> Tensor:
         """One structure by a short reverse diffusion (Algorithm 18) without gradient, [A, 3] float32."""
 
         def denoise(x_noisy: Tensor, t_hat: Tensor) -> Tensor:
@@ -176,7 +178,12 @@ class TrainingSession:
         return {name: value.detach() for name, value in vars(losses).items()}
 
     def _diffusion(
-        self, features: Features, leaves: TrunkOutput, conditioning: DiffusionConditioning, labels: Labels, index: int
+        self,
+        features: Features,
+        leaves: TrunkOutput,
+        conditioning: DiffusionConditioning,
+        labels: Labels,
+        index: int,
     ) -> Losses:
         """Diffusion losses, chunk by chunk, each chunk's backward before the next one's forward."""
         config = self.config

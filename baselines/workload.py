@@ -99,7 +99,9 @@ def training_config(factors: Mapping[str, Scalar]) -> TrainingConfig:
         precision=precision_policy(str(factors["precision"])),
         checkpointing=check_mode(str(factors["checkpointing"])),
         weights=stage_weights(str(factors["stage"])),
-        optimizer=OptimizerConfig(ema_decay=EMA_DECAY if factors["ema"] else None),
+        optimizer=OptimizerConfig(
+            warmup_steps=whole("warmup_steps"), ema_decay=EMA_DECAY if factors["ema"] else None
+        ),
     )
 
 

@@ -23,6 +23,7 @@ def test_defaults_of_the_af3_preset(monkeypatch: pytest.MonkeyPatch):
         "stage": "initial",
         "attention": "sdpa",
         "crop": "spatial",
+        "warmup_steps": 1000,
         "ema": False,
     }
 
