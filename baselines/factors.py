@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from baselines.checkpointing import MODES
+from baselines.inputs import CROP_WEIGHTS, check_input
 from baselines.losses.weights import STAGES
 from baselines.precision import POLICIES
 from megafold_bench.errors import UserError
 from megafold_bench.variants import Scalar
 
+FILES = ("input", "msa", "template")
 PRESETS = ("tiny", "small", "af3")
-CROPS = ("contiguous", "spatial", "interface", "mixed")
 ATTENTION = ("sdpa", "softmax")
 
 
@@ -81,7 +82,8 @@ OPTIONS: dict[str, Whole | Choice | Flag] = {
     "checkpointing": Choice(MODES, tiny="none", small="block", af3="block"),
     "stage": Choice(tuple(STAGES), tiny="initial", small="initial", af3="initial"),
     "attention": Choice(ATTENTION, tiny="sdpa", small="sdpa", af3="sdpa"),
-    "crop": Choice(CROPS, tiny="contiguous", small="contiguous", af3="contiguous"),
+    "crop": Choice(tuple(CROP_WEIGHTS), tiny="spatial", small="spatial", af3="spatial"),
+    "warmup_steps": Whole(1, tiny=5, small=1000, af3=1000),
     "ema": Flag(False),
 }
 
@@ -91,9 +93,10 @@ def resolve_factors(options: Mapping[str, Scalar], seq_len: int) -> dict[str, Sc
 
     ``preset`` is ``af3`` where torch sees a GPU, else ``tiny``; without a GPU ``precision`` is ``fp32``.
     ``input`` is None for the synthetic complex. The diffusion chunk is at most the number of samples.
-    Raises `UserError` for an unknown option, an impossible value, or a length below 1.
+    Raises `UserError` for an unknown option, an impossible value, files that are missing or do not fit, or
+    a length that the input cannot give; to tell, it reads the files.
     """
-    known = ("preset", "input", *OPTIONS)
+    known = ("preset", *FILES, *OPTIONS)
     for name in options:
         if name not in known:
             raise UserError(f"unknown option {name!r}: choose from {', '.join(known)}")
@@ -103,7 +106,7 @@ def resolve_factors(options: Mapping[str, Scalar], seq_len: int) -> dict[str, Sc
     preset = options.get("preset") or ("af3" if on_gpu else "tiny")
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-    factors: dict[str, Scalar] = {"preset": preset, "input": options.get("input")}
+    factors: dict[str, Scalar] = {"preset": preset, **{name: options.get(name) for name in FILES}}
     for name, option in OPTIONS.items():
         value = options.get(name)
         if value is None:
@@ -112,6 +115,7 @@ def resolve_factors(options: Mapping[str, Scalar], seq_len: int) -> dict[str, Sc
                 value = "fp32"
         factors[name] = option.parse(name, value)
     factors["diffusion_chunk"] = min(_whole(factors, "diffusion_chunk"), _whole(factors, "diffusion_samples"))
+    check_input(factors, seq_len)
     return factors
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+EMA_DECAY = 0.999
+"""Of the running mean of the weights, where it is switched on."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -25,7 +25,10 @@ def repeatable(device: torch.device) -> Iterator[None]:
     """Deterministic operators on the CPU, where several threads otherwise add up gathered gradients in any
     order; on other devices nothing changes, because determinism there costs time that trainers do not pay.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
     try:

@@ -143,7 +143,9 @@ class TrainingSession:
         with torch.set_grad_enabled(trains), self.config.precision.diffusion(self.device):
             return self._condition(features, leaves.s_inputs, leaves.s, leaves.z)
 
-    def _rollout(self, features: Features, trunk: TrunkOutput, conditioning: DiffusionConditioning, index: int) -> Tensor:
+    def _rollout(
+        self, features: Features, trunk: TrunkOutput, conditioning: DiffusionConditioning, index: int
+    ) -> Tensor:
         """One structure by a short reverse diffusion (Algorithm 18) without gradient, [A, 3] float32."""
 
         def denoise(x_noisy: Tensor, t_hat: Tensor) -> Tensor:
@@ -176,7 +178,12 @@ class TrainingSession:
         return {name: value.detach() for name, value in vars(losses).items()}
 
     def _diffusion(
-        self, features: Features, leaves: TrunkOutput, conditioning: DiffusionConditioning, labels: Labels, index: int
+        self,
+        features: Features,
+        leaves: TrunkOutput,
+        conditioning: DiffusionConditioning,
+        labels: Labels,
+        index: int,
     ) -> Losses:
         """Diffusion losses, chunk by chunk, each chunk's backward before the next one's forward."""
         config = self.config
@@ -201,6 +208,21 @@ class TrainingSession:
         confidence = losses["plddt"] + losses["pde"] + losses["resolved"] + w.pae * losses["pae"]
         total = w.confidence * confidence + w.distogram * losses["distogram"]
         return total + w.diffusion * losses["diffusion"] if "diffusion" in losses else total
+
+
+def loss_names(weights: LossWeights) -> list[str]:
+    """Names of the losses that have a weight."""
+    weighted = {
+        "distogram": weights.distogram,
+        "mse": weights.diffusion,
+        "bond": weights.diffusion * weights.bond,
+        "smooth_lddt": weights.diffusion * weights.smooth_lddt,
+        "plddt": weights.confidence,
+        "pde": weights.confidence,
+        "resolved": weights.confidence,
+        "pae": weights.confidence * weights.pae,
+    }
+    return [name for name, weight in weighted.items() if weight > 0]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ def test_defaults_of_the_af3_preset(monkeypatch: pytest.MonkeyPatch):
     assert resolve_factors({}, 384) == {
         "preset": "af3",
         "input": None,
+        "msa": None,
+        "template": None,
         "cycles": 2,
         "diffusion_samples": 48,
         "diffusion_chunk": 4,
@@ -20,7 +22,8 @@ def test_defaults_of_the_af3_preset(monkeypatch: pytest.MonkeyPatch):
         "checkpointing": "block",
         "stage": "initial",
         "attention": "sdpa",
-        "crop": "contiguous",
+        "crop": "spatial",
+        "warmup_steps": 1000,
         "ema": False,
     }
 
@@ -53,6 +56,9 @@ def test_resolving_twice_changes_nothing():
         ({"stage": "second"}, 64, "'second'"),
         ({"ema": "maybe"}, 64, "'maybe'"),
         ({}, 0, "length 0"),
+        ({}, 7, "length 7"),
+        ({"msa": "A=x.a3m"}, 64, "needs a structure"),
+        ({"input": "missing.cif"}, 64, "missing.cif"),
     ],
 )
 def test_bad_options_are_named(options: dict, seq_len: int, message: str):

@@ -38,7 +38,9 @@ def tiny_without_unused_parameters() -> AF3Config:
     return replace(config, atom=atom, msa=replace(config.msa, last_block_updates_msa=False, blocks=2))
 
 
-def make_session(config: TrainingConfig = CONFIG, perturb: float = 0.02, seed: int = 1, device: torch.device = CPU) -> TrainingSession:
+def make_session(
+    config: TrainingConfig = CONFIG, perturb: float = 0.02, seed: int = 1, device: torch.device = CPU
+) -> TrainingSession:
     torch.manual_seed(0)
     model = AlphaFold3(tiny_without_unused_parameters())
     with torch.no_grad():
@@ -88,7 +90,9 @@ def test_gradient_is_the_slope_of_the_loss():
     """The pieces of backward add up: the slope along a trunk parameter's gradient, by finite differences."""
     session = make_session(replace(CONFIG, cycles=1))
     session.backward(make_features(), 0)
-    trunk = [p for n, p in session.model.named_parameters() if not n.startswith(("diffusion", "confidence_head"))]
+    trunk = [
+        p for n, p in session.model.named_parameters() if not n.startswith(("diffusion", "confidence_head"))
+    ]
     parameter = max(trunk, key=lambda p: p.grad.norm().item())
     slope = parameter.grad.norm().item()
     direction = parameter.grad / slope
@@ -162,7 +166,9 @@ def test_training_noise():
 
 
 def test_a_fixed_batch_is_learned():
-    config = replace(CONFIG, diffusion_samples=4, weights=STAGES["initial"], optimizer=OptimizerConfig(warmup_steps=5))
+    config = replace(
+        CONFIG, diffusion_samples=4, weights=STAGES["initial"], optimizer=OptimizerConfig(warmup_steps=5)
+    )
     session, features = make_session(config, perturb=0.0), make_features()
     losses = torch.stack([session.step(features, i)["distogram"] for i in range(20)])
     assert torch.isfinite(losses).all()

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-def count_waits(function) -> int:  # noqa: ANN001
+def count_waits(function) -> int:
     """Synchronising calls PyTorch itself reports while `function` runs."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
