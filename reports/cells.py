@@ -232,7 +232,8 @@ def _flags(records: Sequence[Record], times: Times | None, memory: Mapping[str, 
     return tuple(sorted(flags))
 
 
-def _cell(series: str, records: Sequence[Record]) -> Cell:
+def cell_of(series: str, records: Sequence[Record]) -> Cell:
+    """The cell that these records, all of one point, make together."""
     timed = [r for r in records if r["factors"]["phase"] == "time"]
     times = _times(timed)
     memory, spread = _memory(records)
@@ -274,7 +275,7 @@ def cells(records: Iterable[Record]) -> list[Cell]:
         parts = [_part(name, _value(record, group, name)) for group, name in varying]
         series = " · ".join([record["factors"]["variant"], *(part for part in parts if part)])
         groups.setdefault(series, {}).setdefault(record["factors"]["seq_len_tokens"], []).append(record)
-    return [_cell(series, lengths[n]) for series, lengths in groups.items() for n in sorted(lengths)]
+    return [cell_of(series, lengths[n]) for series, lengths in groups.items() for n in sorted(lengths)]
 
 
 def by_series(found: Iterable[Cell]) -> dict[str, list[Cell]]:

@@ -15,8 +15,9 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from reports.figures.style import COLUMN_IN, FAINT, INK, Look
 
 CAPTION_PT = 5.0
-CAPTION_CHARACTERS = 104
-LEFT_IN, TOP_IN, AXIS_IN = 0.44, 0.24, 0.34
+CAPTION_IN = COLUMN_IN - 0.1
+LONGEST_WORD = 60
+LEFT_IN, TOP_IN, AXIS_IN = 0.49, 0.24, 0.34
 LABEL_GAP_PT = 5.0
 
 
@@ -34,8 +35,20 @@ def text_size_in(text: str, points: float) -> tuple[float, float]:
 
 
 def wrap_caption(caption: str) -> list[str]:
-    """The caption in lines that fit the column."""
-    return textwrap.wrap(caption, CAPTION_CHARACTERS, break_long_words=True) or [""]
+    """The caption in lines that fit the column, by measured width."""
+    space = text_size_in("a a", CAPTION_PT)[0] - text_size_in("aa", CAPTION_PT)[0]
+    lines: list[str] = []
+    used = CAPTION_IN
+    for word in caption.split():
+        for piece in textwrap.wrap(word, LONGEST_WORD):
+            width = text_size_in(piece, CAPTION_PT)[0]
+            if not lines or used + space + width > CAPTION_IN:
+                lines.append(piece)
+                used = width
+            else:
+                lines[-1] += " " + piece
+                used += space + width
+    return lines or [""]
 
 
 def new_figure(title: str, caption: str, labels: Sequence[str], plot_height_in: float = 1.75) -> tuple[Figure, Axes]:
@@ -56,7 +69,7 @@ def new_figure(title: str, caption: str, labels: Sequence[str], plot_height_in: 
             plot_height_in / height,
         )
     )
-    axes.set_title(title, x=-0.4 / (COLUMN_IN - LEFT_IN - right_in))
+    axes.set_title(title, x=-(LEFT_IN - 0.04) / (COLUMN_IN - LEFT_IN - right_in))
     figure.text(
         0.04 / COLUMN_IN, 0.03 / height, "\n".join(lines), fontsize=CAPTION_PT, color=FAINT,
         va="bottom", ha="left", linespacing=1.15, gid="caption",
@@ -64,10 +77,13 @@ def new_figure(title: str, caption: str, labels: Sequence[str], plot_height_in: 
     return figure, axes
 
 
-def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    """A log2 axis with a tick at each measured length, labels thinned out where they would touch."""
+def length_axis(axes: Axes, lengths: Sequence[int], room_at_right: bool = False) -> None:
+    """A log2 axis with a tick at each measured length, labels thinned out where they would touch.
+
+    `room_at_right` leaves space behind the longest length, where failed series are hatched.
+    """
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(lengths) / 1.07, max(lengths) * 1.07)
+    axes.set_xlim(min(lengths) / 1.07, max(lengths) * (1.16 if room_at_right else 1.07))
     axes.xaxis.set_major_locator(FixedLocator(sorted(set(lengths))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -130,25 +146,35 @@ def label_series(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> N
     for (name, x, y, colour), place, label_y in zip(ends, places, ys, strict=True):
         moved = abs(label_y - place[1]) > 1.5 * point or frame.x1 - place[0] > 14 * point
         axes.annotate(
-            name, (x, y), xytext=(frame.x1 + LABEL_GAP_PT * point, label_y), textcoords="figure pixels",
+            name, (x, y), textcoords="axes fraction",
+            xytext=(1 + LABEL_GAP_PT * point / frame.width, (label_y - frame.y0) / frame.height),
             fontsize=6, color=colour, va="center", ha="left", annotation_clip=False, gid=slug(f"label-{name}"),
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2.5}
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2.5,
+                        "relpos": (0, 0.5)}
             if moved else None,
         )  # fmt: skip
 
 
 def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
-    """Pairs of texts of a figure whose boxes intersect by more than half a pixel each way."""
+    """Pairs of texts whose boxes intersect by more than half a pixel each way, and texts over the side edges."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
+    hidden = set()  # labels of ticks outside the limits exist but are not drawn
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            outside = [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
+            hidden |= {label for tick in outside for label in (tick.label1, tick.label2)}
     # Text's own extent: an annotation's would include the line to its point.
     boxes = [
         (text.get_text(), Text.get_window_extent(text, renderer))
         for text in figure.findobj(Text)
-        if isinstance(text, Text) and text.get_text().strip() and text.get_visible()
+        if isinstance(text, Text) and text.get_text().strip() and text.get_visible() and text not in hidden
     ]
-    return [
+    frame = figure.bbox.padded(0.5)
+    outside_frame = [(name, "the edge") for name, box in boxes if not frame.containsx(box.x0) or not frame.containsx(box.x1)]
+    return outside_frame + [
         (a, b)
         for i, (a, first) in enumerate(boxes)
         for b, second in boxes[i + 1 :]

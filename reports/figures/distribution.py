@@ -11,7 +11,7 @@ from reports.cells import Cell, by_series
 from reports.figures.canvas import LABEL_GAP_PT, ink_label, new_figure
 from reports.figures.style import FAINT, INK, looks
 
-STEPS_DRAWN_SOLID = 100
+FEW_STEPS = 30
 
 
 def distribution_figure(found: Sequence[Cell], caption: str) -> Figure:
@@ -36,9 +36,10 @@ def distribution_figure(found: Sequence[Cell], caption: str) -> Figure:
             steps = np.concatenate([np.asarray(process) for process in cell.time.processes])
             centre = lengths.index(cell.seq_len) + (rank - (len(series) - 1) / 2) * slot
             spread = np.linspace(-0.38, 0.38, steps.size) * slot if steps.size > 1 else np.zeros(1)
+            few = steps.size <= FEW_STEPS
             look, median = styles[name], cell.time.median
-            axes.plot(centre + spread, 100 * (steps / median - 1), linestyle="none", marker=".", markersize=1.6,
-                      markeredgewidth=0, color=look.colour, alpha=0.7 if steps.size <= STEPS_DRAWN_SOLID else 0.35)  # fmt: skip
+            axes.plot(centre + spread, 100 * (steps / median - 1), linestyle="none", marker=".", markersize=2.4 if few else 1.6,
+                      markeredgewidth=0, color=look.colour, alpha=0.7 if few else 0.4)  # fmt: skip
             axes.plot([centre] * 2, [100 * (q / median - 1) for q in (cell.time.q1, cell.time.q3)],
                       color=look.colour, linewidth=2.2, alpha=0.55, solid_capstyle="butt")  # fmt: skip
     axes.axhline(0, color=INK, linewidth=0.5)

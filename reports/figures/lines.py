@@ -68,7 +68,7 @@ def line_figure(quantity: Quantity, found: Sequence[Cell], caption: str) -> Figu
     labels = [name for name, group in drawn.items() if group] + [o.label for o in quantity.overlays]
     figure, axes = new_figure(quantity.title, caption, labels, 1.75 + 0.1 * len(failures))
     lengths = [c.seq_len for c in found] + [n for o in quantity.overlays for n in o.values]
-    length_axis(axes, lengths)
+    length_axis(axes, lengths, bool(failures))
     ink_label(axes, quantity.unit_label)
     _scale_y(axes, quantity, drawn, failures)
     ends = _draw_overlays(axes, quantity)

@@ -16,7 +16,7 @@ from reports.figures.style import styled
 from reports.frame import Run, load_run
 from reports.provenance import Provenance
 from reports.published import SOURCE, PublishedSeries, for_vendor
-from reports.units import bytes_text, bytes_unit, time_unit
+from reports.units import GIB, bytes_text, bytes_unit, time_unit
 
 CAPACITY_SHOWN_FROM = 0.35
 """The capacity rule is drawn once a peak reaches this share of it (or something ran out); below, it
@@ -120,7 +120,7 @@ def memory_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[Publish
     capacities = sorted({cell.capacity_bytes for cell in found if cell.capacity_bytes}) if on_device else []
     oom = any(cell.outcome.is_memory for cell in found)
     shown = [c for c in capacities if oom or highest >= CAPACITY_SHOWN_FROM * c]
-    unit, per_unit = bytes_unit(max([highest, *map(float, shown)]))
+    unit, per_unit = bytes_unit(max([highest, *map(float, shown)]) or GIB)
     quantity = Quantity(
         "Peak memory" if on_device else "Peak host memory",
         f"peak {'reserved' if on_device else 'resident'} ({unit})", peak, per_unit,
@@ -141,7 +141,9 @@ def memory_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[Publish
 def throughput_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[PublishedSeries] = ()) -> Drawing:
     """Tokens per second against length."""
     overlays = [Overlay(s.label, {n: n / t for n, t in s.step_time_s.items()}) for s in chosen]
-    quantity = Quantity("Throughput", "tokens per second", throughput, 1.0, overlays=overlays)
+    highest = max((e.value for e in map(throughput, found) if e), default=0.0)
+    unit, per_unit = ("thousand tokens per second", 1e3) if highest >= 1e4 else ("tokens per second", 1.0)
+    quantity = Quantity("Throughput", unit, throughput, per_unit, overlays=overlays)
     text = caption + "." + _note_on_statistics(found) + _note_on_flags(found) + _note_on_published(chosen)
     extra = pd.DataFrame(
         [
