@@ -1,7 +1,7 @@
 """Sequence-local atom attention (Alg 7) and the atom encoder (Alg 5) and decoder (Alg 6) built on it.
 
 Atoms are one flat list of A, a multiple of the query window. Window w holds the queries 32w … 32w+31
-and attends to the 128 atoms centred on them. Projections are made per atom, before windows are cut, so
+and attends to the 128 atoms centred on them (at the ends see `AtomConfig.edge_windows`). Projections are made per atom, before windows are cut, so
 overlapping windows share them.
 """
 
@@ -30,38 +30,45 @@ Features = Mapping[str, Tensor]
 ELEMENTS, NAME_CHARACTERS, NAME_LENGTH = 128, 64, 4
 
 
-def query_windows(x: Tensor, queries: int) -> Tensor:
-    """[..., A, c] to [..., W, queries, c], a view."""
-    return x.unflatten(-2, (-1, queries))
-
-
-def key_windows(x: Tensor, queries: int, keys: int, fill: float = 0.0) -> Tensor:
-    """[..., A, c] to [..., W, keys, c]: for each query window the `keys` atoms centred on it.
-
-    Positions before the first and after the last atom hold `fill`. Windows are views of one padded copy.
-    """
-    margin = (keys - queries) // 2
-    padded = F.pad(x, (0, 0, margin, margin), value=fill)
-    return padded.unfold(-2, keys, queries).transpose(-1, -2)
-
-
 class WindowLayout(NamedTuple):
-    """What the windows of a crop need besides values."""
+    """Which atoms each window's queries and keys are."""
 
     atom_to_token: Tensor
     """[A] int64."""
     atom_mask: Tensor
     """[A] bool."""
+    key_atom: Tensor
+    """[W, keys] int64: the atom of each key."""
     key_mask: Tensor
-    """[W, keys] bool: an atom is there and is not padding."""
+    """[W, keys] bool: the key exists and is not padding."""
 
 
 def window_layout(features: Features, config: AtomConfig) -> WindowLayout:
-    """The layout of the atoms of `features`."""
+    """The layout of the atoms of `features`, whose padding comes last.
+
+    Computed on the device: where the last real atom is never reaches the host.
+    """
     mask = features["atom_mask"]
-    as_float = mask.to(torch.float32).unsqueeze(-1)
-    key_mask = key_windows(as_float, config.queries, config.keys).squeeze(-1) > 0.5
-    return WindowLayout(features["atom_to_token"], mask, key_mask)
+    atoms, device = mask.shape[0], mask.device
+    windows = torch.arange(atoms // config.queries, device=device)
+    start = windows * config.queries - (config.keys - config.queries) // 2
+    if config.edge_windows == "shifted":
+        start = torch.minimum(start, mask.sum() - config.keys).clamp(min=0)
+    key = start.unsqueeze(-1) + torch.arange(config.keys, device=device)
+    inside = (key >= 0) & (key < atoms)
+    key = key.clamp(0, atoms - 1)
+    key_mask = inside & mask.index_select(0, key.flatten()).view(key.shape)
+    return WindowLayout(features["atom_to_token"], mask, key, key_mask)
+
+
+def query_windows(x: Tensor, layout: WindowLayout) -> Tensor:
+    """[..., A, c] to [..., W, queries, c], a view."""
+    return x.unflatten(-2, (layout.key_atom.shape[0], -1))
+
+
+def key_windows(x: Tensor, layout: WindowLayout) -> Tensor:
+    """[..., A, c] to [..., W, keys, c]; keys that `layout.key_mask` drops hold some atom's values."""
+    return x.index_select(-2, layout.key_atom.flatten()).unflatten(-2, layout.key_atom.shape)
 
 
 class AtomAttention(nn.Module):
@@ -89,17 +96,16 @@ class AtomAttention(nn.Module):
         split = windows.unflatten(-1, (self.config.heads, -1))
         return split.transpose(-3, -2).flatten(1, 2)
 
-    def forward(self, a: Tensor, c: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, a: Tensor, c: Tensor, bias: Tensor, layout: WindowLayout) -> Tensor:
         """The update of a [D, A, c_atom], without the residual.
 
         c [A, c_atom] conditions every sample; bias [W, heads, queries, keys], mask included.
         """
-        queries, keys = self.config.queries, self.config.keys
         from_atoms = self.ada_ln_k(a, c)
         a = self.ada_ln_q(a, c)
-        q = self._fold(query_windows(self.linear_q(a), queries))
-        k = self._fold(key_windows(self.linear_k(from_atoms), queries, keys))
-        v = self._fold(key_windows(self.linear_v(from_atoms), queries, keys))
+        q = self._fold(query_windows(self.linear_q(a), layout))
+        k = self._fold(key_windows(self.linear_k(from_atoms), layout))
+        v = self._fold(key_windows(self.linear_v(from_atoms), layout))
         x = biased_attention(q, k, v, bias.flatten(0, 1), self.attention)
         x = x.unflatten(1, (-1, self.config.heads)).transpose(2, 3).flatten(-2).flatten(1, 2)
         x = self.linear_o(x * torch.sigmoid(self.linear_g(a)))
@@ -114,9 +120,9 @@ class AtomBlock(nn.Module):
         self.attention = AtomAttention(config, attention)
         self.transition = ConditionedTransition(config.c_atom, config.c_atom, config.transition_n)
 
-    def forward(self, a: Tensor, c: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, a: Tensor, c: Tensor, bias: Tensor, layout: WindowLayout) -> Tensor:
         """The new a [D, A, c_atom]; arguments as for `AtomAttention`."""
-        a = a + self.attention(a, c, bias)
+        a = a + self.attention(a, c, bias, layout)
         return a + self.transition(a, c)
 
 
@@ -136,7 +142,7 @@ class AtomTransformer(nn.Module):
         logits = logits.unflatten(-1, (self.config.blocks, self.config.heads)).permute(3, 0, 4, 1, 2)
         biases = logits + key_mask_bias(layout.key_mask, logits.dtype)[:, None, None, :]
         for block, bias in zip(self.blocks, biases.unbind(0), strict=True):
-            a = block(a, c, bias)
+            a = block(a, c, bias, layout)
         return a
 
 
@@ -148,33 +154,28 @@ class ReferencePairEmbedding(nn.Module):
 
     def __init__(self, config: AtomConfig, *, valid_flag: bool = True) -> None:
         super().__init__()
-        self.config = config
         self.linear_row = Linear(config.c_atom, config.c_pair)
         self.linear_column = Linear(config.c_atom, config.c_pair)
         self.linear_offset = Linear(3, config.c_pair, precise=True)
         self.linear_distance = Linear(1, config.c_pair)
         self.linear_valid = Linear(1, config.c_pair) if valid_flag else None
 
-    def forward(self, features: Features, c: Tensor) -> Tensor:
+    def forward(self, features: Features, c: Tensor, layout: WindowLayout) -> Tensor:
         """[W, queries, keys, c_pair] from the conditioning c [A, c_atom]."""
-        queries, keys = self.config.queries, self.config.keys
         dtype = compute_dtype(self.linear_row.weight)
         positions = features["ref_pos"].to(self.linear_offset.weight.dtype)
         space = features["ref_space_uid"].unsqueeze(-1)
-        offset = (
-            query_windows(positions, queries)[:, :, None] - key_windows(positions, queries, keys)[:, None]
-        )
-        # -1 is no conformer's id: positions outside the list belong to none.
-        valid = query_windows(space, queries)[:, :, None] == key_windows(space, queries, keys, -1)[:, None]
-        valid = valid.to(dtype)
+        offset = query_windows(positions, layout)[:, :, None] - key_windows(positions, layout)[:, None]
+        valid = query_windows(space, layout)[:, :, None] == key_windows(space, layout)[:, None]
+        valid = (valid & layout.key_mask[:, None, :, None]).to(dtype)
         closeness = 1.0 / (1.0 + offset.square().sum(-1, keepdim=True))
         reference = self.linear_offset(offset).to(dtype) + self.linear_distance(closeness.to(dtype))
         pair = reference * valid
         if self.linear_valid is not None:
             pair = pair + self.linear_valid(valid)
         active = F.relu(c)
-        row = query_windows(self.linear_row(active), queries)[:, :, None]
-        column = key_windows(self.linear_column(active), queries, keys)[:, None]
+        row = query_windows(self.linear_row(active), layout)[:, :, None]
+        column = key_windows(self.linear_column(active), layout)[:, None]
         return pair + row + column
 
 
@@ -247,10 +248,11 @@ class AtomAttentionEncoder(nn.Module):
         """Trunk conditioning of atom pairs: [W, queries, keys, c_pair] gathered from z [N, N, c_z]."""
         projected = self.linear_z(self.layer_norm_z(z))
         tokens = layout.atom_to_token.unsqueeze(-1)
-        rows = query_windows(tokens, self.config.queries)
-        columns = key_windows(tokens, self.config.queries, self.config.keys).transpose(-1, -2)
-        gathered = projected.flatten(0, 1).index_select(0, (rows * z.shape[0] + columns).flatten())
-        return gathered.view(*rows.shape[:2], self.config.keys, -1) * layout.key_mask[:, None, :, None]
+        rows = query_windows(tokens, layout)
+        columns = key_windows(tokens, layout).transpose(-1, -2)
+        index = rows * z.shape[0] + columns
+        gathered = projected.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+        return gathered * layout.key_mask[:, None, :, None]
 
     def _to_tokens(self, atoms: Tensor, layout: WindowLayout, n_tokens: int) -> Tensor:
         """Mean over each token's atoms of the projected atoms: [D, N, c_token]."""
@@ -279,7 +281,7 @@ class AtomAttentionEncoder(nn.Module):
             if positions is None or s is None or z is None:
                 raise ValueError("a conditioned atom encoder needs positions, s and z")
             c = c + self.linear_s(self.layer_norm_s(s)).index_select(0, layout.atom_to_token)
-        pair = self.reference_pair(features, c)
+        pair = self.reference_pair(features, c, layout)
         atoms = c.unsqueeze(0)
         if self.conditioned and positions is not None and z is not None:
             pair = pair + self._token_pair_to_atoms(z, layout)

@@ -28,6 +28,9 @@ class AtomConfig:
     """Atoms of a query window; the number of atoms must be a multiple of it."""
     keys: int = 128
     """Atoms a query window attends to, centred on the window."""
+    edge_windows: Literal["shifted", "masked"] = "shifted"
+    """Key windows that reach past the first or last atom are shifted inwards (released AlphaFold 3,
+    OpenFold3 0.5) or masked there (the supplement, Protenix)."""
     transition_n: int = 2
     unused_pair_embedding: bool = True
     """The released network owns, in each encoder, a second set of atom pair embeddings whose result it
