@@ -15,6 +15,19 @@ from megafold_bench.errors import UserError
 _NEWLINE, _GREATER = ord("\n"), ord(">")
 _SPECIES = re.compile(r"OX=(\d+)|TaxID=(\d+)|^(?:sp|tr)\|[^|]+\|[A-Z0-9]+_([A-Z0-9]{3,5})\b")
 _INVALID = 255
+_IGNORED, _ALIGNED, _INSERTED, _WRONG = range(4)
+
+
+def _roles() -> np.ndarray:
+    """What each byte means inside a sequence."""
+    roles = np.full(256, _WRONG, np.uint8)
+    roles[list(b"\n\r \t.*\0")] = _IGNORED
+    roles[list(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ-")] = _ALIGNED
+    roles[list(b"abcdefghijklmnopqrstuvwxyz")] = _INSERTED
+    return roles
+
+
+_ROLES = _roles()
 
 
 @dataclass(frozen=True)
@@ -59,20 +72,20 @@ def read_a3m(path: Path, kind: int) -> Alignment:
 def parse_a3m(content: bytes, kind: int, name: str = "alignment") -> Alignment:
     """`read_a3m` on bytes; `name` is used in errors."""
     data = np.frombuffer(content, np.uint8)
-    starts = np.flatnonzero(np.concatenate(([True], data[:-1] == _NEWLINE))) if data.size else np.zeros(0, int)
+    starts = (
+        np.flatnonzero(np.concatenate(([True], data[:-1] == _NEWLINE))) if data.size else np.zeros(0, int)
+    )
     is_header = data[starts] == _GREATER
     if not is_header.any():
         raise UserError(f"alignment {name!r} holds no '>' header: give an A3M file")
     ends = np.append(starts[1:], data.size)
     headers = np.flatnonzero(is_header)
-    in_header = np.zeros(data.size, bool)
-    for start, end in zip(starts[headers], ends[headers], strict=True):
-        in_header[start:end] = True
-    upper = ((data >= ord("A")) & (data <= ord("Z")) | (data == ord("-"))) & ~in_header
-    lower = (data >= ord("a")) & (data <= ord("z")) & ~in_header
-    _check_letters(data, upper | lower | in_header, name)
+    role = _ROLES[data]
+    for start, end in zip(starts[headers].tolist(), ends[headers].tolist(), strict=True):
+        role[start:end] = _IGNORED
+    _check_letters(data, role, name)
     first_byte = starts[headers]
-    aligned = np.flatnonzero(upper)
+    aligned = np.flatnonzero(role == _ALIGNED)
     upto = np.searchsorted(aligned, np.append(first_byte, data.size))
     lengths = np.diff(upto)
     width = int(lengths[0])
@@ -85,16 +98,17 @@ def parse_a3m(content: bytes, kind: int, name: str = "alignment") -> Alignment:
             "all rows of an A3M must have the same number of capitals and dashes"
         )
     letters = data[aligned].reshape(-1, width)
-    inserted = np.cumsum(lower, dtype=np.int64)
+    inserted = np.cumsum(role == _INSERTED, dtype=np.int32)
     deletions = _deletions(inserted, aligned.reshape(-1, width), first_byte)
     kept = _distinct(letters)
-    species = tuple(_species(content[starts[headers[row]] + 1 : ends[headers[row]]]) for row in kept)
+    named = any(mark in content for mark in (b">sp|", b">tr|", b"OX=", b"TaxID="))
+    first, last = starts[headers], ends[headers]
+    species = tuple(_species(content[first[row] + 1 : last[row]]) if named else "" for row in kept.tolist())
     return Alignment(_codes(kind)[letters[kept]], deletions[kept], species)
 
 
-def _check_letters(data: np.ndarray, known: np.ndarray, name: str) -> None:
-    ignored = np.isin(data, np.frombuffer(b"\n\r \t.*\0", np.uint8))
-    bad = np.flatnonzero(~(known | ignored))
+def _check_letters(data: np.ndarray, role: np.ndarray, name: str) -> None:
+    bad = np.flatnonzero(role == _WRONG)
     if bad.size:
         raise UserError(
             f"alignment {name!r} has {chr(data[bad[0]])!r} in a sequence: A3M allows letters, '-' and '.'"
@@ -104,7 +118,7 @@ def _check_letters(data: np.ndarray, known: np.ndarray, name: str) -> None:
 def _deletions(inserted: np.ndarray, aligned: np.ndarray, first_byte: np.ndarray) -> np.ndarray:
     """Lower-case letters between consecutive aligned columns of each row."""
     before = inserted[aligned]
-    counts = np.empty(aligned.shape, np.int64)
+    counts = np.empty(aligned.shape, np.int32)
     counts[:, 0] = before[:, 0] - inserted[first_byte]
     np.subtract(before[:, 1:], before[:, :-1], out=counts[:, 1:])
     return np.minimum(counts, 255).astype(np.uint8)

@@ -131,7 +131,9 @@ def _atom_arrays(
         count, size = layout.permutations.shape
         permutations[:count, start : start + size] = layout.permutations + start
     sizes = [len(layout.atom_names) for layout in layouts]
-    tokens_of = [np.zeros(n, np.int64) if lo.one_token else np.arange(n) for n, lo in zip(sizes, layouts, strict=True)]
+    tokens_of = [
+        np.zeros(n, np.int64) if lo.one_token else np.arange(n) for n, lo in zip(sizes, layouts, strict=True)
+    ]
     first_token = np.cumsum([0, *(1 if lo.one_token else n for n, lo in zip(sizes, layouts, strict=True))])
     atom_token = np.concatenate([own + first for own, first in zip(tokens_of, first_token, strict=False)])
     return {
@@ -208,10 +210,15 @@ def lay_out_tokens(atoms: AtomTable) -> TokenTable:
     entity = np.array([atoms.entity_of_chain[name] for name in names], np.int32)[chain_of]
     copy = np.array([atoms.copy_of_chain[name] for name in names], np.int32)[chain_of]
     kind = np.array([chain.kind for chain in atoms.chains], np.uint8)[chain_of]
-    restype = np.concatenate([np.zeros(0, np.uint8), *(
-        np.repeat(atoms.entity_restypes[atoms.entity_of_chain[names[chain]]][index], count)
-        for (chain, index, _, _), count in zip(atoms.residues, counts, strict=True)
-    )])
+    restype = np.concatenate(
+        [
+            np.zeros(0, np.uint8),
+            *(
+                np.repeat(atoms.entity_restypes[atoms.entity_of_chain[names[chain]]][index], count)
+                for (chain, index, _, _), count in zip(atoms.residues, counts, strict=True)
+            ),
+        ]
+    )
     whole = np.repeat([layout.one_token for _, _, layout, _ in atoms.residues], counts)
     atom_token = atoms.arrays["atom_token"]
     n_tokens = len(whole)

@@ -27,9 +27,9 @@ def build_protein(residues: list[Component], rng: np.random.Generator) -> list[d
         moved = superpose(known.positions.astype(float), anchor, atoms)
         named = {name: moved[at] for name, at in position.items() if name != "OXT"}
         named.update(zip(("N", "CA", "C"), atoms, strict=True))
-        named["O"] = place_atom(*atoms, _C_O, _CA_C_O, psi[index] + np.pi)
+        named["O"] = place_atom(atoms[0], atoms[1], atoms[2], _C_O, _CA_C_O, psi[index] + np.pi)
         if index == len(residues) - 1:
-            named["OXT"] = place_atom(*atoms, 1.25, _CA_C_O, psi[index])
+            named["OXT"] = place_atom(atoms[0], atoms[1], atoms[2], 1.25, _CA_C_O, psi[index])
         built.append(named)
     return built
 
@@ -46,9 +46,9 @@ def _backbone(length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
         atoms = [tails[:, 0], tails[:, 1], tails[:, 2]]
         for step in range(size):
             psi, phi = torsions[:, step, 1], torsions[:, step, 0]
-            atoms.append(place_atom(*atoms[-3:], _C_N, _AT_C, psi))
-            atoms.append(place_atom(*atoms[-3:], _N_CA, _AT_N, np.full(trials, np.pi)))
-            atoms.append(place_atom(*atoms[-3:], _CA_C, _AT_CA, phi))
+            atoms.append(place_atom(atoms[-3], atoms[-2], atoms[-1], _C_N, _AT_C, psi))
+            atoms.append(place_atom(atoms[-3], atoms[-2], atoms[-1], _N_CA, _AT_N, np.full(trials, np.pi)))
+            atoms.append(place_atom(atoms[-3], atoms[-2], atoms[-1], _CA_C, _AT_CA, phi))
         return np.stack(atoms[3:], axis=1)
 
     chain = grow(sizes, extend, start, slice(1, None, 3), _CLEARANCE).reshape(length, 3, 3)

@@ -6,7 +6,7 @@ The dictionary is the one bundled with biotite; it is read (1–3 s) at the firs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,6 +23,13 @@ STANDARD_RESIDUES: dict[str, int] = {
     "DN": UNKNOWN_BASE,
 }
 """Residues that AF3 makes one token of, with their index into RESTYPES."""
+
+_SYMBOLS = (
+    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
+    "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm "
+    "Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr"
+)
+_ATOMIC_NUMBERS = {symbol.upper(): number for number, symbol in enumerate(_SYMBOLS.split(), start=1)}
 
 
 @dataclass(frozen=True)
@@ -62,19 +69,9 @@ class Component:
         return UNKNOWN_BASE if self.kind in (RNA, DNA) else UNKNOWN_AMINO_ACID
 
 
-@cache
-def _atomic_numbers() -> dict[str, int]:
-    symbols = (
-        "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
-        "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm "
-        "Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr"
-    ).split()
-    return {symbol.upper(): number for number, symbol in enumerate(symbols, start=1)}
-
-
 def atomic_number(symbol: str) -> int:
     """Atomic number of an element symbol in any case; 0 for an unknown one."""
-    return _atomic_numbers().get(symbol.upper(), 0)
+    return _ATOMIC_NUMBERS.get(symbol.upper(), 0)
 
 
 def _column(category: str, name: str, column: str) -> np.ndarray | None:

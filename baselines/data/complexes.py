@@ -141,8 +141,11 @@ def build_complex(
     atoms = lay_out_atoms(structure)
     tokens = lay_out_tokens(atoms)
     by_entity: dict[int, Alignment] = {}
+    unused = []
     for name, alignment in sorted((alignments or {}).items()):
-        by_entity.setdefault(atoms.entity_of_chain[name], alignment)
+        first = by_entity.setdefault(atoms.entity_of_chain[name], alignment)
+        if not np.array_equal(first.rows, alignment.rows):
+            unused.append(f"the alignment of chain {name} is not used: an earlier chain has its sequence")
     return Complex(
         **tokens.arrays,
         **atoms.arrays,
@@ -150,7 +153,7 @@ def build_complex(
         **_template_arrays(templates, atoms, tokens),
         resolution=np.array(structure.resolution, np.float32),
         chain_names=np.array([chain.name for chain in structure.chains]),
-        notes=np.array((*structure.notes, *atoms.notes), np.str_),
+        notes=np.array((*structure.notes, *atoms.notes, *unused), np.str_),
     )
 
 

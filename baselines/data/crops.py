@@ -13,7 +13,9 @@ from baselines.data.complexes import Complex
 CROP_KINDS = ("contiguous", "spatial", "interface")
 
 
-def crop(complex_: Complex, n_tokens: int, weights: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
+def crop(
+    complex_: Complex, n_tokens: int, weights: tuple[float, float, float], rng: np.random.Generator
+) -> np.ndarray:
     """Sorted indices of `n_tokens` tokens, int64; the kind of crop is drawn with `weights`.
 
     Complexes without an interface get a spatial crop where an interface crop is drawn.

@@ -49,12 +49,14 @@ def read_structure(path: Path) -> Structure:
         raise UserError(f"structure {str(path)!r} holds no atoms (no atom_site): give a coordinate file")
     try:
         found = _residues(block["atom_site"])
+        chains, places = _chains(found, _sequences(block), _branched(block))
+        structure = Structure(tuple(chains), tuple(_links(block, places)), _resolution(block))
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"structure {str(path)!r} has a damaged atom_site ({error}): download it again") from None
-    if not found:
+        reason = str(error).strip("'\"")
+        raise UserError(f"structure {str(path)!r} is damaged ({reason}): download it again") from error
+    if not structure.chains:
         raise UserError(f"structure {str(path)!r} holds no atoms besides water: give a coordinate file")
-    chains, places = _chains(found, _sequences(block))
-    return Structure(tuple(chains), tuple(_links(block, places)), _resolution(block))
+    return structure
 
 
 def _read_block(path: Path) -> Any:
@@ -71,7 +73,9 @@ def _read_block(path: Path) -> Any:
         raise
     except Exception as error:  # the library raises many kinds on damaged input
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"structure {str(path)!r} is not a complete mmCIF file ({reason}): download it again") from None
+        raise UserError(
+            f"structure {str(path)!r} is not a complete mmCIF file ({reason}): download it again"
+        ) from None
 
 
 def _check_complete(text: str) -> None:
@@ -180,13 +184,25 @@ def _sequences(block: Any) -> dict[str, list[tuple[int, str]]]:
     return {chain: sorted(listed.items()) for chain, listed in sequences.items()}
 
 
+def _branched(block: Any) -> frozenset[str]:
+    """Chains that are one molecule of several residues (glycans)."""
+    if "pdbx_branch_scheme" not in block:
+        return frozenset()
+    return frozenset(str(name) for name in _text(block["pdbx_branch_scheme"], "asym_id"))
+
+
+def _original(chain: str) -> str:
+    """The chain that ``A-2``, a copy in an assembly, was made from."""
+    return re.sub(r"-\d+$", "", chain)
+
+
 def _sequence_of(chain: str, sequences: dict[str, list[tuple[int, str]]]) -> list[tuple[int, str]] | None:
     """The sequence of a chain; ``A-2``, the second copy of an assembly, has that of ``A``."""
-    return sequences.get(chain) or sequences.get(re.sub(r"-\d+$", "", chain))
+    return sequences.get(chain) or sequences.get(_original(chain))
 
 
 def _chains(
-    found: Sequence[_Found], sequences: dict[str, list[tuple[int, str]]]
+    found: Sequence[_Found], sequences: dict[str, list[tuple[int, str]]], branched: frozenset[str]
 ) -> tuple[list[Chain], dict[tuple[str, str, str], tuple[str, int]]]:
     """Molecules, and where each residue went: (chain or author chain, number, name) → place."""
     by_chain: dict[str, list[_Found]] = defaultdict(list)
@@ -210,7 +226,8 @@ def _chains(
                 _note_place(places, entry, (name, order[number]))
         used = {id(entry) for entry in members.values()}
         rest = [entry for entry in entries if id(entry) not in used]
-        others.extend(_molecules(name, rest, split=bool(members), places=places))
+        split = bool(members) or (len(rest) > 1 and _original(name) not in branched)
+        others.extend(_molecules(name, rest, split, places))
     return polymers + others, places
 
 
@@ -245,7 +262,7 @@ def _polymer_kind(residues: Sequence[Residue]) -> int:
 def _molecules(
     name: str, entries: list[_Found], split: bool, places: dict[tuple[str, str, str], tuple[str, int]]
 ) -> list[Chain]:
-    """Non-polymers of a chain: one molecule (a glycan tree) or, beside a polymer, one per residue."""
+    """Non-polymers of a chain: one molecule of several residues or, when `split`, one each."""
     if not entries:
         return []
     if not split:
@@ -274,9 +291,7 @@ def _note_place(
         places[("label:" + entry.chain, str(entry.sequence_id), name)] = place
 
 
-def _links(
-    block: Any, places: dict[tuple[str, str, str], tuple[str, int]]
-) -> list[tuple[AtomKey, AtomKey]]:
+def _links(block: Any, places: dict[tuple[str, str, str], tuple[str, int]]) -> list[tuple[AtomKey, AtomKey]]:
     """Covalent links of ``struct_conn`` between residues of this file."""
     if "struct_conn" not in block:
         return []
@@ -321,6 +336,6 @@ def _resolution(block: Any) -> float:
     ):
         if category in block and column in block[category]:
             value = str(block[category][column].as_array(str)[0])
-            if value not in _ABSENT:
+            if re.fullmatch(r"\d+(\.\d*)?", value):
                 return float(value)
     return float("nan")

@@ -45,9 +45,9 @@ def _paired_rows(alignments: Mapping[int, Alignment], n_entities: int) -> np.nda
     """Rows paired by species: the k-th of a species with the k-th, most widely shared species first."""
     by_species: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for entity, alignment in alignments.items():
-        for row, species in enumerate(alignment.species):
-            if species and row > 0:
-                by_species[species][entity].append(row)
+        for index, species in enumerate(alignment.species):
+            if species and index > 0:
+                by_species[species][entity].append(index)
     shared = [members for members in by_species.values() if len(members) > 1]
     shared.sort(key=lambda members: -len(members))
     rows = []

@@ -65,7 +65,9 @@ def sample_features(
             f"a crop of {config.n_tokens} tokens is longer than the complex ({complex_.n_tokens} tokens): "
             f"ask for at most {complex_.n_tokens}"
         )
-    tokens = crop(complex_, config.n_tokens, config.crop_weights, generator(seed, Purpose.CROP, epoch, sample))
+    tokens = crop(
+        complex_, config.n_tokens, config.crop_weights, generator(seed, Purpose.CROP, epoch, sample)
+    )
     gathered = _Gather.of(complex_, tokens, config.atom_multiple)
     arrays = {
         **_token_features(complex_, gathered),
@@ -74,7 +76,10 @@ def sample_features(
         **_template_features(complex_, tokens, config, generator(seed, Purpose.TEMPLATES, epoch, sample)),
         **_labels(complex_, gathered),
     }
-    return {name: torch.from_numpy(np.asarray(arrays[name], order="C")).to(FEATURES[name].dtype) for name in FEATURES}
+    return {
+        name: torch.from_numpy(np.asarray(arrays[name], order="C")).to(FEATURES[name].dtype)
+        for name in FEATURES
+    }
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,9 @@ def _msa_features(
     """The query and a random subset of the other merged rows, in alignment order."""
     available = len(complex_.msa_rows)
     depth = min(available, config.max_msa_rows)
-    others = np.sort(rng.choice(available - 1, depth - 1, replace=False)) + 1 if depth > 1 else np.zeros(0, int)
+    others = (
+        np.sort(rng.choice(available - 1, depth - 1, replace=False)) + 1 if depth > 1 else np.zeros(0, int)
+    )
     chosen = complex_.msa_rows[np.concatenate(([0], others)).astype(np.int64)]
     rows, deletions, mask = msa.blank_rows(max(depth, config.min_msa_rows), len(tokens))
     entity, column = complex_.entity_id[tokens], complex_.residue_ordinal[tokens]

@@ -38,7 +38,9 @@ def load_complex(spec: InputSpec) -> Complex:
     """
     structure = read_structure(spec.structure)
     by_name = {chain.name: chain for chain in structure.chains}
-    alignments = {name: _alignment(path, _chain(by_name, name, "alignment")) for name, path in spec.msa.items()}
+    alignments = {
+        name: _alignment(path, _chain(by_name, name, "alignment")) for name, path in spec.msa.items()
+    }
     return build_complex(structure, alignments, _templates(spec, structure, by_name))
 
 
@@ -100,7 +102,9 @@ def folder_spec(folder: Path) -> InputSpec:
     structures = [path for path in coordinate if not path.name.startswith("template_")]
     if len(structures) != 1:
         listed = ", ".join(path.name for path in structures) or "none"
-        raise UserError(f"input folder {str(folder)!r} must hold exactly one structure, found {listed}: name a file")
+        raise UserError(
+            f"input folder {str(folder)!r} must hold exactly one structure, found {listed}: name a file"
+        )
     templates: dict[str, tuple[Path, ...]] = {}
     shared: list[Path] = []
     for path in coordinate:

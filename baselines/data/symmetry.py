@@ -34,14 +34,20 @@ def automorphisms(
     for first, second in bonds.tolist():
         neighbours[first].add(second)
         neighbours[second].add(first)
-    colours = _refine([(int(e), int(a) * (i + 1)) for i, (e, a) in enumerate(zip(elements, anchored, strict=True))], neighbours)
+    initial = [
+        (int(element), index + 1 if anchor else 0)
+        for index, (element, anchor) in enumerate(zip(elements, anchored, strict=True))
+    ]
+    colours = _refine(initial, neighbours)
     if len(set(colours)) == size:
         return identity[None]
     found: dict[tuple[int, ...], None] = {tuple(identity.tolist()): None}
     for first in range(size):
         for second in range(first + 1, size):
             if colours[first] == colours[second]:
-                _collect(found, _search(colours, neighbours, (first, second)), positions, neighbours, elements, 1)
+                _collect(
+                    found, _search(colours, neighbours, (first, second)), positions, neighbours, elements, 1
+                )
     _collect(found, _search(colours, neighbours, None), positions, neighbours, elements, _MAX_CANDIDATES)
     permutations = np.array(list(found), np.int32)
     moved = (permutations != identity).sum(axis=1)
@@ -67,12 +73,14 @@ def _collect(
             accepted += 1
 
 
-def _refine(colours: list[tuple[int, ...]] | list[int], neighbours: list[set[int]]) -> list[int]:
+def _refine(colours: list[tuple[int, int]], neighbours: list[set[int]]) -> list[int]:
     """Colour refinement: atoms differ when their neighbours' colours do."""
     ranks = {colour: rank for rank, colour in enumerate(sorted(set(colours)))}
     current = [ranks[colour] for colour in colours]
     while True:
-        signatures = [(own, tuple(sorted(current[n] for n in neighbours[i]))) for i, own in enumerate(current)]
+        signatures = [
+            (own, tuple(sorted(current[n] for n in neighbours[i]))) for i, own in enumerate(current)
+        ]
         order = {signature: rank for rank, signature in enumerate(sorted(set(signatures)))}
         refined = [order[signature] for signature in signatures]
         if len(set(refined)) == len(set(current)):

@@ -27,6 +27,7 @@ DEFAULT_MSA_DEPTH = 2048
 """About the median depth of real alignments (1.8 thousand rows)."""
 
 _UNRESOLVED = 0.04  # of residues; single side-chain atoms add about 1 %
+_HIDE_FROM = 20  # residues: shorter chains are observed whole
 _POLYMER_CONTACT = 10.0  # Å between Cα and C1' atoms of different chains
 _LIGAND_CONTACT = 3.2  # Å between atoms
 
@@ -40,7 +41,9 @@ def synthetic_complex(
     Raises `UserError` for fewer than 16 tokens, no rows, or a negative number of templates.
     """
     if n_tokens < MIN_TOKENS:
-        raise UserError(f"a synthetic complex of {n_tokens} tokens is too short: ask for at least {MIN_TOKENS}")
+        raise UserError(
+            f"a synthetic complex of {n_tokens} tokens is too short: ask for at least {MIN_TOKENS}"
+        )
     if msa_depth < 1 or templates < 0:
         raise UserError(f"msa depth {msa_depth}, templates {templates}: ask for at least 1 and 0")
     rng = generator(seed, Purpose.SYNTHETIC, 0, n_tokens)
@@ -52,7 +55,9 @@ def synthetic_complex(
         alignments[chain.name] = synthetic_alignment(restypes_of(chain), depth, rng)
         depth = max(1, int(depth * rng.uniform(0.4, 0.9)))
     found = [
-        (chain.name, _perturbed_copy(chain, rng)) for chain in reversed(proteins.values()) for _ in range(templates)
+        (chain.name, _perturbed_copy(chain, rng))
+        for chain in reversed(proteins.values())
+        for _ in range(templates)
     ]
     observed = tuple(_hide(chain, rng) for chain in chains)
     return build_complex(Structure(observed, resolution=2.5), alignments, found)
@@ -117,10 +122,10 @@ def _hide(chain: Chain, rng: np.random.Generator) -> Chain:
         return chain
     length = len(chain.residues)
     hidden = np.zeros(length, bool)
-    target = rng.binomial(length, _UNRESOLVED)
-    while hidden.sum() < target:
+    target = int(rng.binomial(length, _UNRESOLVED)) if length >= _HIDE_FROM else 0
+    while (missing_yet := target - int(hidden.sum())) > 0:
         begin = int(rng.integers(length))
-        hidden[begin : begin + int(rng.integers(1, max(2, int(target) + 1)))] = True
+        hidden[begin : begin + int(rng.integers(1, missing_yet + 1))] = True
     residues = []
     for residue, missing in zip(chain.residues, hidden, strict=True):
         positions = dict(residue.positions)
@@ -139,7 +144,9 @@ def synthetic_alignment(query: np.ndarray, depth: int, rng: np.random.Generator)
     """
     length = len(query)
     identity = np.sort(rng.uniform(0.25, 0.95, depth))[::-1]
-    rows = np.where(rng.random((depth, length)) < identity[:, None], query, rng.integers(0, 20, (depth, length)))
+    rows = np.where(
+        rng.random((depth, length)) < identity[:, None], query, rng.integers(0, 20, (depth, length))
+    )
     span = rng.uniform(0.4, 1.0, depth) * length
     begin = rng.uniform(0, 1, depth) * (length - span)
     column = np.arange(length)
