@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from baselines.af3.config import preset
+from baselines.af3.config import Attention, preset
 from baselines.af3.model import AlphaFold3
 from baselines.checkpointing import check_mode
 from baselines.inputs import make_crop, open_complex
@@ -77,7 +77,7 @@ def build_workload(
 
 def make_model(factors: Mapping[str, Scalar], seed: int, device: torch.device) -> AlphaFold3:
     """The preset's network with fresh float32 weights, made where it will live."""
-    config = replace(preset(str(factors["preset"])), attention=factors["attention"])
+    config = replace(preset(str(factors["preset"])), attention=cast(Attention, factors["attention"]))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), device:
         torch.manual_seed(derived_seed(seed, 0, "weights"))
