@@ -39,6 +39,7 @@ def test_facts():
     assert facts["msa_depth"] == 16
     assert facts["msa_rows_available"] == 32
     assert facts["losses"] == ["distogram", "mse", "bond", "smooth_lddt", "plddt", "pde", "resolved", "pae"]
+    assert 0 < facts["model_flops_per_step"] <= facts["step_flops"]
     again = build(PYTORCH, 48).facts
     assert again["crop_hash"] == facts["crop_hash"]
     assert "bond" not in again["losses"]
@@ -59,7 +60,7 @@ def falls(workload: FixedCropWorkload) -> None:
     last = workload.session.backward(workload.features, 0)
     for name in ("loss", "distogram", "plddt", "pde"):
         assert last[name] < first[name], name
-    assert last["distogram"] < first["distogram"] - 0.2
+    assert last["distogram"] < first["distogram"] - 0.05
 
 
 def test_synthetic_crop_is_learned():
