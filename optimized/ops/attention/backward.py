@@ -25,11 +25,12 @@ from optimized.ops.attention.forward import (
     bias_mask,
     bias_pointers,
     keep_keys,
+    key_weights,
     strides_of,
     tile_pointers,
 )
 
-COMMON = (*LENGTHS, *strides_of("q", "k", "v", "g"), "bias_b", "bias_h", "bias_s", "keep_b", "keep_r")
+COMMON = (*LENGTHS, *strides_of("q", "k", "v", "g"), "bias_b", "bias_h", "bias_s")
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def delta_kernel(
     tl.store(DELTA + ((b * R + row) * H + h) * LQ + qi, total, mask=qi < LQ)
 
 
-@triton.jit(do_not_specialize=[*COMMON, *strides_of("dk", "dv")])
+@triton.jit(do_not_specialize=[*COMMON, "keep_b", "keep_r", *strides_of("dk", "dv")])
 def grad_kv_kernel(
     Q, K, V, G, BIAS, KEEP, LSE, DELTA, DK, DV, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
@@ -138,11 +139,11 @@ def grad_kv_kernel(
         tl.store(tile_pointers(dv_base, ki, dv_l, d, WIDE), dv, mask=stored)
 
 
-@triton.jit(do_not_specialize=[*COMMON, *strides_of("dq")])
+@triton.jit(do_not_specialize=[*COMMON, "weights_b", "weights_r", *strides_of("dq")])
 def grad_q_kernel(
-    Q, K, V, G, BIAS, KEEP, LSE, DELTA, DQ, R, H, LQ, LK,
+    Q, K, V, G, BIAS, WEIGHTS, LSE, DELTA, DQ, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
-    bias_b, bias_h, bias_s, keep_b, keep_r, scale, scale_log2,
+    bias_b, bias_h, bias_s, weights_b, weights_r, scale, scale_log2,
     HAS_MASK: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -166,7 +167,7 @@ def grad_q_kernel(
     dqs = ()
     kbs = ()
     vbs = ()
-    keep_rows = ()
+    weight_rows = ()
     for i in tl.static_range(ROWS):
         row = tl.minimum(first + i, R - 1)
         qb = Q + (b * q_b + row * q_r + h * q_h) * 8
@@ -179,7 +180,7 @@ def grad_q_kernel(
         dqs = dqs + (tl.zeros((BQ, BLOCK_D), tl.float32),)
         kbs = kbs + (K + (b * k_b + row * k_r + h * k_h) * 8,)
         vbs = vbs + (V + (b * v_b + row * v_r + h * v_h) * 8,)
-        keep_rows = keep_rows + (b * keep_b + row * keep_r,)
+        weight_rows = weight_rows + (b * weights_b + row * weights_r,)
 
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
         ki = k0 + tl.arange(0, BK)
@@ -188,12 +189,12 @@ def grad_q_kernel(
         inside = (ki < LK)[:, None] & (d < D)[None, :]
         new_dqs = ()
         for i in tl.static_range(ROWS):
-            keep = keep_keys(KEEP, keep_rows[i], ki, LK, HAS_MASK)
+            weight = key_weights(WEIGHTS, weight_rows[i], ki, LK, HAS_MASK)
             k = tl.load(tile_pointers(kbs[i], ki, k_l, d, WIDE), mask=inside, other=0.0)
             v = tl.load(tile_pointers(vbs[i], ki, v_l, d, WIDE), mask=inside, other=0.0)
             s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION) * scale_log2 + (bias - lses[i][:, None])
             dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
-            p = tl.where(keep[None, :], tl.math.exp2(s), 0.0)
+            p = tl.where(weight[None, :] != 0.0, tl.math.exp2(s), 0.0)
             ds = p * (dp - deltas[i][:, None])
             new_dqs = new_dqs + (tl.dot(ds.to(k.dtype), k, dqs[i], input_precision=PRECISION),)
         dqs = new_dqs
@@ -205,11 +206,11 @@ def grad_q_kernel(
         tl.store(tile_pointers(base, qi, dq_l, d, WIDE), dq, mask=q_mask & (row < R))
 
 
-@triton.jit(do_not_specialize=[*COMMON, "part_plane", "splits", "row_start", "row_stop"])
+@triton.jit(do_not_specialize=[*COMMON, "weights_r", "part_plane", "splits", "row_start", "row_stop"])
 def grad_bias_kernel(
-    Q, K, V, G, BIAS, KEEP, LSE, DELTA, DBIAS, PARTS, R, H, LQ, LK, splits, row_start, row_stop, part_plane,
+    Q, K, V, G, BIAS, WEIGHTS, LSE, DELTA, DBIAS, PARTS, R, H, LQ, LK, splits, row_start, row_stop, part_plane,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
-    bias_b, bias_h, bias_s, keep_b, keep_r, scale, scale_log2,
+    bias_b, bias_h, bias_s, weights_b, weights_r, scale, scale_log2,
     HAS_MASK: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, EMIT_DQ: tl.constexpr, ACCUMULATE: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -249,10 +250,10 @@ def grad_bias_kernel(
         v = tl.load(tile_pointers(v_base + r * v_r * 8, ki, v_l, d, WIDE), mask=k_mask, other=0.0)
         g = tl.load(tile_pointers(g_base + r * g_r * 8, qi, g_l, d, WIDE), mask=q_mask, other=0.0)
         lse, delta = load_statistics(LSE, DELTA, (r * H + h) * LQ, qi, LQ)
-        keep = keep_keys(KEEP, r * keep_r, ki, LK, HAS_MASK)
+        weight = key_weights(WEIGHTS, r * weights_r, ki, LK, HAS_MASK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + (bias - lse[:, None])
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        p = tl.where(keep[None, :], tl.math.exp2(s), 0.0)
+        p = tl.where(weight[None, :] != 0.0, tl.math.exp2(s), 0.0)
         ds = p * (dp - delta[:, None])
         total += ds
         if EMIT_DQ:

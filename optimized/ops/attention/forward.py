@@ -65,6 +65,14 @@ def keep_keys(KEEP, row, k, LK, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
+def key_weights(WEIGHTS, row, k, LK, HAS_MASK: tl.constexpr):
+    """1.0 for keys that count, else 0.0. Read as fp32, copied ahead like the tiles, unlike single mask bytes."""
+    if HAS_MASK:
+        return tl.load(WEIGHTS + row * 8 + k, mask=k < tl.cdiv(LK, 8) * 8, other=0.0)
+    return (k < LK).to(tl.float32)
+
+
+@triton.jit
 def _online_row(
     q, kb, vb, bb, KEEP, keep_row, qi, d, LQ, LK, k_l, v_l, bias_s, scale_log2,
     HAS_MASK: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
@@ -105,16 +113,16 @@ def _any_key(KEEP, keep_row, LK, HAS_MASK: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *strides_of("q", "k", "v", "o"), "bias_b", "bias_h", "bias_s", "keep_b", "keep_r"])
+@triton.jit(do_not_specialize=[*LENGTHS, *strides_of("q", "k", "v", "o"), "bias_b", "bias_h", "bias_s", "keep_b", "keep_r", "weights_b", "weights_r"])
 def forward_kernel(
-    Q, K, V, BIAS, KEEP, O, LSE, R, H, LQ, LK,
+    Q, K, V, BIAS, KEEP, WEIGHTS, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l,
-    bias_b, bias_h, bias_s, keep_b, keep_r, scale_log2,
+    bias_b, bias_h, bias_s, keep_b, keep_r, weights_b, weights_r, scale_log2,
     HAS_MASK: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Strides are in units of 8 elements, except `keep_*` (bytes). LSE is contiguous [B, R, H, LQ]."""
+    """Strides are in units of 8 elements, except `keep_*` (bytes). WEIGHTS is KEEP as fp32 0 and 1. LSE is contiguous [B, R, H, LQ]."""
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LQ, BQ)
     groups = tl.cdiv(R, ROWS)
@@ -132,6 +140,7 @@ def forward_kernel(
     accs = ()
     totals = ()
     keep_rows = ()
+    weight_rows = ()
     for i in tl.static_range(ROWS):
         row = tl.minimum(first + i, R - 1)
         qb = Q + (b * q_b + row * q_r + h * q_h) * 8
@@ -139,6 +148,7 @@ def forward_kernel(
         kbs = kbs + (K + (b * k_b + row * k_r + h * k_h) * 8,)
         vbs = vbs + (V + (b * v_b + row * v_r + h * v_h) * 8,)
         keep_rows = keep_rows + (b * keep_b + row * keep_r,)
+        weight_rows = weight_rows + (b * weights_b + row * weights_r,)
         accs = accs + (tl.zeros((BQ, BLOCK_D), tl.float32),)
         totals = totals + (tl.zeros((BQ,), tl.float32),)
 
@@ -151,12 +161,13 @@ def forward_kernel(
             new_totals = ()
             for i in tl.static_range(ROWS):
                 keep = keep_keys(KEEP, keep_rows[i], ki, LK, HAS_MASK)
+                weight = key_weights(WEIGHTS, weight_rows[i], ki, LK, HAS_MASK)
                 inside = (ki < LK)[:, None] & (d < D)[None, :]
                 k = tl.load(tile_pointers(kbs[i], ki, k_l, d, WIDE), mask=inside, other=0.0)
                 v_inside = keep[:, None] & (d < D)[None, :]
                 v = tl.load(tile_pointers(vbs[i], ki, v_l, d, WIDE), mask=v_inside, other=0.0)
                 p = tl.math.exp2(tl.dot(qs[i], tl.trans(k), input_precision=PRECISION) * scale_log2 + bias)
-                new_totals = new_totals + (totals[i] + tl.sum(p * keep.to(tl.float32)[None, :], 1),)
+                new_totals = new_totals + (totals[i] + tl.sum(p * weight[None, :], 1),)
                 new_accs = new_accs + (tl.dot(p.to(v.dtype), v, accs[i], input_precision=PRECISION),)
             accs = new_accs
             totals = new_totals

@@ -126,12 +126,40 @@ def bias_arguments(x: Tensor, transposed: bool) -> list[int]:
     return [x.stride(0) // 8 if x.shape[0] > 1 else 0, x.stride(1) // 8 if x.shape[1] > 1 else 0, pitch // 8]
 
 
-def prepare_mask(mask: Tensor | None, like: Tensor) -> tuple[Tensor, list[int]]:
-    """Byte view of the mask with unit stride along keys, and its batch and row strides; a dummy without a mask."""
+@dataclass(frozen=True)
+class KeyMask:
+    """The key mask as the kernels read it: bytes with unit stride along keys, and fp32 weights padded to 8 keys."""
+
+    present: bool
+    keep: Tensor
+    weights: Tensor
+
+    def keep_strides(self) -> list[int]:
+        """Batch and row strides of the bytes."""
+        return self._strides(self.keep, 1) if self.present else [0, 0]
+
+    def weight_strides(self) -> list[int]:
+        """Batch and row strides of the weights in units of 8."""
+        return self._strides(self.weights, 8) if self.present else [0, 0]
+
+    def entry(self, b: int) -> "KeyMask":
+        """The mask of one batch entry."""
+        if not self.present:
+            return self
+        return KeyMask(True, self.keep[b : b + 1], self.weights[b : b + 1])
+
+    @staticmethod
+    def _strides(x: Tensor, unit: int) -> list[int]:
+        return [x.stride(axis) // unit if x.shape[axis] > 1 else 0 for axis in (0, 1)]
+
+
+def prepare_mask(mask: Tensor | None, like: Tensor) -> KeyMask:
+    """A boolean mask [B, R, K] in kernel form; without one, dummies that are never read."""
     if mask is None:
-        return like, [0, 0]
-    m = mask if mask.stride(-1) == 1 else mask.contiguous()
-    return m.view(torch.uint8), [m.stride(0) if m.shape[0] > 1 else 0, m.stride(1) if m.shape[1] > 1 else 0]
+        return KeyMask(False, like, like)
+    keep = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
+    padded = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8)) if keep.shape[-1] % 8 else keep
+    return KeyMask(True, keep, padded.to(torch.float32, memory_format=torch.contiguous_format))
 
 
 @dataclass(frozen=True)
@@ -143,9 +171,7 @@ class Call:
     v: Tensor
     bias: Tensor
     transposed: bool
-    keep: Tensor
-    keep_strides: list[int]
-    has_mask: bool
+    mask: KeyMask
     scale: float
     precision: str
 
@@ -157,17 +183,16 @@ class Call:
     def entry(self, b: int) -> "Call":
         """The call for one batch entry."""
         part = slice(b, b + 1)
-        keep = self.keep[part] if self.has_mask else self.keep
         return Call(
-            self.q[part], self.k[part], self.v[part], self.bias[part], self.transposed, keep, self.keep_strides,
-            self.has_mask, self.scale, self.precision,
+            self.q[part], self.k[part], self.v[part], self.bias[part], self.transposed, self.mask.entry(b),
+            self.scale, self.precision,
         )  # fmt: skip
 
     def constants(self, *others: Tensor) -> dict[str, object]:
         """Compile-time arguments common to the kernels."""
         d = self.q.shape[-1]
         return {
-            "HAS_MASK": self.has_mask,
+            "HAS_MASK": self.mask.present,
             "TRANSPOSED": self.transposed,
             "D": d,
             "BLOCK_D": max(16, triton.next_power_of_2(d)),
@@ -186,10 +211,8 @@ def make_call(
 ) -> Call:
     """Bring 5-D inputs into kernel form; copies only what is not aligned."""
     prepared, transposed = prepare_bias(bias)
-    keep, keep_strides = prepare_mask(mask, q)
-    return Call(
-        aligned(q), aligned(k), aligned(v), prepared, transposed, keep, keep_strides, mask is not None, scale, precision
-    )
+    key_mask = prepare_mask(mask, q)
+    return Call(aligned(q), aligned(k), aligned(v), prepared, transposed, key_mask, scale, precision)
 
 
 def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
@@ -198,9 +221,9 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
     c = config.constants
     grid = (triton.cdiv(lq, c["BQ"]) * triton.cdiv(rows, c["ROWS"]) * heads * call.q.shape[0],)
     forward_kernel[grid](
-        call.q, call.k, call.v, call.bias, call.keep, o, lse, rows, heads, lq, lk,
+        call.q, call.k, call.v, call.bias, call.mask.keep, call.mask.weights, o, lse, rows, heads, lq, lk,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(o),
-        *bias_arguments(call.bias, call.transposed), *call.keep_strides, call.scales[1],
+        *bias_arguments(call.bias, call.transposed), *call.mask.keep_strides(), *call.mask.weight_strides(), call.scales[1],
         **call.constants(o), FAST=call.q.dtype != torch.float16, **config.launch(),
     )  # fmt: skip
 
@@ -227,9 +250,9 @@ def launch_grad_kv(
     c = config.constants
     grid = (triton.cdiv(lk, c["BK"]) * triton.cdiv(rows, c["ROWS"]) * heads * call.q.shape[0],)
     grad_kv_kernel[grid](
-        call.q, call.k, call.v, do, call.bias, call.keep, lse, delta, dk, dv, rows, heads, lq, lk,
+        call.q, call.k, call.v, do, call.bias, call.mask.keep, lse, delta, dk, dv, rows, heads, lq, lk,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dk), *strides8(dv),
-        *bias_arguments(call.bias, call.transposed), *call.keep_strides, *call.scales,
+        *bias_arguments(call.bias, call.transposed), *call.mask.keep_strides(), *call.scales,
         **call.constants(do, dk, dv), **config.launch(),
     )  # fmt: skip
 
@@ -240,9 +263,9 @@ def launch_grad_q(call: Call, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor
     c = config.constants
     grid = (triton.cdiv(lq, c["BQ"]) * triton.cdiv(rows, c["ROWS"]) * heads * call.q.shape[0],)
     grad_q_kernel[grid](
-        call.q, call.k, call.v, do, call.bias, call.keep, lse, delta, dq, rows, heads, lq, lk,
+        call.q, call.k, call.v, do, call.bias, call.mask.weights, lse, delta, dq, rows, heads, lq, lk,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dq),
-        *bias_arguments(call.bias, call.transposed), *call.keep_strides, *call.scales,
+        *bias_arguments(call.bias, call.transposed), *call.mask.weight_strides(), *call.scales,
         **call.constants(do, dq), **config.launch(),
     )  # fmt: skip
 
@@ -278,10 +301,10 @@ def launch_grad_bias(
     for start in range(0, rows, chunk):
         stop = min(rows, start + chunk)
         grad_bias_kernel[(tiles * splits,)](
-            call.q, call.k, call.v, do, call.bias, call.keep, lse, delta, planes, parts, rows, heads, lq, lk,
+            call.q, call.k, call.v, do, call.bias, call.mask.weights, lse, delta, planes, parts, rows, heads, lq, lk,
             splits, start, stop, (stop - start) * lq * heads * d,
             *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do),
-            *bias_arguments(call.bias, call.transposed), *call.keep_strides, *call.scales,
+            *bias_arguments(call.bias, call.transposed), *call.mask.weight_strides(), *call.scales,
             **call.constants(do), EMIT_DQ=dq is not None, ACCUMULATE=start > 0, **config.launch(),
         )  # fmt: skip
         if dq is not None:
