@@ -22,10 +22,9 @@ import triton.language as tl
 from optimized.ops.attention.forward import (
     LENGTHS,
     LOG2E,
-    bias_mask,
-    bias_pointers,
     keep_keys,
     key_weights,
+    load_bias,
     strides_of,
     tile_pointers,
 )
@@ -34,19 +33,20 @@ COMMON = (*LENGTHS, *strides_of("q", "k", "v", "g"), "bias_b", "bias_h", "bias_s
 
 
 @triton.jit
-def load_statistics(LSE, DELTA, base, qi, LQ):
-    """(lse in log2 units, delta) of a query tile; rows without keys and out of range get +inf, so that p is zero."""
-    lse = tl.load(LSE + base + qi, mask=qi < LQ, other=float("inf"))
-    delta = tl.load(DELTA + base + qi, mask=qi < LQ, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
+def statistics_row(b, row, h, R, H, LQ):
+    """Start of one row and head in LSE2 and DELTA, [B, R, H, LQ rounded up to 128]."""
+    return ((b * R + row) * H + h) * (tl.cdiv(LQ, 128) * 128)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *strides_of("o", "g")])
-def delta_kernel(
-    O, G, DELTA, R, H, LQ, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BQ: tl.constexpr,
+@triton.jit(do_not_specialize=["R", "H", "LQ", *strides_of("o", "g")])
+def statistics_kernel(
+    O, G, LSE, DLSE, LSE2, DELTA, R, H, LQ, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l,
+    HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """DELTA[b,r,h,q] = sum over d of o * do, in fp32."""
+    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = lse in log2 units; both fp32.
+
+    Padded queries and rows without keys get LSE2 = +inf, so that their probabilities vanish without a test.
+    """
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LQ, BQ)
     qi = (pid // H % tiles).to(tl.int32) * BQ + tl.arange(0, BQ)
@@ -57,21 +57,28 @@ def delta_kernel(
     inside = (qi < LQ)[:, None] & (d < D)[None, :]
     o = tl.load(tile_pointers(O + (b * o_b + row * o_r + h * o_h) * 8, qi, o_l, d, WIDE), mask=inside, other=0.0)
     g = tl.load(tile_pointers(G + (b * g_b + row * g_r + h * g_h) * 8, qi, g_l, d, WIDE), mask=inside, other=0.0)
-    total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
-    tl.store(DELTA + ((b * R + row) * H + h) * LQ + qi, total, mask=qi < LQ)
+    delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    source = ((b * R + row) * H + h) * LQ + qi
+    lse = tl.load(LSE + source, mask=qi < LQ, other=float("-inf"))
+    if HAS_DLSE:
+        delta -= tl.load(DLSE + source, mask=qi < LQ, other=0.0)
+    target = statistics_row(b, row, h, R, H, LQ) + qi
+    tl.store(LSE2 + target, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E))
+    tl.store(DELTA + target, delta)
 
 
 @triton.jit(do_not_specialize=[*COMMON, "keep_b", "keep_r", *strides_of("dk", "dv")])
 def grad_kv_kernel(
-    Q, K, V, G, BIAS, KEEP, LSE, DELTA, DK, DV, R, H, LQ, LK,
+    Q, K, V, G, BIAS, KEEP, LSE2, DELTA, DK, DV, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
     dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l,
     bias_b, bias_h, bias_s, keep_b, keep_r, scale, scale_log2,
-    HAS_MASK: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a key tile for ROWS rows. Scores are built transposed, [k, q], so that p^T feeds the products.
+    """dk and dv of a key tile for ROWS rows. Scores are built transposed, [k, q], so that p^T feeds the products;
+    BIAS is [B, H, K, Q] here, queries contiguous.
 
     A masked key touches only its own row of dk and dv here: those rows are zeroed at the end.
     """
@@ -103,19 +110,17 @@ def grad_kv_kernel(
         dvs = dvs + (tl.zeros((BK, BLOCK_D), tl.float32),)
         qbs = qbs + (Q + (b * q_b + row * q_r + h * q_h) * 8,)
         gbs = gbs + (G + (b * g_b + row * g_r + h * g_h) * 8,)
-        stats = stats + (((b * R + row) * H + h) * LQ,)
+        stats = stats + (statistics_row(b, row, h, R, H, LQ),)
 
     for q0 in tl.range(0, LQ, BQ, num_stages=STAGES):
         qi = q0 + tl.arange(0, BQ)
         inside = (qi < LQ)[:, None] & (d < D)[None, :]
-        tile = tl.load(
-            bias_pointers(bb, ki, qi, bias_s, not TRANSPOSED), mask=bias_mask(ki, qi, LK, LQ), other=0.0
-        )
-        bias = tile.to(tl.float32) * LOG2E
+        bias = load_bias(bb, ki, qi, bias_s, LK, LQ).to(tl.float32) * LOG2E
         new_dks = ()
         new_dvs = ()
         for i in tl.static_range(ROWS):
-            lse, delta = load_statistics(LSE, DELTA, stats[i], qi, LQ)
+            lse = tl.load(LSE2 + stats[i] + qi)
+            delta = tl.load(DELTA + stats[i] + qi)
             q = tl.load(tile_pointers(qbs[i], qi, q_l, d, WIDE), mask=inside, other=0.0)
             g = tl.load(tile_pointers(gbs[i], qi, g_l, d, WIDE), mask=inside, other=0.0)
             s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION) * scale_log2 + (bias - lse[None, :])
@@ -141,10 +146,10 @@ def grad_kv_kernel(
 
 @triton.jit(do_not_specialize=[*COMMON, "weights_b", "weights_r", *strides_of("dq")])
 def grad_q_kernel(
-    Q, K, V, G, BIAS, WEIGHTS, LSE, DELTA, DQ, R, H, LQ, LK,
+    Q, K, V, G, BIAS, WEIGHTS, LSE2, DELTA, DQ, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
     bias_b, bias_h, bias_s, weights_b, weights_r, scale, scale_log2,
-    HAS_MASK: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -174,9 +179,9 @@ def grad_q_kernel(
         gb = G + (b * g_b + row * g_r + h * g_h) * 8
         qs = qs + (tl.load(tile_pointers(qb, qi, q_l, d, WIDE), mask=q_mask, other=0.0),)
         gs = gs + (tl.load(tile_pointers(gb, qi, g_l, d, WIDE), mask=q_mask, other=0.0),)
-        lse, delta = load_statistics(LSE, DELTA, ((b * R + row) * H + h) * LQ, qi, LQ)
-        lses = lses + (lse,)
-        deltas = deltas + (delta,)
+        stats = statistics_row(b, row, h, R, H, LQ) + qi
+        lses = lses + (tl.load(LSE2 + stats),)
+        deltas = deltas + (tl.load(DELTA + stats),)
         dqs = dqs + (tl.zeros((BQ, BLOCK_D), tl.float32),)
         kbs = kbs + (K + (b * k_b + row * k_r + h * k_h) * 8,)
         vbs = vbs + (V + (b * v_b + row * v_r + h * v_h) * 8,)
@@ -184,8 +189,7 @@ def grad_q_kernel(
 
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
         ki = k0 + tl.arange(0, BK)
-        tile = tl.load(bias_pointers(bb, qi, ki, bias_s, TRANSPOSED), mask=bias_mask(qi, ki, LQ, LK), other=0.0)
-        bias = tile.to(tl.float32) * LOG2E
+        bias = load_bias(bb, qi, ki, bias_s, LQ, LK).to(tl.float32) * LOG2E
         inside = (ki < LK)[:, None] & (d < D)[None, :]
         new_dqs = ()
         for i in tl.static_range(ROWS):
@@ -208,10 +212,10 @@ def grad_q_kernel(
 
 @triton.jit(do_not_specialize=[*COMMON, "weights_r", "part_plane", "splits", "row_start", "row_stop"])
 def grad_bias_kernel(
-    Q, K, V, G, BIAS, WEIGHTS, LSE, DELTA, DBIAS, PARTS, R, H, LQ, LK, splits, row_start, row_stop, part_plane,
+    Q, K, V, G, BIAS, WEIGHTS, LSE2, DELTA, DBIAS, PARTS, R, H, LQ, LK, splits, row_start, row_stop, part_plane,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
     bias_b, bias_h, bias_s, weights_b, weights_r, scale, scale_log2,
-    HAS_MASK: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, EMIT_DQ: tl.constexpr, ACCUMULATE: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -232,8 +236,7 @@ def grad_bias_kernel(
     d = tl.arange(0, BLOCK_D)
     q_mask = (qi < LQ)[:, None] & (d < D)[None, :]
     k_mask = (ki < LK)[:, None] & (d < D)[None, :]
-    bias_at = bias_pointers(BIAS + h * bias_h * 8, qi, ki, bias_s, TRANSPOSED)
-    bias = tl.load(bias_at, mask=bias_mask(qi, ki, LQ, LK), other=0.0).to(tl.float32) * LOG2E
+    bias = load_bias(BIAS + h * bias_h * 8, qi, ki, bias_s, LQ, LK).to(tl.float32) * LOG2E
     total = tl.zeros((BQ, BK), tl.float32)
     wide_zero = tl.full((), 0, tl.int64)
     share = tl.cdiv(row_stop - row_start, splits)
@@ -249,7 +252,9 @@ def grad_bias_kernel(
         k = tl.load(tile_pointers(k_base + r * k_r * 8, ki, k_l, d, WIDE), mask=k_mask, other=0.0)
         v = tl.load(tile_pointers(v_base + r * v_r * 8, ki, v_l, d, WIDE), mask=k_mask, other=0.0)
         g = tl.load(tile_pointers(g_base + r * g_r * 8, qi, g_l, d, WIDE), mask=q_mask, other=0.0)
-        lse, delta = load_statistics(LSE, DELTA, (r * H + h) * LQ, qi, LQ)
+        stats = statistics_row(0, r, h, R, H, LQ) + qi
+        lse = tl.load(LSE2 + stats)
+        delta = tl.load(DELTA + stats)
         weight = key_weights(WEIGHTS, r * weights_r, ki, LK, HAS_MASK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + (bias - lse[:, None])
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)

@@ -42,17 +42,13 @@ def tile_pointers(base, tokens, stride, d, WIDE: tl.constexpr):
 
 
 @triton.jit
-def bias_pointers(base, q, k, stride, TRANSPOSED: tl.constexpr):
-    """Pointers [q, k] into one head's bias; the contiguous axis is k, or q when TRANSPOSED."""
-    if TRANSPOSED:
-        return base + q[:, None] + (k * stride * 8)[None, :]
-    return base + (q * stride * 8)[:, None] + k[None, :]
+def load_bias(base, i, j, stride, LI, LJ):
+    """Tile [i, j] of one head's bias, j contiguous, zero outside.
 
-
-@triton.jit
-def bias_mask(q, k, LQ, LK):
-    """In-range test of a bias tile; both limits are rounded up to 8, to which the host pads, to keep loads wide."""
-    return (q < tl.cdiv(LQ, 8) * 8)[:, None] & (k < tl.cdiv(LK, 8) * 8)[None, :]
+    The limit of j is rounded up to 8, to which the host pads, so that loads stay 16 bytes wide.
+    """
+    inside = (i < LI)[:, None] & (j < tl.cdiv(LJ, 8) * 8)[None, :]
+    return tl.load(base + (i * stride * 8)[:, None] + j[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -66,16 +62,16 @@ def keep_keys(KEEP, row, k, LK, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def key_weights(WEIGHTS, row, k, LK, HAS_MASK: tl.constexpr):
-    """1.0 for keys that count, else 0.0. Read as fp32, copied ahead like the tiles, unlike single mask bytes."""
+    """1.0 for keys that count, else 0.0; fp32, zero up to the end of the last tile, so that no test is needed."""
     if HAS_MASK:
-        return tl.load(WEIGHTS + row * 8 + k, mask=k < tl.cdiv(LK, 8) * 8, other=0.0)
+        return tl.load(WEIGHTS + row * 8 + k)
     return (k < LK).to(tl.float32)
 
 
 @triton.jit
 def _online_row(
     q, kb, vb, bb, KEEP, keep_row, qi, d, LQ, LK, k_l, v_l, bias_s, scale_log2,
-    HAS_MASK: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row with a running maximum: (accumulator, sum, maximum in log2 units)."""
@@ -86,7 +82,7 @@ def _online_row(
         ki = k0 + tl.arange(0, BK)
         keep = keep_keys(KEEP, keep_row, ki, LK, HAS_MASK)
         inside = keep[:, None] & (d < D)[None, :]
-        bias = tl.load(bias_pointers(bb, qi, ki, bias_s, TRANSPOSED), mask=bias_mask(qi, ki, LQ, LK), other=0.0)
+        bias = load_bias(bb, qi, ki, bias_s, LQ, LK)
         k = tl.load(tile_pointers(kb, ki, k_l, d, WIDE), mask=inside, other=0.0)
         v = tl.load(tile_pointers(vb, ki, v_l, d, WIDE), mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias.to(tl.float32) * LOG2E
@@ -118,7 +114,7 @@ def forward_kernel(
     Q, K, V, BIAS, KEEP, WEIGHTS, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l,
     bias_b, bias_h, bias_s, keep_b, keep_r, weights_b, weights_r, scale_log2,
-    HAS_MASK: tl.constexpr, TRANSPOSED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +151,7 @@ def forward_kernel(
     if FAST:
         for k0 in tl.range(0, LK, BK, num_stages=STAGES):
             ki = k0 + tl.arange(0, BK)
-            tile = tl.load(bias_pointers(bb, qi, ki, bias_s, TRANSPOSED), mask=bias_mask(qi, ki, LQ, LK), other=0.0)
+            tile = load_bias(bb, qi, ki, bias_s, LQ, LK)
             bias = tile.to(tl.float32) * LOG2E
             new_accs = ()
             new_totals = ()
@@ -185,7 +181,7 @@ def forward_kernel(
             if _any_key(KEEP, keep_rows[i], LK, HAS_MASK) != 0:
                 acc, total, top = _online_row(
                     qs[i], kbs[i], vbs[i], bb, KEEP, keep_rows[i], qi, d, LQ, LK, k_l, v_l, bias_s, scale_log2,
-                    HAS_MASK, TRANSPOSED, D, BQ, BK, BLOCK_D, PRECISION, WIDE, 1 if FAST else STAGES,
+                    HAS_MASK, D, BQ, BK, BLOCK_D, PRECISION, WIDE, 1 if FAST else STAGES,
                 )  # fmt: skip
             else:
                 acc = tl.zeros((BQ, BLOCK_D), tl.float32)

@@ -8,16 +8,17 @@ import triton
 from torch import Tensor
 
 from optimized.ops.attention.backward import (
-    delta_kernel,
     fold_kernel,
     fold_q_kernel,
     grad_bias_kernel,
     grad_kv_kernel,
     grad_q_kernel,
+    statistics_kernel,
 )
 from optimized.ops.attention.forward import forward_kernel
 from optimized.ops.tuning import Config, device_name, lookup
 
+TILE = 128  # no tile is longer; buffers are padded to it so that the last tile needs no test
 FOLD_BLOCK = 1024
 FOLD_LINES = 64
 
@@ -102,33 +103,30 @@ def is_wide(*tensors: Tensor) -> bool:
     return any((t.shape[-2] + 256) * t.stride(-2) >= 2**31 for t in tensors)
 
 
-def prepare_bias(bias: Tensor) -> tuple[Tensor, bool]:
-    """(bias [B, H, Q, K] that the kernels can read in wide loads, whether its contiguous axis is the query axis).
+def prepare_bias(bias: Tensor) -> Tensor:
+    """bias [B, H, I, J] as the kernels read it: J contiguous, row pitch and J multiples of 8.
 
-    Wide loads need both lengths and the row pitch to be multiples of 8; other biases are copied into a padded buffer
-    (no larger than one row's scores, 1/R of the work).
+    Anything else, the other orientation included, is copied: as much work as one of the R rows.
     """
-    x = bias.squeeze(-4)
-    transposed = x.stride(-2) == 1 and x.stride(-1) != 1 and x.shape[-1] > 1
-    y = x.transpose(-1, -2) if transposed else x
-    even = x.shape[-1] % 8 == 0 and x.shape[-2] % 8 == 0
-    fits = y.stride(-1) == 1 and all(s % 8 == 0 for s, n in zip(y.stride()[:-1], y.shape[:-1], strict=True) if n > 1)
-    if even and fits and x.data_ptr() % 16 == 0:
-        return x, transposed
-    rows, columns = y.shape[-2], y.shape[-1]
-    padded = torch.nn.functional.pad(y, (0, -columns % 8, 0, -rows % 8)).contiguous()
-    return (padded.transpose(-1, -2) if transposed else padded), transposed
+    outer = zip(bias.stride()[:-1], bias.shape[:-1], strict=True)
+    fits = bias.stride(-1) == 1 and all(s % 8 == 0 for s, n in outer if n > 1)
+    if fits and bias.shape[-1] % 8 == 0 and bias.data_ptr() % 16 == 0:
+        return bias
+    if bias.shape[-1] % 8 == 0:
+        return bias.contiguous(memory_format=torch.contiguous_format)
+    padded = bias.new_zeros((*bias.shape[:-1], triton.cdiv(bias.shape[-1], 8) * 8))
+    padded[..., : bias.shape[-1]].copy_(bias)
+    return padded
 
 
-def bias_arguments(x: Tensor, transposed: bool) -> list[int]:
-    """Batch, head and row-pitch strides of a prepared bias in units of 8 elements."""
-    pitch = x.stride(-1) if transposed else x.stride(-2)
-    return [x.stride(0) // 8 if x.shape[0] > 1 else 0, x.stride(1) // 8 if x.shape[1] > 1 else 0, pitch // 8]
+def bias_strides(x: Tensor) -> list[int]:
+    """Batch, head and row strides of a prepared bias in units of 8 elements."""
+    return [s // 8 if n > 1 else 0 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
 
 
 @dataclass(frozen=True)
 class KeyMask:
-    """The key mask as the kernels read it: bytes with unit stride along keys, and fp32 weights padded to 8 keys."""
+    """The key mask as the kernels read it: bytes with unit stride along keys, and fp32 weights padded to TILE keys."""
 
     present: bool
     keep: Tensor
@@ -158,19 +156,22 @@ def prepare_mask(mask: Tensor | None, like: Tensor) -> KeyMask:
     if mask is None:
         return KeyMask(False, like, like)
     keep = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
-    padded = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8)) if keep.shape[-1] % 8 else keep
-    return KeyMask(True, keep, padded.to(torch.float32, memory_format=torch.contiguous_format))
+    keys = keep.shape[-1]
+    weights = torch.empty((*keep.shape[:-1], triton.cdiv(keys, TILE) * TILE), dtype=torch.float32, device=keep.device)
+    weights[..., :keys].copy_(keep)
+    if weights.shape[-1] > keys:
+        weights[..., keys:] = 0.0
+    return KeyMask(True, keep, weights)
 
 
 @dataclass(frozen=True)
 class Call:
-    """Inputs in kernel form: q, k, v [B, R, H, L, D] aligned, bias [B, H, Q, K] padded, mask as bytes."""
+    """Inputs in kernel form: q, k, v [B, R, H, L, D] aligned, bias [B, H, Q, K] with padded keys."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor
-    transposed: bool
     mask: KeyMask
     scale: float
     precision: str
@@ -184,7 +185,7 @@ class Call:
         """The call for one batch entry."""
         part = slice(b, b + 1)
         return Call(
-            self.q[part], self.k[part], self.v[part], self.bias[part], self.transposed, self.mask.entry(b),
+            self.q[part], self.k[part], self.v[part], self.bias[part], self.mask.entry(b),
             self.scale, self.precision,
         )  # fmt: skip
 
@@ -193,11 +194,10 @@ class Call:
         d = self.q.shape[-1]
         return {
             "HAS_MASK": self.mask.present,
-            "TRANSPOSED": self.transposed,
             "D": d,
             "BLOCK_D": max(16, triton.next_power_of_2(d)),
             "PRECISION": self.precision,
-            "WIDE": is_wide(self.q, self.k, self.v, self.bias, *others),
+            "WIDE": is_wide(self.q, self.k, self.v, *others),
         }
 
     @property
@@ -210,9 +210,8 @@ def make_call(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
 ) -> Call:
     """Bring 5-D inputs into kernel form; copies only what is not aligned."""
-    prepared, transposed = prepare_bias(bias)
     key_mask = prepare_mask(mask, q)
-    return Call(aligned(q), aligned(k), aligned(v), prepared, transposed, key_mask, scale, precision)
+    return Call(aligned(q), aligned(k), aligned(v), prepare_bias(bias.squeeze(1)), key_mask, scale, precision)
 
 
 def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
@@ -223,49 +222,51 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
     forward_kernel[grid](
         call.q, call.k, call.v, call.bias, call.mask.keep, call.mask.weights, o, lse, rows, heads, lq, lk,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(o),
-        *bias_arguments(call.bias, call.transposed), *call.mask.keep_strides(), *call.mask.weight_strides(), call.scales[1],
+        *bias_strides(call.bias), *call.mask.keep_strides(), *call.mask.weight_strides(), call.scales[1],
         **call.constants(o), FAST=call.q.dtype != torch.float16, **config.launch(),
     )  # fmt: skip
 
 
-def launch_delta(call: Call, o: Tensor, do: Tensor) -> Tensor:
-    """delta [B, R, H, Q] = sum over d of o * do, fp32."""
+def launch_statistics(
+    call: Call, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(lse in log2 units, delta), fp32 [B, R, H, Q padded to TILE]; see `statistics_kernel`."""
     rows, heads, lq, _ = call.sizes
-    delta = torch.empty(call.q.shape[:-1], dtype=torch.float32, device=call.q.device)
-    block = 128
+    padded = triton.cdiv(lq, TILE) * TILE
+    lse2, delta = torch.empty((2, *call.q.shape[:-2], padded), dtype=torch.float32, device=call.q.device)
     d = call.q.shape[-1]
-    grid = (triton.cdiv(lq, block) * rows * heads * call.q.shape[0],)
-    delta_kernel[grid](
-        o, do, delta, rows, heads, lq, *strides8(o), *strides8(do),
-        D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), WIDE=is_wide(o, do), BQ=block,
+    statistics_kernel[(padded // TILE * rows * heads * call.q.shape[0],)](
+        o, do, lse, lse if dlse is None else dlse, lse2, delta, rows, heads, lq, *strides8(o), *strides8(do),
+        HAS_DLSE=dlse is not None, D=d, BLOCK_D=triton.next_power_of_2(d), WIDE=is_wide(o, do), BQ=TILE,
     )  # fmt: skip
-    return delta
+    return lse2, delta
 
 
 def launch_grad_kv(
-    call: Call, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, config: Config
+    call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, config: Config
 ) -> None:
     """Fill dk and dv [B, R, H, K, D]."""
     rows, heads, lq, lk = call.sizes
+    flipped = prepare_bias(call.bias[..., :lk].transpose(-1, -2))
     c = config.constants
     grid = (triton.cdiv(lk, c["BK"]) * triton.cdiv(rows, c["ROWS"]) * heads * call.q.shape[0],)
     grad_kv_kernel[grid](
-        call.q, call.k, call.v, do, call.bias, call.mask.keep, lse, delta, dk, dv, rows, heads, lq, lk,
+        call.q, call.k, call.v, do, flipped, call.mask.keep, lse2, delta, dk, dv, rows, heads, lq, lk,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dk), *strides8(dv),
-        *bias_arguments(call.bias, call.transposed), *call.mask.keep_strides(), *call.scales,
+        *bias_strides(flipped), *call.mask.keep_strides(), *call.scales,
         **call.constants(do, dk, dv), **config.launch(),
     )  # fmt: skip
 
 
-def launch_grad_q(call: Call, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, config: Config) -> None:
+def launch_grad_q(call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dq: Tensor, config: Config) -> None:
     """Fill dq [B, R, H, Q, D]."""
     rows, heads, lq, lk = call.sizes
     c = config.constants
     grid = (triton.cdiv(lq, c["BQ"]) * triton.cdiv(rows, c["ROWS"]) * heads * call.q.shape[0],)
     grad_q_kernel[grid](
-        call.q, call.k, call.v, do, call.bias, call.mask.weights, lse, delta, dq, rows, heads, lq, lk,
+        call.q, call.k, call.v, do, call.bias, call.mask.weights, lse2, delta, dq, rows, heads, lq, lk,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dq),
-        *bias_arguments(call.bias, call.transposed), *call.mask.weight_strides(), *call.scales,
+        *bias_strides(call.bias), *call.mask.weight_strides(), *call.scales,
         **call.constants(do, dq), **config.launch(),
     )  # fmt: skip
 
@@ -278,7 +279,7 @@ def row_splits(call: Call, config: Config, programs_per_core: int) -> int:
 
 
 def launch_grad_bias(
-    call: Call, do: Tensor, lse: Tensor, delta: Tensor, dbias: Tensor, dq: Tensor | None, plan: Plan
+    call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dbias: Tensor, dq: Tensor | None, plan: Plan
 ) -> None:
     """Fill dbias [1, H, Q, K] of one batch entry, and dq [1, R, H, Q, D] when given.
 
@@ -301,10 +302,10 @@ def launch_grad_bias(
     for start in range(0, rows, chunk):
         stop = min(rows, start + chunk)
         grad_bias_kernel[(tiles * splits,)](
-            call.q, call.k, call.v, do, call.bias, call.mask.weights, lse, delta, planes, parts, rows, heads, lq, lk,
+            call.q, call.k, call.v, do, call.bias, call.mask.weights, lse2, delta, planes, parts, rows, heads, lq, lk,
             splits, start, stop, (stop - start) * lq * heads * d,
             *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do),
-            *bias_arguments(call.bias, call.transposed), *call.mask.weight_strides(), *call.scales,
+            *bias_strides(call.bias), *call.mask.weight_strides(), *call.scales,
             **call.constants(do), EMIT_DQ=dq is not None, ACCUMULATE=start > 0, **config.launch(),
         )  # fmt: skip
         if dq is not None:
