@@ -55,8 +55,12 @@ def statistics_kernel(
     b = pid // H // tiles // R
     d = tl.arange(0, BLOCK_D)
     inside = (qi < LQ)[:, None] & (d < D)[None, :]
-    o = tl.load(tile_pointers(O + (b * o_b + row * o_r + h * o_h) * 8, qi, o_l, d, WIDE), mask=inside, other=0.0)
-    g = tl.load(tile_pointers(G + (b * g_b + row * g_r + h * g_h) * 8, qi, g_l, d, WIDE), mask=inside, other=0.0)
+    o = tl.load(
+        tile_pointers(O + (b * o_b + row * o_r + h * o_h) * 8, qi, o_l, d, WIDE), mask=inside, other=0.0
+    )
+    g = tl.load(
+        tile_pointers(G + (b * g_b + row * g_r + h * g_h) * 8, qi, g_l, d, WIDE), mask=inside, other=0.0
+    )
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     source = ((b * R + row) * H + h) * LQ + qi
     lse = tl.load(LSE + source, mask=qi < LQ, other=float("-inf"))

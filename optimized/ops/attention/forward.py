@@ -109,7 +109,19 @@ def _any_key(KEEP, keep_row, LK, HAS_MASK: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *strides_of("q", "k", "v", "o"), "bias_b", "bias_h", "bias_s", "keep_b", "keep_r", "weights_b", "weights_r"])
+@triton.jit(
+    do_not_specialize=[
+        *LENGTHS,
+        *strides_of("q", "k", "v", "o"),
+        "bias_b",
+        "bias_h",
+        "bias_s",
+        "keep_b",
+        "keep_r",
+        "weights_b",
+        "weights_r",
+    ]
+)
 def forward_kernel(
     Q, K, V, BIAS, KEEP, WEIGHTS, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l,

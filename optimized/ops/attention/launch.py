@@ -89,7 +89,9 @@ def cores(device: torch.device) -> int:
 
 def aligned(x: Tensor) -> Tensor:
     """`x` itself when its last axis is contiguous and rows start at multiples of 8 elements, else a copy."""
-    fits = x.stride(-1) == 1 and all(s % 8 == 0 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1)
+    fits = x.stride(-1) == 1 and all(
+        s % 8 == 0 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1
+    )
     return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
@@ -157,7 +159,9 @@ def prepare_mask(mask: Tensor | None, like: Tensor) -> KeyMask:
         return KeyMask(False, like, like)
     keep = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
     keys = keep.shape[-1]
-    weights = torch.empty((*keep.shape[:-1], triton.cdiv(keys, TILE) * TILE), dtype=torch.float32, device=keep.device)
+    weights = torch.empty(
+        (*keep.shape[:-1], triton.cdiv(keys, TILE) * TILE), dtype=torch.float32, device=keep.device
+    )
     weights[..., :keys].copy_(keep)
     if weights.shape[-1] > keys:
         weights[..., keys:] = 0.0

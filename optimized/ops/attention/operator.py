@@ -29,7 +29,9 @@ def supported(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, precision: str) -> None:
     if q.dim() < 4 or k.dim() != q.dim() or v.shape != k.shape or bias.dim() != q.dim():
-        raise ValueError(f"want q [*,R,H,Q,D], k and v [*,R,H,K,D], bias [*,1,H,Q,K]; got {_shapes(q, k, v, bias)}")
+        raise ValueError(
+            f"want q [*,R,H,Q,D], k and v [*,R,H,K,D], bias [*,1,H,Q,K]; got {_shapes(q, k, v, bias)}"
+        )
     rows, heads = q.shape[-4], q.shape[-3]
     if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"q and k disagree outside the length: {_shapes(q, k)}")
@@ -82,7 +84,10 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not supported(q, k, v, bias, mask, precision).ok:
         grads = reference.attention_backward(do, q, k, v, bias, mask, o, lse, scale, dlse)
-        fresh = (*(torch.empty_like(x) for x in (q, k, v)), torch.empty(bias.shape, dtype=bias.dtype, device=q.device))
+        fresh = (
+            *(torch.empty_like(x) for x in (q, k, v)),
+            torch.empty(bias.shape, dtype=bias.dtype, device=q.device),
+        )
         dq, dk, dv, dbias = (x.copy_(g) for x, g in zip(fresh, grads, strict=True))
         return dq, dk, dv, dbias
     from optimized.ops.attention import launch
