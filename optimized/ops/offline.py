@@ -64,7 +64,7 @@ def _source(case: KernelCase) -> Any:
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names
-    signature = {n: case.signature[n] if n in case.signature else "constexpr" for n in names}
+    signature = {n: case.signature.get(n, "constexpr") for n in names}
     constants = {(names.index(n),): v for n, v in case.constants.items()}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
     return ASTSource(case.kernel, signature, constants, attributes)

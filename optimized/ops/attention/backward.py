@@ -15,7 +15,9 @@ Three kernels rebuild p from q, k, bias and lse:
 The rows are split over SPLITS programs of `grad_bias_kernel`, each with its own fp32 plane of dbias, folded in order.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-any-return"
+# ruff: noqa: ANN001, ANN201, E741, RUF005 (Triton compiles these functions: an annotation would mean a constant,
+# and tuples grow by addition)
+# mypy: disable-error-code="no-untyped-def, no-any-return, assignment, operator"
 import triton
 import triton.language as tl
 
@@ -127,7 +129,7 @@ def grad_kv_kernel(
             delta = tl.load(DELTA + stats[i] + qi)
             q = tl.load(tile_pointers(qbs[i], qi, q_l, d, WIDE), mask=inside, other=0.0)
             g = tl.load(tile_pointers(gbs[i], qi, g_l, d, WIDE), mask=inside, other=0.0)
-            s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION) * scale_log2 + (bias - lse[None, :])
+            s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION) * scale_log2 + bias - lse[None, :]
             dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
             p = tl.math.exp2(s)
             new_dvs = new_dvs + (tl.dot(p.to(g.dtype), g, dvs[i], input_precision=PRECISION),)
@@ -200,7 +202,7 @@ def grad_q_kernel(
             weight = key_weights(WEIGHTS, weight_rows[i], ki, LK, HAS_MASK)
             k = tl.load(tile_pointers(kbs[i], ki, k_l, d, WIDE), mask=inside, other=0.0)
             v = tl.load(tile_pointers(vbs[i], ki, v_l, d, WIDE), mask=inside, other=0.0)
-            s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION) * scale_log2 + (bias - lses[i][:, None])
+            s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION) * scale_log2 + bias - lses[i][:, None]
             dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
             p = tl.where(weight[None, :] != 0.0, tl.math.exp2(s), 0.0)
             ds = p * (dp - deltas[i][:, None])
@@ -260,7 +262,7 @@ def grad_bias_kernel(
         lse = tl.load(LSE2 + stats)
         delta = tl.load(DELTA + stats)
         weight = key_weights(WEIGHTS, r * weights_r, ki, LK, HAS_MASK)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + (bias - lse[:, None])
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias - lse[:, None]
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         p = tl.where(weight[None, :] != 0.0, tl.math.exp2(s), 0.0)
         ds = p * (dp - delta[:, None])

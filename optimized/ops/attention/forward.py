@@ -18,7 +18,9 @@ Cost for R rows, head size D, e bytes per element: 4*R*H*Q*K*D FLOP, R*H*Q*K exp
 and the bias once per L2 lifetime; from L2 per score 2e*D/BQ (keys and values) + e/ROWS (bias) bytes.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-any-return"
+# ruff: noqa: ANN001, ANN201, ANN202, E741, RUF005 (Triton compiles these functions: an annotation would mean a constant,
+# and tuples grow by addition)
+# mypy: disable-error-code="no-untyped-def, no-any-return, assignment, operator, var-annotated"
 import triton
 import triton.language as tl
 
