@@ -12,7 +12,7 @@ from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "WEIGHTS")
-FLOATS = ("scale", "scale_log2")
+FLOATS = ("scale", "unit_scale")
 WIDE_INTS = ("size", "part_plane")
 
 

@@ -206,8 +206,8 @@ class Call:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """The scale, and the scale in log2 units."""
-        return self.scale, self.scale * math.log2(math.e)
+        """The scale, and the scale in the units of `powers`: natural for fp32, log2 else."""
+        return self.scale, self.scale * (1.0 if self.q.dtype == torch.float32 else math.log2(math.e))
 
 
 def make_call(
@@ -234,7 +234,7 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
 def launch_statistics(
     call: Call, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(lse in log2 units, delta), fp32 [B, R, H, Q padded to TILE]; see `statistics_kernel`."""
+    """(lse in the units of `powers`, delta), fp32 [B, R, H, Q padded to TILE]; see `statistics_kernel`."""
     rows, heads, lq, _ = call.sizes
     padded = triton.cdiv(lq, TILE) * TILE
     lse2, delta = torch.empty((2, *call.q.shape[:-2], padded), dtype=torch.float32, device=call.q.device)
