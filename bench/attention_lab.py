@@ -411,7 +411,7 @@ def main() -> None:
             )
     for dtype in (torch.float16, torch.float32):
         if left() > 12:
-            plan = launch.default_plan(dtype, 32, False)
+            plan = launch.default_plan(dtype, 32, "sm_90")
             errs = accuracy("tri384", plan, dtype, 8)
             results[f"tri384 {dtype} errors"] = errs
             print(

@@ -90,7 +90,7 @@ def compile_case(case: KernelCase, arch: str) -> CompileReport:
     else:
         registers = _amd_value(text, "vgpr_count")
         spill = 4 * (_amd_value(text, "vgpr_spill_count") + _amd_value(text, "sgpr_spill_count"))
-        shared = _amd_value(text, "group_segment_fixed_size")
+        shared = max(shared, _amd_value(text, "group_segment_fixed_size"))
     return CompileReport(case.name, arch, True, "", registers, shared, spill, matrix)
 
 

@@ -89,10 +89,10 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
 SHIPPED = (("bf16", 16), ("bf16", 24), ("bf16", 32), ("bf16", 48), ("bf16", 64), ("fp16", 32), ("fp32", 32))
 
 
-def cases(hip: bool = False) -> list[KernelCase]:
-    """Every kernel with its default configuration, for the dtypes and head sizes of the AF3 family."""
+def cases(arch: str) -> list[KernelCase]:
+    """Every kernel with its default configuration on `arch`, for the dtypes and head sizes of the AF3 family."""
     found: list[KernelCase] = []
     for short, head_dim in SHIPPED:
-        plan = default_plan(getattr(torch, DTYPES[short]), head_dim, hip)
+        plan = default_plan(getattr(torch, DTYPES[short]), head_dim, arch)
         found += plan_cases(plan, f"attention.{short}.d{head_dim}", dtype=short, head_dim=head_dim)
     return found
