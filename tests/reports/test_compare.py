@@ -1,15 +1,17 @@
 import io
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
 from megafold_bench.errors import UserError
-from megafold_bench.statistics import Interval
-from reports.compare import compare, p_value
+from megafold_bench.statistics import Interval, holm, is_change, ratio_of_medians
+from reports.compare import compare
 from reports.figures.canvas import overlapping_texts
 from reports.figures.comparison import comparison_drawing
+from reports.significance import Sizes, p_value, student_p
 
 TWO = {"variants": ("pytorch", "megafold"), "lengths": (256, 384, 512)}
 
@@ -108,16 +110,47 @@ def test_more_memory_fails_the_comparison(make):
     assert any("memory larger" in reason for reason in compare(a, b, fail_above=0.05).failures)
 
 
-def test_one_noisy_point_among_many_is_not_called(make):
-    a = make("nvidia", repeats=1, steps=5, noise=0.2, **TWO)
-    b = make("nvidia", name="noisy", seed=4, repeats=1, steps=5, noise=0.2, **TWO)
-    assert compare(a, b).changes == ()
+def families(count, noise, between, slowdown=1.0):
+    """Calls in `count` comparisons of six points, three processes of twenty steps a side."""
+    rng = np.random.default_rng(11)
+
+    def side(scale):
+        return [scale * rng.normal(1, between) * rng.normal(1, noise, 20) for _ in range(3)]
+
+    for _ in range(count):
+        ratios = [ratio_of_medians(side(1.0), side(slowdown), resamples=300) for _ in range(6)]
+        adjusted = holm([p_value(ratio, Sizes(3, 3)) for ratio in ratios])
+        yield [is_change(ratio) and p < 0.05 for ratio, p in zip(ratios, adjusted, strict=True)]
+
+
+def test_noisy_equal_runs_raise_no_alarms():
+    assert sum(any(called) for called in families(12, noise=0.05, between=0.03)) <= 1
+
+
+def test_the_correction_leaves_the_power_to_find_five_per_cent():
+    assert sum(map(sum, families(4, noise=0.01, between=0.003, slowdown=1.05))) >= 23
+
+
+def test_one_process_is_said_to_be_within_run(make):
+    a = make("point")
+    b = make("point", name="slow", seed=3, slowdown=1.3)
+    comparison = compare(a, b)
+    assert comparison.pairs[0].time.within_run
+    text = printed(comparison)
+    assert "slower (within-run)" in text and "miss run-to-run variation" in text
+
+
+@pytest.mark.parametrize(("t", "freedom"), [(12.7062, 1), (4.30265, 2), (3.18245, 3), (2.77645, 4), (2.30600, 8), (1.98397, 100)])
+def test_student_table(t, freedom):
+    assert student_p(t, freedom) == pytest.approx(0.05, abs=1e-5)
 
 
 def test_p_value_follows_the_interval():
-    assert p_value(Interval(1.05, 1.04, 1.06)) < 1e-6
-    assert 0.04 < p_value(Interval(1.05, 1.0, 1.1025)) < 0.06
-    assert p_value(Interval(1.0, 1.0, 1.0)) == 1.0
+    few, many = Sizes(3, 3), Sizes(60, 60)
+    ratio = Interval(1.05, 1.04, 1.06)
+    assert p_value(ratio, many) < 1e-6 < p_value(ratio, few) < 0.005
+    assert p_value(Interval(1.0, 1.0, 1.0), few) == 1.0
+    assert p_value(Interval(1.2, 1.2, 1.2), Sizes(1, 1)) == 1.0
 
 
 def test_files(make, tmp_path):
