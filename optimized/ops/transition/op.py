@@ -1,0 +1,98 @@
+"""Transition as a differentiable operator: LayerNorm, SwiGLU and projection in one kernel."""
+
+import torch
+from torch import Tensor
+
+from optimized.ops.launching import compute_dtype, device_reason
+from optimized.ops.transition import launch
+from optimized.ops.transition.reference import transition_reference
+
+MAX_CHANNELS = 512
+
+
+def supported(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor
+) -> tuple[bool, str]:
+    """Whether the kernels take these tensors, and if not, why."""
+    reason = device_reason(x, norm_weight, norm_bias, w_a, w_b, w_out)
+    if reason is None and x.shape[-1] > MAX_CHANNELS:
+        reason = f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
+    if reason is None and x.numel() == 0:
+        reason = "the input is empty"
+    return reason is None, reason or ""
+
+
+def transition(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """AF3 Algorithm 11: w_out · (swish(w_a · LN(x)) ⊙ w_b · LN(x)).
+
+    x `[..., c]`; norm_weight, norm_bias `[c]`; w_a, w_b `[h, c]`; w_out `[c, h]`. The products run in autocast's
+    dtype where autocast is on and in x's dtype otherwise, and so is the result; parameters may have another dtype.
+    Only x and the parameters are kept for the backward pass. Where the kernels do not apply (`supported` says
+    why) the definition runs.
+    """
+    parameters = (norm_weight, norm_bias, w_a, w_b, w_out)
+    dtype = compute_dtype(x)
+    if not supported(x, *parameters)[0]:
+        return transition_reference(x.to(dtype), *parameters, eps)
+    return torch.ops.megafold_bench.transition(x, *parameters, eps, dtype)
+
+
+@torch.library.custom_op("megafold_bench::transition", mutates_args=())
+def _transition(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return launch.forward(rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps, dtype).view(x.shape)
+
+
+@_transition.register_fake
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("megafold_bench::transition_backward", mutates_args=())
+def _transition_backward(
+    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    dy = dy.reshape(rows.shape).contiguous()
+    dx, *rest = launch.backward(dy, rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps)
+    return (dx.view(x.shape), *rest)
+
+
+@_transition_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parameters = (norm_weight, norm_bias, w_a, w_b, w_out)
+    return (x.new_empty(x.shape), *(p.new_empty(p.shape) for p in parameters))
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.eps = inputs[6]
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.megafold_bench.transition_backward(dy, *ctx.saved_tensors, ctx.eps), None, None)
+
+
+_transition.register_autograd(_differentiate, setup_context=_keep)
