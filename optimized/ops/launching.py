@@ -56,3 +56,11 @@ def device_reason(*tensors: Tensor) -> str | None:
 def fold(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of fp32 partial gradients over their leading dimension, in the parameter's dtype."""
     return partial.sum(0).to(dtype)
+
+
+def packed(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights `[h, c]` of one shape stacked into one contiguous `[len·h, c]` tensor of `dtype`, in one launch."""
+    height, width = weights[0].shape
+    whole = torch.empty((len(weights) * height, width), dtype=dtype, device=weights[0].device)
+    torch._foreach_copy_(list(whole.split(height)), weights)
+    return whole
