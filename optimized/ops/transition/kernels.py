@@ -127,7 +127,7 @@ def input_gradient_kernel(
         a = tl.dot(n, tl.trans(wa), input_precision="ieee")
         b = tl.dot(n, tl.trans(wb), input_precision="ieee")
         dh = tl.dot(dy, wo, input_precision="ieee")
-        _, da, db = hidden_gradients(a, b, dh)
+        h, da, db = hidden_gradients(a, b, dh)
         acc = tl.dot(da.to(dtype), wa, acc, input_precision="ieee")
         acc = tl.dot(db.to(dtype), wb, acc, input_precision="ieee")
     # The row tile is read again (from L2): keeping it would cost BM·BC registers through the loop.
@@ -140,7 +140,7 @@ def input_gradient_kernel(
     tl.store(share + C, tl.sum(acc, 0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def weight_gradient_kernel(
     n_ptr,
     dy_ptr,

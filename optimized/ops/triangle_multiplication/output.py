@@ -135,7 +135,7 @@ def input_gradient_kernel(
     tl.store(share + H, tl.sum(dnx, 0), mask=h < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def weight_gradient_kernel(
     x_ptr,
     z_ptr,

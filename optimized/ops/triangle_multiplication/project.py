@@ -163,7 +163,7 @@ def input_gradient_kernel(
     tl.store(share + C, tl.sum(acc, 0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def weight_gradient_kernel(
     n_ptr,
     grad_ptr,
