@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from triton.testing import do_bench  # noqa: E402
 
+from fused_variants import forward_variant  # noqa: E402
+
 from optimized.ops.launching import in_dtype, packed  # noqa: E402
 from optimized.ops.transition import launch as tr  # noqa: E402
 from optimized.ops.transition import transition, transition_reference  # noqa: E402
@@ -40,28 +42,31 @@ def candidates():
     def add(name, kind, rows, widths, warps, stages):
         jobs.extend((name, kind(*t)) for t in itertools.product(rows, widths, warps, stages))
 
-    add("tr.forward", tr.Tile, (128,), (32, 64, 128), (8,), (2, 3))
+    add("tr.forward", tr.Tile, (128,), (32, 64), (8,), (2, 3))
+    add("tr.forward", tr.Tile, (128,), (128,), (8,), (2,))
     add("tr.forward", tr.Tile, (64,), (32, 64), (4,), (2, 3))
-    add("tr.forward", tr.Tile, (256,), (32, 64), (8, 16), (2, 3))
+    add("tr.forward", tr.Tile, (256,), (32, 64), (16,), (2,))
     add("tr.input_gradient", tr.Tile, (128,), (32, 64), (8,), (1, 2, 3))
     add("tr.input_gradient", tr.Tile, (64,), (32, 64), (4, 8), (2,))
-    add("tr.input_gradient", tr.Tile, (256,), (32,), (16,), (2,))
-    add("tr.weight_gradient", tr.Tile, (64, 128), (32, 64), (8,), (1, 2, 3))
+    add("tr.weight_gradient", tr.Tile, (64, 128), (32,), (8,), (1, 2, 3))
+    add("tr.weight_gradient", tr.Tile, (64, 128), (64,), (8,), (1, 2))
     add("tr.weight_gradient", tr.Tile, (64,), (32,), (4,), (2,))
-    add("tr.weight_gradient", tr.Tile, (32, 64), (128,), (8, 16), (2,))
-    add("tr.weight_gradient", tr.Tile, (128,), (64,), (16,), (2,))
+    add("tr.weight_gradient", tr.Tile, (64,), (128,), (16,), (2,))
     add("tm.project", tm.Tile, (64,), (32, 64, 128), (4,), (2, 3))
-    add("tm.project", tm.Tile, (128,), (32, 64, 128), (8,), (2, 3))
+    add("tm.project", tm.Tile, (128,), (32, 64), (8,), (2, 3))
+    add("tm.project", tm.Tile, (128,), (128,), (8,), (2,))
     add("tm.project_input", tm.Tile, (64,), (32, 64), (4,), (1, 2, 3))
     add("tm.project_input", tm.Tile, (128,), (32, 64), (8,), (1, 2, 3))
     add("tm.project_weight", tm.Tile, (64, 128), (64,), (8,), (1, 2, 3))
-    add("tm.project_weight", tm.Tile, (64,), (128,), (8, 16), (2,))
-    add("tm.output", tm.Tile, (64,), (32, 64, 128), (4, 8), (1, 2))
-    add("tm.output", tm.Tile, (128,), (32, 64, 128), (8,), (1, 2))
-    add("tm.output_input", tm.Tile, (64,), (32, 64), (4, 8), (1, 2))
-    add("tm.output_input", tm.Tile, (128,), (32, 64), (8,), (1, 2))
+    add("tm.project_weight", tm.Tile, (64,), (128,), (8,), (2,))
+    add("tm.output", tm.Tile, (64,), (32, 64), (4, 8), (1, 2))
+    add("tm.output", tm.Tile, (64,), (128,), (4, 8), (1,))
+    add("tm.output", tm.Tile, (128,), (32, 64), (8,), (1, 2))
+    add("tm.output_input", tm.Tile, (64,), (32,), (4, 8), (1, 2))
+    add("tm.output_input", tm.Tile, (64,), (64,), (8,), (1, 2))
+    add("tm.output_input", tm.Tile, (128,), (32,), (8,), (1, 2))
     add("tm.output_weight", tm.Tile, (64, 128), (64,), (8,), (1, 2))
-    add("tm.output_weight", tm.Tile, (64,), (128,), (8, 16), (1, 2))
+    add("tm.output_weight", tm.Tile, (64,), (128,), (8,), (1,))
     add("tm.output_weight", tm.Tile, (32,), (64, 128), (8,), (1, 2))
     return list(dict.fromkeys(jobs))
 
@@ -144,8 +149,43 @@ def floor_ms(name, n):
     return max(units * 2 * n * n * C * C / 790e12, passes * n * n * C * 2 / 4.27e12) * 1e3
 
 
+# Forward kernel with one thing changed: activation (exp2 sigmoid, tanh, none) and layer norm left out.
+PROBES = [
+    (tile, activation, norm)
+    for tile in (tr.Tile(128, 64, 8, 2), tr.Tile(128, 32, 8, 3), tr.Tile(64, 64, 4, 2))
+    for activation, norm in ((0, 1), (1, 1), (2, 1), (0, 0))
+]
+
+
+def probe(bench, tile, activation, norm):
+    x, out = bench.z.view(-1, C), bench.dy.view(-1, C)
+    rows = x.shape[0]
+    forward_variant[(-(-rows // tile.rows),)](
+        x, *bench.norm, *bench.tw, out, rows, EPS, C=C, H=4 * C, BC=C, BM=tile.rows, BH=tile.hidden,
+        STAGES=tile.stages, AHEAD=0, ACT=activation, NORM=norm, SPECIALISE=False, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def probes(results):
+    bench = Bench(768)
+    for job in PROBES:
+        ms = do_bench(lambda job=job: probe(bench, *job), warmup=8, rep=30, return_mode="median")
+        note(f"transition forward N=768 {list(vars(job[0]).values())} activation {job[1]} norm {job[2]}: {ms:.4f}")
+        results.append({"tile": list(vars(job[0]).values()), "activation": job[1], "norm": job[2], "ms": ms})
+    for n in (384, 768):
+        d, rows = torch.randn(n * n, 256, device="cuda").to(BF), torch.randn(n * n, C, device="cuda").to(BF)
+        ms = do_bench(lambda d=d, rows=rows: torch.mm(d.t(), rows), return_mode="median")
+        note(f"cuBLAS [256, M]·[M, 128], M={n * n}: {ms:.4f}")
+        results.append({"cublas_rows": n * n, "ms": ms})
+    big, empty = torch.randn(2**29, device="cuda").to(BF), torch.empty(2**29, device="cuda", dtype=BF)
+    ms = do_bench(lambda: empty.copy_(big), return_mode="median")
+    note(f"copy {4 * 2**29 / ms / 1e9:.2f} TB/s")
+
+
 def compile_share(index, count):
     bench = Bench(64)
+    for job in PROBES[index::count]:
+        probe(bench, *job)
     for name, tile in candidates()[index::count]:
         try:
             bench.call(name, tile)()
@@ -318,7 +358,7 @@ def main():
     for w in workers:
         w.wait()
     note(f"compiled {len(candidates())} tiles in {count} processes")
-    data = {"tiles": [], "checks": [], "whole": [], "bmm": [], "device": torch.cuda.get_device_name()}
+    data = {"tiles": [], "checks": [], "whole": [], "bmm": [], "probes": [], "device": torch.cuda.get_device_name()}
     try:
         for case in CHECKS:
             rows = check(*case)
@@ -331,6 +371,7 @@ def main():
         use(best)
         contractions(data["bmm"])
         operators(data["whole"])
+        probes(data["probes"])
     finally:
         Path(options.out, "fused_lab.json").write_text(json.dumps(data, indent=1))
     note("done")
