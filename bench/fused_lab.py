@@ -1,3 +1,4 @@
+# ruff: noqa
 """One GPU call: compile many tile shapes in parallel, check against fp64, time them, then the whole operators.
 
 python bench/fused_lab.py --out DIR      (about three minutes on one H200)

@@ -1,3 +1,4 @@
+# ruff: noqa
 """Variants of the transition forward kernel, to learn what bounds it. Not shipped."""
 
 import triton

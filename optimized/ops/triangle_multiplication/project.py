@@ -11,6 +11,7 @@ Bytes: forward reads z and writes 2 tensors of its size; input_gradient reads z,
 gate's share of dn and writes dz and n; weight_gradient reads n and the two gradients.
 """
 
+# ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
 import triton
 import triton.language as tl
 
