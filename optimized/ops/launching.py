@@ -1,12 +1,9 @@
-"""Host side shared by the fused operators: compute dtype, weight copies, split counts, device checks."""
+"""Host side shared by the fused operators: compute dtype, weight copies, split counts, folds."""
 
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -35,22 +32,6 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def interpreting() -> bool:
-    """Whether Triton runs in its CPU interpreter."""
-    return bool(triton.knobs.runtime.interpret)
-
-
-def device_reason(*tensors: Tensor) -> str | None:
-    """Why these tensors cannot go to a Triton kernel, or None."""
-    device = tensors[0].device
-    if any(t.device != device for t in tensors):
-        return "the tensors are on different devices"
-    if device.type != "cuda" and not interpreting():
-        return f"Triton kernels need a CUDA or ROCm device, the input is on {device.type}"
-    odd = next((t.dtype for t in tensors if t.dtype not in FLOATS), None)
-    return f"dtype {odd} is not one of float32, bfloat16, float16" if odd is not None else None
 
 
 def fold(partial: Tensor, dtype: torch.dtype) -> Tensor:

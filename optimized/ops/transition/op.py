@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from optimized.ops.launching import compute_dtype, device_reason
+from optimized.ops.launching import compute_dtype
+from optimized.ops.support import Supported, triton_support
 from optimized.ops.transition import launch
 from optimized.ops.transition.reference import transition_reference
 
@@ -12,14 +13,14 @@ MAX_CHANNELS = 512
 
 def supported(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor
-) -> tuple[bool, str]:
+) -> Supported:
     """Whether the kernels take these tensors, and if not, why."""
-    reason = device_reason(x, norm_weight, norm_bias, w_a, w_b, w_out)
-    if reason is None and x.shape[-1] > MAX_CHANNELS:
-        reason = f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
-    if reason is None and x.numel() == 0:
-        reason = "the input is empty"
-    return reason is None, reason or ""
+    verdict = triton_support(x, norm_weight, norm_bias, w_a, w_b, w_out)
+    if not verdict.ok:
+        return verdict
+    if x.shape[-1] > MAX_CHANNELS:
+        return Supported(False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip")
+    return Supported(False, "the input is empty") if x.numel() == 0 else Supported(True)
 
 
 def transition(
@@ -34,7 +35,7 @@ def transition(
     """
     parameters = (norm_weight, norm_bias, w_a, w_b, w_out)
     dtype = compute_dtype(x)
-    if not supported(x, *parameters)[0]:
+    if not supported(x, *parameters).ok:
         return transition_reference(x.to(dtype), *parameters, eps)
     return torch.ops.megafold_bench.transition(x, *parameters, eps, dtype)
 

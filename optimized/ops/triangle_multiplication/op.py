@@ -3,24 +3,27 @@
 import torch
 from torch import Tensor
 
-from optimized.ops.launching import compute_dtype, device_reason
+from optimized.ops.launching import compute_dtype
+from optimized.ops.support import Supported, triton_support
 from optimized.ops.triangle_multiplication import launch
 from optimized.ops.triangle_multiplication.reference import TriangleWeights, triangle_multiplication_reference
 
 MAX_CHANNELS = 256
 
 
-def supported(z: Tensor, weights: TriangleWeights, mask: Tensor | None = None) -> tuple[bool, str]:
+def supported(z: Tensor, weights: TriangleWeights, mask: Tensor | None = None) -> Supported:
     """Whether the kernels take these tensors, and if not, why."""
-    reason = device_reason(z, *weights)
-    hidden = weights.a_p.shape[0]
-    if reason is None and (z.dim() != 3 or z.shape[0] != z.shape[1] or z.numel() == 0):
-        reason = f"the pair representation must be [N, N, c] with N > 0, it is {list(z.shape)}"
-    if reason is None and max(z.shape[-1], hidden) > MAX_CHANNELS:
-        reason = f"{max(z.shape[-1], hidden)} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
-    if reason is None and mask is not None and mask.dtype != torch.bool:
-        reason = f"the mask must be boolean, it is {mask.dtype}"
-    return reason is None, reason or ""
+    verdict = triton_support(z, *weights)
+    if not verdict.ok:
+        return verdict
+    if z.dim() != 3 or z.shape[0] != z.shape[1] or z.numel() == 0:
+        return Supported(False, f"the pair representation must be [N, N, c] with N > 0, it is {list(z.shape)}")
+    width = max(z.shape[-1], weights.a_p.shape[0])
+    if width > MAX_CHANNELS:
+        return Supported(False, f"{width} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip")
+    if mask is not None and mask.dtype != torch.bool:
+        return Supported(False, f"the mask must be boolean, it is {mask.dtype}")
+    return Supported(True)
 
 
 def triangle_multiplication(
@@ -34,7 +37,7 @@ def triangle_multiplication(
     the kernels do not apply (`supported` says why) the definition runs.
     """
     dtype = compute_dtype(z)
-    if not supported(z, weights, mask)[0]:
+    if not supported(z, weights, mask).ok:
         return triangle_multiplication_reference(z.to(dtype), weights, outgoing, mask, eps)
     return torch.ops.megafold_bench.triangle_multiplication(z, *weights, mask, outgoing, eps, dtype)[0]
 
