@@ -20,6 +20,9 @@ from triton.testing import do_bench  # noqa: E402
 from fused_variants import forward_variant  # noqa: E402
 
 from optimized.ops.launching import in_dtype, packed  # noqa: E402
+from optimized.ops.launching import chosen  # noqa: E402
+from optimized.ops.launching import tile as config  # noqa: E402
+from optimized.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference  # noqa: E402
 from optimized.ops.transition import launch as tr  # noqa: E402
 from optimized.ops.transition import transition, transition_reference  # noqa: E402
 from optimized.ops.triangle_multiplication import (  # noqa: E402
@@ -40,35 +43,35 @@ def note(*parts):
 def candidates():
     jobs = []
 
-    def add(name, kind, rows, widths, warps, stages):
-        jobs.extend((name, kind(*t)) for t in itertools.product(rows, widths, warps, stages))
+    def add(name, rows, widths, warps, stages):
+        jobs.extend((name, t) for t in itertools.product(rows, widths, warps, stages))
 
-    add("tr.forward", tr.Tile, (128,), (32, 64), (8,), (2, 3))
-    add("tr.forward", tr.Tile, (128,), (128,), (8,), (2,))
-    add("tr.forward", tr.Tile, (64,), (32, 64), (4,), (2, 3))
-    add("tr.forward", tr.Tile, (256,), (32, 64), (16,), (2,))
-    add("tr.input_gradient", tr.Tile, (128,), (32, 64), (8,), (1, 2, 3))
-    add("tr.input_gradient", tr.Tile, (64,), (32, 64), (4, 8), (2,))
-    add("tr.weight_gradient", tr.Tile, (64, 128), (32,), (8,), (1, 2, 3))
-    add("tr.weight_gradient", tr.Tile, (64, 128), (64,), (8,), (1, 2))
-    add("tr.weight_gradient", tr.Tile, (64,), (32,), (4,), (2,))
-    add("tr.weight_gradient", tr.Tile, (64,), (128,), (16,), (2,))
-    add("tm.project", tm.Tile, (64,), (32, 64, 128), (4,), (2, 3))
-    add("tm.project", tm.Tile, (128,), (32, 64), (8,), (2, 3))
-    add("tm.project", tm.Tile, (128,), (128,), (8,), (2,))
-    add("tm.project_input", tm.Tile, (64,), (32, 64), (4,), (1, 2, 3))
-    add("tm.project_input", tm.Tile, (128,), (32, 64), (8,), (1, 2, 3))
-    add("tm.project_weight", tm.Tile, (64, 128), (64,), (8,), (1, 2, 3))
-    add("tm.project_weight", tm.Tile, (64,), (128,), (8,), (2,))
-    add("tm.output", tm.Tile, (64,), (32, 64), (4, 8), (1, 2))
-    add("tm.output", tm.Tile, (64,), (128,), (4, 8), (1,))
-    add("tm.output", tm.Tile, (128,), (32, 64), (8,), (1, 2))
-    add("tm.output_input", tm.Tile, (64,), (32,), (4, 8), (1, 2))
-    add("tm.output_input", tm.Tile, (64,), (64,), (8,), (1, 2))
-    add("tm.output_input", tm.Tile, (128,), (32,), (8,), (1, 2))
-    add("tm.output_weight", tm.Tile, (64, 128), (64,), (8,), (1, 2))
-    add("tm.output_weight", tm.Tile, (64,), (128,), (8,), (1,))
-    add("tm.output_weight", tm.Tile, (32,), (64, 128), (8,), (1, 2))
+    add("tr.forward", (128,), (32, 64), (8,), (2, 3))
+    add("tr.forward", (128,), (128,), (8,), (2,))
+    add("tr.forward", (64,), (32, 64), (4,), (2, 3))
+    add("tr.forward", (256,), (32, 64), (16,), (2,))
+    add("tr.input_gradient", (128,), (32, 64), (8,), (1, 2, 3))
+    add("tr.input_gradient", (64,), (32, 64), (4, 8), (2,))
+    add("tr.weight_gradient", (64, 128), (32,), (8,), (1, 2, 3))
+    add("tr.weight_gradient", (64, 128), (64,), (8,), (1, 2))
+    add("tr.weight_gradient", (64,), (32,), (4,), (2,))
+    add("tr.weight_gradient", (64,), (128,), (16,), (2,))
+    add("tm.project", (64,), (32, 64, 128), (4,), (2, 3))
+    add("tm.project", (128,), (32, 64), (8,), (2, 3))
+    add("tm.project", (128,), (128,), (8,), (2,))
+    add("tm.project_input", (64,), (32, 64), (4,), (1, 2, 3))
+    add("tm.project_input", (128,), (32, 64), (8,), (1, 2, 3))
+    add("tm.project_weight", (64, 128), (64,), (8,), (1, 2, 3))
+    add("tm.project_weight", (64,), (128,), (8,), (2,))
+    add("tm.output", (64,), (32, 64), (4, 8), (1, 2))
+    add("tm.output", (64,), (128,), (4, 8), (1,))
+    add("tm.output", (128,), (32, 64), (8,), (1, 2))
+    add("tm.output_input", (64,), (32,), (4, 8), (1, 2))
+    add("tm.output_input", (64,), (64,), (8,), (1, 2))
+    add("tm.output_input", (128,), (32,), (8,), (1, 2))
+    add("tm.output_weight", (64, 128), (64,), (8,), (1, 2))
+    add("tm.output_weight", (64,), (128,), (8,), (1,))
+    add("tm.output_weight", (32,), (64, 128), (8,), (1, 2))
     return list(dict.fromkeys(jobs))
 
 
@@ -94,6 +97,20 @@ def triangle_parameters(c=C, h=C, dtype=torch.float32):
     return TriangleWeights(*(v.to(dtype) for v in values))
 
 
+def layer_norm_parameters():
+    g = torch.Generator("cuda").manual_seed(4)
+    p = transition_parameters()
+    return [p[0], p[1], *(torch.randn(h, C, device="cuda", generator=g) / C**0.5 for h in (128, 128, 128, 128, 4))]
+
+
+def layer_norm_lists(z, *p):
+    return layer_norm_linear(z, p[0], p[1], list(p[2:6]), p[6])
+
+
+def layer_norm_lists_reference(z, *p):
+    return layer_norm_linear_reference(z, p[0], p[1], list(p[2:6]), p[6])
+
+
 class Bench:
     """Inputs of one length and a closure per kernel."""
 
@@ -112,7 +129,8 @@ class Bench:
         self.n = torch.randn(self.shape.padded**2 * C, device="cuda").to(BF)
         self.dn = torch.randn_like(self.z)
 
-    def call(self, name, tile):
+    def call(self, name, shape):
+        tile = config(*shape)
         z, dy, rows = self.z, self.dy, self.z.view(-1, C)
         grad_rows = dy.view(-1, C)
         s = self.shape
@@ -153,7 +171,7 @@ def floor_ms(name, n):
 # Forward kernel with one thing changed: activation (exp2 sigmoid, tanh, none) and layer norm left out.
 PROBES = [
     (tile, activation, norm)
-    for tile in (tr.Tile(128, 64, 8, 2), tr.Tile(128, 32, 8, 3), tr.Tile(64, 64, 4, 2))
+    for tile in ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2))
     for activation, norm in ((0, 1), (1, 1), (2, 1), (0, 0))
 ]
 
@@ -161,9 +179,9 @@ PROBES = [
 def probe(bench, tile, activation, norm):
     x, out = bench.z.view(-1, C), bench.dy.view(-1, C)
     rows = x.shape[0]
-    forward_variant[(-(-rows // tile.rows),)](
-        x, *bench.norm, *bench.tw, out, rows, EPS, C=C, H=4 * C, BC=C, BM=tile.rows, BH=tile.hidden,
-        STAGES=tile.stages, AHEAD=0, ACT=activation, NORM=norm, SPECIALISE=False, num_warps=tile.warps,
+    forward_variant[(-(-rows // tile[0]),)](
+        x, *bench.norm, *bench.tw, out, rows, EPS, C=C, H=4 * C, BC=C, BM=tile[0], BN=tile[1],
+        STAGES=tile[3], AHEAD=0, ACT=activation, NORM=norm, SPECIALISE=False, num_warps=tile[2],
     )  # fmt: skip
 
 
@@ -171,8 +189,8 @@ def probes(results):
     bench = Bench(768)
     for job in PROBES:
         ms = do_bench(lambda job=job: probe(bench, *job), warmup=8, rep=30, return_mode="median")
-        note(f"transition forward N=768 {list(vars(job[0]).values())} activation {job[1]} norm {job[2]}: {ms:.4f}")
-        results.append({"tile": list(vars(job[0]).values()), "activation": job[1], "norm": job[2], "ms": ms})
+        note(f"transition forward N=768 {list(job[0])} activation {job[1]} norm {job[2]}: {ms:.4f}")
+        results.append({"tile": list(job[0]), "activation": job[1], "norm": job[2], "ms": ms})
     for n in (384, 768):
         d, rows = torch.randn(n * n, 256, device="cuda").to(BF), torch.randn(n * n, C, device="cuda").to(BF)
         ms = do_bench(lambda d=d, rows=rows: torch.mm(d.t(), rows), return_mode="median")
@@ -206,7 +224,7 @@ def time_tiles(results):
             except Exception as error:
                 ms = float("inf")
                 note(name, tile, type(error).__name__, str(error)[:80])
-            results.append({"kernel": name, "n": n, "tile": list(vars(tile).values()), "ms": ms})
+            results.append({"kernel": name, "n": n, "tile": list(tile), "ms": ms})
         del bench
         torch.cuda.empty_cache()
 
@@ -223,21 +241,18 @@ def best_tiles(results):
 
 
 def use(tiles):
-    def pick(prefix, kind, table, fields):
-        return table(**{f: kind(*tiles[f"{prefix}.{f}"]) for f in fields})
-
-    t = pick("tr", tr.Tile, tr.Tiles, ("forward", "input_gradient", "weight_gradient"))
-    fields = ("project", "project_input", "project_weight", "output", "output_input", "output_weight")
-    m = pick("tm", tm.Tile, tm.Tiles, fields)
-    tr.tiles = lambda channels, dtype: t
-    tm.tiles = lambda dtype: m
+    for name, tile in tiles.items():
+        module = tr if name.startswith("tr.") else tm
+        module.HALF[name[3:]] = config(*tile)
+    chosen.cache_clear()
 
 
 def errors(fn, ref, tensors, grad):
     def evaluate(f, dtype):
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
         y = f(*leaves)
-        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
+        ys, grads = (y, grad) if isinstance(y, list) else ([y], [grad])
+        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, [g.to(y.dtype) for g, y in zip(grads, ys, strict=True)])]
 
     ours, again, eager, exact = (evaluate(fn, None), evaluate(fn, None), evaluate(ref, None), evaluate(ref, torch.float64))
 
@@ -259,6 +274,7 @@ CHECKS = [
     ("tr", 101, 64, torch.float16, torch.float32),
     ("tr", 20, 384, torch.bfloat16, torch.float32),
     ("tr", 32, 128, torch.float32, torch.float32),
+    ("ln", 75, 128, torch.bfloat16, torch.float32),
 ]
 
 
@@ -271,6 +287,9 @@ def check(op, n, c, dtype, parameter_dtype):
         if op == "tr":
             p = transition_parameters(c, 4, parameter_dtype)
             return [errors(transition, transition_reference, (z, *p), grad)]
+        if op == "ln":
+            grads = [grad] * 4 + [grad[..., :4].movedim(2, 0).contiguous()]
+            return [errors(layer_norm_lists, layer_norm_lists_reference, (z, *layer_norm_parameters()), grads)]
         p = triangle_parameters(c, c, parameter_dtype)
         mask = torch.rand(n, n, device="cuda", generator=g) > 0.2
         rows = []
@@ -323,6 +342,9 @@ def operators(results):
             whole(f"transition N={n} {dtype}", transition, (z, *transition_parameters(dtype=dtype)), grad, results)
     for n in (384, 450, 768, 1024, 2048):
         z, grad = torch.randn(n, n, C, device="cuda").to(BF), torch.randn(n, n, C, device="cuda").to(BF)
+        if n in (384, 768):
+            p = layer_norm_parameters()
+            whole(f"layer norm linear 4x128 + 4 N={n}", layer_norm_lists, (z, *p), [grad] * 4 + [grad[..., :4].movedim(2, 0).contiguous()], results)
         for outgoing in (True, False):
             for dtype in (BF, torch.float32) if n == 384 else (BF,):
                 whole(

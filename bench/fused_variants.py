@@ -16,7 +16,7 @@ def tanh_sigmoid(x):
 @triton.jit
 def forward_variant(
     x_ptr, gamma_ptr, beta_ptr, wa_ptr, wb_ptr, wo_ptr, out_ptr, rows, eps,
-    C: tl.constexpr, H: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, SPECIALISE: tl.constexpr,
 ):  # fmt: skip
     dtype = wa_ptr.dtype.element_ty
@@ -33,14 +33,14 @@ def forward_variant(
     else:
         n = x
     acc = tl.zeros([BM, BC], tl.float32)
-    j = tl.arange(0, BH)
+    j = tl.arange(0, BN)
     wide = j[:, None] * C + c[None, :]
     tall = c[:, None] * H + j[None, :]
     if AHEAD:
         a = tl.dot(n, tl.trans(tl.load(wa_ptr + wide)))
         b = tl.dot(n, tl.trans(tl.load(wb_ptr + wide)))
-        for start in tl.range(0, H, BH, num_stages=STAGES):
-            following = (start + BH) % H
+        for start in tl.range(0, H, BN, num_stages=STAGES):
+            following = (start + BN) % H
             wa = tl.load(wa_ptr + following * C + wide)
             wb = tl.load(wb_ptr + following * C + wide)
             wo = tl.load(wo_ptr + start + tall)
@@ -51,7 +51,7 @@ def forward_variant(
             a = a_next
             b = b_next
     else:
-        for start in tl.range(0, H, BH, num_stages=STAGES, warp_specialize=SPECIALISE):
+        for start in tl.range(0, H, BN, num_stages=STAGES, warp_specialize=SPECIALISE):
             wa = tl.load(wa_ptr + start * C + wide)
             wb = tl.load(wb_ptr + start * C + wide)
             wo = tl.load(wo_ptr + start + tall)

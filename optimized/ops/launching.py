@@ -1,9 +1,14 @@
-"""Host side shared by the fused operators: compute dtype, weight copies, split counts, folds."""
+"""Host side shared by the fused operators: compute dtype, weight copies, split counts, tile shapes."""
 
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from optimized.ops.tuning import Config, lookup
+
+_Default = Callable[[str, int, torch.dtype], Config]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -34,14 +39,28 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def fold(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of fp32 partial gradients over their leading dimension, in the parameter's dtype."""
-    return partial.sum(0).to(dtype)
-
-
 def packed(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Weights `[h, c]` of one shape stacked into one contiguous `[len·h, c]` tensor of `dtype`, in one launch."""
     height, width = weights[0].shape
     whole = torch.empty((len(weights) * height, width), dtype=dtype, device=weights[0].device)
     torch._foreach_copy_(list(whole.split(height)), weights)
     return whole
+
+
+def unpacked(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Consecutive parts of a vector of gradients, in the shapes and dtypes of `parameters`."""
+    parts = flat.split([p.numel() for p in parameters])
+    return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+
+
+def tile(rows: int, width: int, warps: int, stages: int) -> Config:
+    """A launch configuration: BM rows and BN output channels per step, warps, depth of the load pipeline."""
+    return Config({"BM": rows, "BN": width, "STAGES": stages}, warps)
+
+
+@cache
+def chosen(kernel: str, channels: int, dtype: torch.dtype, device: torch.device, default: _Default) -> Config:
+    """The configuration of `kernel`: tuned for this device where there is one, else the default for the dtype."""
+    return lookup(
+        kernel, (str(dtype).removeprefix("torch."), channels), device, default(kernel, channels, dtype)
+    )

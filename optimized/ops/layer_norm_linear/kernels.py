@@ -66,7 +66,9 @@ def forward_kernel(
         for start in tl.range(0, H, BN, num_stages=STAGES):
             j = start + tl.arange(0, BN)
             w = tl.load(
-                w_ptr + (t * H + j)[:, None] * C + c[None, :], mask=(j < H)[:, None] & (c < C)[None, :], other=0.0
+                w_ptr + (t * H + j)[:, None] * C + c[None, :],
+                mask=(j < H)[:, None] & (c < C)[None, :],
+                other=0.0,
             )
             y = tl.dot(n, tl.trans(w), input_precision="ieee").to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + m[:, None] * H + j[None, :], y, mask=(m < rows)[:, None] & (j < H)[None, :])
@@ -117,7 +119,9 @@ def input_gradient_kernel(
         for start in tl.range(0, H, BN, num_stages=STAGES):
             j = start + tl.arange(0, BN)
             w = tl.load(
-                w_ptr + (t * H + j)[:, None] * C + c[None, :], mask=(j < H)[:, None] & (c < C)[None, :], other=0.0
+                w_ptr + (t * H + j)[:, None] * C + c[None, :],
+                mask=(j < H)[:, None] & (c < C)[None, :],
+                other=0.0,
             )
             dy = tl.load(
                 dy_ptr + m[:, None] * H + j[None, :], mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0
@@ -149,7 +153,10 @@ def input_gradient_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def weight_gradient_kernel(
     n_ptr,
-    dy_ptr,
+    dy0_ptr,
+    dy1_ptr,
+    dy2_ptr,
+    dy3_ptr,
     partial_ptr,
     rows,
     splits,
@@ -157,21 +164,33 @@ def weight_gradient_kernel(
     stride_column,
     C: tl.constexpr,
     H: tl.constexpr,
+    T: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Partial dw `[H, C]` of one linear map: BN of its H outputs over every `splits`-th tile of rows."""
+    """Partial dw `[T, H, C]`: BN outputs of one of the T maps over every `splits`-th tile of rows."""
+    chunks: tl.constexpr = (H + BN - 1) // BN
+    t = tl.program_id(0) // chunks
     split = tl.program_id(1)
-    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    dy_ptr = dy0_ptr
+    if t == 1:
+        dy_ptr = dy1_ptr
+    elif t == 2:
+        dy_ptr = dy2_ptr
+    elif t == 3:
+        dy_ptr = dy3_ptr
+    j = (tl.program_id(0) % chunks) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
     acc = tl.zeros([BN, BC], tl.float32)
     for start in tl.range(split * BM, rows, splits * BM, num_stages=STAGES):
         m = tl.arange(0, BM).to(tl.int64) + start
-        n = tl.load(n_ptr + m[:, None] * C + c[None, :], mask=(m < rows)[:, None] & (c < C)[None, :], other=0.0)
+        n = tl.load(
+            n_ptr + m[:, None] * C + c[None, :], mask=(m < rows)[:, None] & (c < C)[None, :], other=0.0
+        )
         where = dy_ptr + m[:, None] * stride_row + j.to(tl.int64)[None, :] * stride_column
         dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(n.dtype)
         acc = tl.dot(tl.trans(dy), n, acc, input_precision="ieee")
-    share = partial_ptr + split.to(tl.int64) * H * C
+    share = partial_ptr + (split.to(tl.int64) * T + t) * H * C
     tl.store(share + j[:, None] * C + c[None, :], acc, mask=(j < H)[:, None] & (c < C)[None, :])

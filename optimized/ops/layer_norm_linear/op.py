@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optimized.ops.launching import compute_dtype
+from optimized.ops.launching import compute_dtype, unpacked
 from optimized.ops.layer_norm_linear import launch
 from optimized.ops.layer_norm_linear.reference import layer_norm_linear_reference
 from optimized.ops.support import Supported, triton_support
@@ -27,7 +27,9 @@ def supported(
     if not verdict.ok:
         return verdict
     if x.shape[-1] > MAX_CHANNELS:
-        return Supported(False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip")
+        return Supported(
+            False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
+        )
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         return Supported(False, f"{len(weights)} weights; the kernels take 1 to {MAX_WEIGHTS}")
     if len({w.shape for w in weights}) > 1:
@@ -101,13 +103,13 @@ def _layer_norm_linear_backward(
     weights: Sequence[Tensor],
     head_weight: Tensor | None,
     eps: float,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     count = len(weights)
     flat = [g.reshape(rows.shape[0], -1).contiguous() for g in grads[:count]]
     flat += [g.reshape(-1, rows.shape[0]).contiguous() for g in grads[count:]]
-    dx, *rest = launch.backward(flat, rows, (norm_weight, norm_bias), list(weights), head_weight, eps)
-    return [dx.view(x.shape), *rest]
+    dx, parameters = launch.backward(flat, rows, (norm_weight, norm_bias), list(weights), head_weight, eps)
+    return dx.view(x.shape), parameters
 
 
 @_layer_norm_linear_backward.register_fake
@@ -119,14 +121,17 @@ def _(
     weights: Sequence[Tensor],
     head_weight: Tensor | None,
     eps: float,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     heads = [head_weight] if head_weight is not None else []
-    return [t.new_empty(t.shape) for t in (x, norm_weight, norm_bias, *weights, *heads)]
+    size = sum(p.numel() for p in (norm_weight, norm_bias, *weights, *heads))
+    return x.new_empty(x.shape), x.new_empty(size, dtype=torch.float32)
 
 
 def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
     x, norm_weight, norm_bias, weights, head_weight, eps, _ = inputs
-    ctx.save_for_backward(x, norm_weight, norm_bias, *weights, *([head_weight] if head_weight is not None else []))
+    ctx.save_for_backward(
+        x, norm_weight, norm_bias, *weights, *([head_weight] if head_weight is not None else [])
+    )
     ctx.settings = (len(weights), eps)
 
 
@@ -136,7 +141,8 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor]
     weights, heads = rest[:count], rest[count:]
     head_weight = heads[0] if heads else None
     op = torch.ops.megafold_bench.layer_norm_linear_backward
-    dx, d_weight, d_bias, *parts = op(grads, x, norm_weight, norm_bias, weights, head_weight, eps)
+    dx, flat = op(grads, x, norm_weight, norm_bias, weights, head_weight, eps)
+    d_weight, d_bias, *parts = unpacked(flat, (norm_weight, norm_bias, *rest))
     return dx, d_weight, d_bias, parts[:count], (parts[count] if heads else None), None, None
 
 

@@ -36,7 +36,7 @@ def forward_kernel(
     H: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
-    BH: tl.constexpr,
+    BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One tile of BM rows: y = h·w_outᵀ, hidden chunk by hidden chunk."""
@@ -51,11 +51,11 @@ def forward_kernel(
     normal, _ = normalise_rows(x, c, eps, C)
     n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
     acc = tl.zeros([BM, BC], tl.float32)
-    for start in tl.range(0, H, BH, num_stages=STAGES):
-        j = start + tl.arange(0, BH)
+    for start in tl.range(0, H, BN, num_stages=STAGES):
+        j = start + tl.arange(0, BN)
         wide = j[:, None] * C + c[None, :]
         tall = c[:, None] * H + j[None, :]
-        if C == BC and H % BH == 0:
+        if C == BC and H % BN == 0:
             wa = tl.load(wa_ptr + wide)
             wb = tl.load(wb_ptr + wide)
             wo = tl.load(wo_ptr + tall)
@@ -96,7 +96,7 @@ def input_gradient_kernel(
     H: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
-    BH: tl.constexpr,
+    BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One tile of BM rows: dx, n for the weight gradients, and this tile's share of dγ and dβ."""
@@ -113,11 +113,11 @@ def input_gradient_kernel(
     tl.store(n_ptr + tile, n, mask=inside)
     dy = tl.load(dy_ptr + tile, mask=inside, other=0.0).to(dtype)
     acc = tl.zeros([BM, BC], tl.float32)
-    for start in tl.range(0, H, BH, num_stages=STAGES):
-        j = start + tl.arange(0, BH)
+    for start in tl.range(0, H, BN, num_stages=STAGES):
+        j = start + tl.arange(0, BN)
         wide = j[:, None] * C + c[None, :]
         tall = c[:, None] * H + j[None, :]
-        if C == BC and H % BH == 0:
+        if C == BC and H % BN == 0:
             wa = tl.load(wa_ptr + wide)
             wb = tl.load(wb_ptr + wide)
             wo = tl.load(wo_ptr + tall)
@@ -155,13 +155,13 @@ def weight_gradient_kernel(
     H: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
-    BH: tl.constexpr,
+    BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One chunk of BH hidden units over every `splits`-th row tile: partial dw_a, dw_b `[H, C]`, dw_out `[C, H]`."""
+    """One chunk of BN hidden units over every `splits`-th row tile: partial dw_a, dw_b `[H, C]`, dw_out `[C, H]`."""
     dtype = wa_ptr.dtype.element_ty
     split = tl.program_id(1)
-    j = tl.program_id(0) * BH + tl.arange(0, BH)
+    j = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
     real = (c < C)[:, None] & (j < H)[None, :]
     wide = c[:, None] + j[None, :] * C
@@ -169,9 +169,9 @@ def weight_gradient_kernel(
     wa = tl.load(wa_ptr + wide, mask=real, other=0.0)
     wb = tl.load(wb_ptr + wide, mask=real, other=0.0)
     wo = tl.load(wo_ptr + tall, mask=real, other=0.0)
-    dwa = tl.zeros([BC, BH], tl.float32)
-    dwb = tl.zeros([BC, BH], tl.float32)
-    dwo = tl.zeros([BC, BH], tl.float32)
+    dwa = tl.zeros([BC, BN], tl.float32)
+    dwb = tl.zeros([BC, BN], tl.float32)
+    dwo = tl.zeros([BC, BN], tl.float32)
     for start in tl.range(split * BM, rows, splits * BM, num_stages=STAGES):
         m = tl.arange(0, BM).to(tl.int64) + start
         tile = m[:, None] * C + c[None, :]

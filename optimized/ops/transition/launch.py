@@ -1,87 +1,87 @@
 """Launches of the transition kernels: tile shapes, grids and workspaces."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
 
-from optimized.ops.launching import fold, in_dtype, processors
+from optimized.ops.launching import chosen, in_dtype, processors, tile
 from optimized.ops.transition import kernels
+from optimized.ops.tuning import Config
+
+HALF = {
+    "forward": tile(128, 64, 8, 2),
+    "input_gradient": tile(128, 32, 8, 2),
+    "weight_gradient": tile(128, 64, 8, 2),
+}
+HALF_WIDE = {
+    "forward": tile(32, 32, 8, 1),
+    "input_gradient": tile(16, 32, 8, 1),
+    "weight_gradient": tile(16, 16, 8, 1),
+}
+FULL = {
+    "forward": tile(32, 32, 8, 1),
+    "input_gradient": tile(32, 32, 8, 1),
+    "weight_gradient": tile(16, 32, 8, 1),
+}
+FULL_WIDE = dict.fromkeys(FULL, tile(16, 16, 8, 1))
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows and hidden units per step, warps per program, software-pipelining depth."""
-
-    rows: int
-    hidden: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tile shapes of the three kernels."""
-
-    forward: Tile
-    input_gradient: Tile
-    weight_gradient: Tile
-
-
-HALF_SMALL = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
-HALF_WIDE = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1))
-FULL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1))
-FULL_WIDE = Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
-
-
-def tiles(channels: int, dtype: torch.dtype) -> Tiles:
-    """The tile shapes for a channel count and compute dtype."""
+def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
+    """The tile shape of `transition.<kernel>` where no tuning file has one."""
+    name = kernel.partition(".")[2]
     if dtype == torch.float32:
-        return FULL if channels <= 128 else FULL_WIDE
-    return HALF_SMALL if channels <= 128 else HALF_WIDE
+        return (FULL if channels <= 128 else FULL_WIDE)[name]
+    return (HALF if channels <= 128 else HALF_WIDE)[name]
+
+
+def _config(kernel: str, x: Tensor, dtype: torch.dtype) -> Config:
+    return chosen(f"transition.{kernel}", x.shape[1], dtype, x.device, default)
 
 
 def forward(
-    x: Tensor, norm: tuple[Tensor, Tensor], weights: list[Tensor], eps: float, dtype: torch.dtype, tile: Tile | None = None
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    eps: float,
+    dtype: torch.dtype,
+    config: Config | None = None,
 ) -> Tensor:
     """y `[rows, c]` in `dtype` from x `[rows, c]`; `weights` are w_a, w_b, w_out in any dtype."""
     rows, channels = x.shape
-    hidden = weights[0].shape[0]
-    tile = tile or tiles(channels, dtype).forward
-    w_a, w_b, w_out = in_dtype(weights, dtype)
+    config = config or _config("forward", x, dtype)
+    copies = in_dtype(weights, dtype)
     out = torch.empty((rows, channels), dtype=dtype, device=x.device)
-    kernels.forward_kernel[(-(-rows // tile.rows),)](
+    kernels.forward_kernel[(triton.cdiv(rows, config.constants["BM"]),)](
         x,
         *norm,
-        w_a,
-        w_b,
-        w_out,
+        *copies,
         out,
         rows,
         eps,
         C=channels,
-        H=hidden,
+        H=weights[0].shape[0],
         BC=triton.next_power_of_2(channels),
-        BM=tile.rows,
-        BH=tile.hidden,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **config.launch(),
     )
     return out
 
 
 def input_gradient(
-    x: Tensor, norm: tuple[Tensor, Tensor], weights: list[Tensor], dy: Tensor, eps: float, tile: Tile | None = None
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    dy: Tensor,
+    eps: float,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, n = LN(x) in the weights' dtype, and the partial sums of dγ and dβ `[programs, 2, c]`."""
+    """dx, n = LN(x) in the weights' dtype, and the partial sums of dγ and dβ `[programs, 2c]`."""
     rows, channels = x.shape
     dtype = weights[0].dtype
-    tile = tile or tiles(channels, dtype).input_gradient
-    programs = -(-rows // tile.rows)
+    config = config or _config("input_gradient", x, dtype)
+    programs = triton.cdiv(rows, config.constants["BM"])
     dx = torch.empty_like(x)
     n = torch.empty((rows, channels), dtype=dtype, device=x.device)
-    shares = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
+    shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)
     kernels.input_gradient_kernel[(programs,)](
         x,
         *norm,
@@ -95,21 +95,18 @@ def input_gradient(
         C=channels,
         H=weights[0].shape[0],
         BC=triton.next_power_of_2(channels),
-        BM=tile.rows,
-        BH=tile.hidden,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **config.launch(),
     )
     return dx, n, shares
 
 
-def weight_gradient(n: Tensor, weights: list[Tensor], dy: Tensor, tile: Tile | None = None) -> Tensor:
+def weight_gradient(n: Tensor, weights: list[Tensor], dy: Tensor, config: Config | None = None) -> Tensor:
     """Partial weight gradients `[splits, 3·c·h]` in fp32: dw_a, dw_b, dw_out one after another."""
     rows, channels = n.shape
     hidden = weights[0].shape[0]
-    tile = tile or tiles(channels, n.dtype).weight_gradient
-    chunks = -(-hidden // tile.hidden)
-    splits = max(1, min(processors(n.device) // chunks, -(-rows // tile.rows)))
+    config = config or _config("weight_gradient", n, n.dtype)
+    chunks = triton.cdiv(hidden, config.constants["BN"])
+    splits = max(1, min(processors(n.device) // chunks, triton.cdiv(rows, config.constants["BM"])))
     partial = torch.empty((splits, 3 * channels * hidden), dtype=torch.float32, device=n.device)
     kernels.weight_gradient_kernel[(chunks, splits)](
         n,
@@ -121,30 +118,19 @@ def weight_gradient(n: Tensor, weights: list[Tensor], dy: Tensor, tile: Tile | N
         C=channels,
         H=hidden,
         BC=triton.next_power_of_2(channels),
-        BM=tile.rows,
-        BH=tile.hidden,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **config.launch(),
     )
     return partial
 
 
 def backward(
     dy: Tensor, x: Tensor, norm: tuple[Tensor, Tensor], weights: list[Tensor], eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, γ, β, w_a, w_b, w_out, each in the dtype of what it belongs to."""
+) -> tuple[Tensor, Tensor]:
+    """dx, and the gradients of γ, β, w_a, w_b, w_out one after another in one fp32 vector."""
+    channels = x.shape[1]
     copies = in_dtype(weights, dy.dtype)
     dx, n, shares = input_gradient(x, norm, copies, dy, eps)
-    partial = weight_gradient(n, copies, dy)
-    size = weights[0].numel()
-    whole = fold(partial, weights[0].dtype)
-    scale = fold(shares, norm[0].dtype)
-    w_a, w_b, w_out = weights
-    return (
-        dx,
-        scale[0].clone(),
-        scale[1].clone(),
-        whole[:size].view(w_a.shape).clone(),
-        whole[size : 2 * size].view(w_b.shape).clone(),
-        whole[2 * size :].view(w_out.shape).clone(),
-    )
+    flat = torch.empty(2 * channels + 3 * weights[0].numel(), dtype=torch.float32, device=x.device)
+    torch.sum(shares, 0, out=flat[: 2 * channels])
+    torch.sum(weight_gradient(n, copies, dy), 0, out=flat[2 * channels :])
+    return dx, flat

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from optimized.ops.launching import compute_dtype
+from optimized.ops.launching import compute_dtype, unpacked
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.transition import launch
 from optimized.ops.transition.reference import transition_reference
@@ -19,12 +19,20 @@ def supported(
     if not verdict.ok:
         return verdict
     if x.shape[-1] > MAX_CHANNELS:
-        return Supported(False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip")
+        return Supported(
+            False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
+        )
     return Supported(False, "the input is empty") if x.numel() == 0 else Supported(True)
 
 
 def transition(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor, eps: float = 1e-5
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float = 1e-5,
 ) -> Tensor:
     """AF3 Algorithm 11: w_out · (swish(w_a · LN(x)) ⊙ w_b · LN(x)).
 
@@ -71,20 +79,33 @@ def _(
 
 @torch.library.custom_op("megafold_bench::transition_backward", mutates_args=())
 def _transition_backward(
-    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     dy = dy.reshape(rows.shape).contiguous()
-    dx, *rest = launch.backward(dy, rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps)
-    return (dx.view(x.shape), *rest)
+    dx, flat = launch.backward(dy, rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps)
+    return dx.view(x.shape), flat
 
 
 @_transition_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    parameters = (norm_weight, norm_bias, w_a, w_b, w_out)
-    return (x.new_empty(x.shape), *(p.new_empty(p.shape) for p in parameters))
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(2 * x.shape[-1] + 3 * w_a.numel(), dtype=torch.float32)
 
 
 def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -93,7 +114,9 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tenso
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.megafold_bench.transition_backward(dy, *ctx.saved_tensors, ctx.eps), None, None)
+    saved = ctx.saved_tensors
+    dx, flat = torch.ops.megafold_bench.transition_backward(dy, *saved, ctx.eps)
+    return (dx, *unpacked(flat, saved[1:]), None, None)
 
 
 _transition.register_autograd(_differentiate, setup_context=_keep)

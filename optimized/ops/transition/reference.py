@@ -5,7 +5,13 @@ from torch.nn import functional as F
 
 
 def transition_reference(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor, eps: float = 1e-5
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float = 1e-5,
 ) -> Tensor:
     """w_out · (swish(w_a · LN(x)) ⊙ w_b · LN(x)), every product in the dtype of `x`.
 
@@ -16,5 +22,3 @@ def transition_reference(
     a = F.linear(normed, w_a.to(dtype))
     b = F.linear(normed, w_b.to(dtype))
     return F.linear(F.silu(a) * b, w_out.to(dtype))
-
-

@@ -6,50 +6,32 @@ import torch
 import triton
 from torch import Tensor
 
-from optimized.ops.launching import fold, in_dtype, packed, processors
+from optimized.ops.launching import chosen, in_dtype, packed, processors, tile
 from optimized.ops.triangle_multiplication import output, project
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
+from optimized.ops.tuning import Config
 
 ALIGNMENT = 16
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Positions and channels per step, warps per program, software-pipelining depth."""
-
-    rows: int
-    channels: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tile shapes of the six kernels."""
-
-    project: Tile
-    project_input: Tile
-    project_weight: Tile
-    output: Tile
-    output_input: Tile
-    output_weight: Tile
+HALF = {
+    "project": tile(64, 64, 4, 2),
+    "project_input": tile(128, 32, 8, 2),
+    "project_weight": tile(128, 64, 8, 2),
+    "output": tile(64, 64, 8, 2),
+    "output_input": tile(64, 32, 8, 2),
+    "output_weight": tile(32, 64, 8, 2),
+}
+FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1))
 
 
-HALF = Tiles(
-    project=Tile(64, 64, 4, 2),
-    project_input=Tile(64, 64, 4, 2),
-    project_weight=Tile(64, 64, 8, 2),
-    output=Tile(64, 64, 4, 2),
-    output_input=Tile(64, 32, 4, 2),
-    output_weight=Tile(64, 64, 8, 2),
-)
-SMALL = Tile(32, 16, 4, 1)
-FULL = Tiles(SMALL, SMALL, SMALL, SMALL, SMALL, SMALL)
+def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
+    """The tile shape of `triangle_multiplication.<kernel>` where no tuning file has one."""
+    return (FULL if dtype == torch.float32 else HALF)[kernel.partition(".")[2]]
 
 
-def tiles(dtype: torch.dtype) -> Tiles:
-    """The tile shapes for a compute dtype."""
-    return FULL if dtype == torch.float32 else HALF
+def _config(kernel: str, shape: "Shape", x: Tensor) -> Config:
+    return chosen(f"triangle_multiplication.{kernel}", shape.channels, x.dtype, x.device, default)
 
 
 @dataclass(frozen=True)
@@ -75,14 +57,20 @@ class Shape:
 
 
 def project_forward(
-    z: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, mask: Tensor | None, shape: Shape, eps: float, tile: Tile | None = None
+    z: Tensor,
+    norm: tuple[Tensor, Tensor],
+    w: Tensor,
+    mask: Tensor | None,
+    shape: Shape,
+    eps: float,
+    config: Config | None = None,
 ) -> Tensor:
     """a and b, `[2h, P, P]`, from z `[N, N, c]` (any strides over i and j) and the packed weights `[4h, c]`."""
-    tile = tile or tiles(w.dtype).project
+    config = config or _config("project", shape, w)
     blocks = shape.blocks
     del blocks["BH"]
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=w.dtype, device=z.device)
-    project.forward_kernel[(triton.cdiv(shape.padded**2, tile.rows),)](
+    project.forward_kernel[(triton.cdiv(shape.padded**2, config.constants["BM"]),)](
         z,
         *norm,
         w,
@@ -94,10 +82,7 @@ def project_forward(
         z.stride(1),
         eps,
         MASKED=mask is not None,
-        BM=tile.rows,
-        BN=tile.channels,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **config.launch(),
         **blocks,
     )
     return ab
@@ -124,12 +109,18 @@ def contract_backward(dx: Tensor, ab: Tensor, outgoing: bool) -> Tensor:
 
 
 def output_forward(
-    x: Tensor, z: Tensor, norms: tuple[Tensor, ...], w: list[Tensor], shape: Shape, eps: float, tile: Tile | None = None
+    x: Tensor,
+    z: Tensor,
+    norms: tuple[Tensor, ...],
+    w: list[Tensor],
+    shape: Shape,
+    eps: float,
+    config: Config | None = None,
 ) -> Tensor:
     """y `[N, N, c]`; `norms` is γ, β of the output norm and of the input norm; `w` is out and g."""
-    tile = tile or tiles(x.dtype).output
+    config = config or _config("output", shape, x)
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
-    output.forward_kernel[(triton.cdiv(shape.tokens * shape.padded, tile.rows),)](
+    output.forward_kernel[(triton.cdiv(shape.tokens * shape.padded, config.constants["BM"]),)](
         x,
         z,
         *norms,
@@ -140,10 +131,7 @@ def output_forward(
         z.stride(0),
         z.stride(1),
         eps,
-        BM=tile.rows,
-        BN=tile.channels,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **config.launch(),
         **shape.blocks,
     )
     return y
@@ -157,11 +145,11 @@ def output_input_gradient(
     dy: Tensor,
     shape: Shape,
     eps: float,
-    tile: Tile | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx `[h, P, P]`, the gate's gradient to LN(z) in z's dtype `[N, N, c]`, shares of the output norm's gradients."""
-    tile = tile or tiles(x.dtype).output_input
-    programs = triton.cdiv(shape.padded**2, tile.rows)
+    config = config or _config("output_input", shape, x)
+    programs = triton.cdiv(shape.padded**2, config.constants["BM"])
     dx = torch.empty_like(x)
     dn = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=z.dtype, device=x.device)
     shares = torch.empty((programs, 2 * shape.hidden), dtype=torch.float32, device=x.device)
@@ -179,10 +167,7 @@ def output_input_gradient(
         z.stride(0),
         z.stride(1),
         eps,
-        BM=tile.rows,
-        BN=tile.channels,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **config.launch(),
         **shape.blocks,
     )
     return dx, dn, shares
@@ -196,13 +181,13 @@ def output_weight_gradient(
     dy: Tensor,
     shape: Shape,
     eps: float,
-    tile: Tile | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """Partial gradients of out and g, `[splits, c·h + c·c]` in fp32."""
-    tile = tile or tiles(x.dtype).output_weight
+    config = config or _config("output_weight", shape, x)
     c, h = shape.channels, shape.hidden
-    chunks = triton.cdiv(c, tile.channels)
-    steps = triton.cdiv(shape.tokens * shape.padded, tile.rows)
+    chunks = triton.cdiv(c, config.constants["BN"])
+    steps = triton.cdiv(shape.tokens * shape.padded, config.constants["BM"])
     splits = max(1, min(processors(x.device) // chunks, steps))
     partial = torch.empty((splits, c * (h + c)), dtype=torch.float32, device=x.device)
     output.weight_gradient_kernel[(chunks, splits)](
@@ -218,10 +203,7 @@ def output_weight_gradient(
         z.stride(1),
         eps,
         splits,
-        BM=tile.rows,
-        BN=tile.channels,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **config.launch(),
         **shape.blocks,
     )
     return partial
@@ -237,13 +219,13 @@ def project_input_gradient(
     n: Tensor,
     shape: Shape,
     eps: float,
-    tile: Tile | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dz, written over `dn`, and shares of the input norm's gradients; LN(z), masked, goes to `n` `[P·P, c]`."""
-    tile = tile or tiles(w.dtype).project_input
+    config = config or _config("project_input", shape, w)
     blocks = shape.blocks
     del blocks["BH"]
-    programs = triton.cdiv(shape.padded**2, tile.rows)
+    programs = triton.cdiv(shape.padded**2, config.constants["BM"])
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
     project.input_gradient_kernel[(programs,)](
         z,
@@ -261,22 +243,21 @@ def project_input_gradient(
         z.stride(1),
         eps,
         MASKED=mask is not None,
-        BM=tile.rows,
-        BN=tile.channels,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **config.launch(),
         **blocks,
     )
     return dn, shares
 
 
-def project_weight_gradient(n: Tensor, grad: Tensor, w: Tensor, shape: Shape, tile: Tile | None = None) -> Tensor:
+def project_weight_gradient(
+    n: Tensor, grad: Tensor, w: Tensor, shape: Shape, config: Config | None = None
+) -> Tensor:
     """Partial gradients of the packed weights, `[splits, 4h·c]` in fp32."""
-    tile = tile or tiles(w.dtype).project_weight
+    config = config or _config("project_weight", shape, w)
     blocks = shape.blocks
     del blocks["BH"]
-    chunks = triton.cdiv(2 * shape.hidden, tile.channels)
-    splits = max(1, min(processors(n.device) // chunks, triton.cdiv(shape.padded**2, tile.rows)))
+    chunks = triton.cdiv(2 * shape.hidden, config.constants["BN"])
+    splits = max(1, min(processors(n.device) // chunks, triton.cdiv(shape.padded**2, config.constants["BM"])))
     partial = torch.empty((splits, w.numel()), dtype=torch.float32, device=n.device)
     project.weight_gradient_kernel[(chunks, splits)](
         n,
@@ -285,10 +266,7 @@ def project_weight_gradient(n: Tensor, grad: Tensor, w: Tensor, shape: Shape, ti
         partial,
         shape.padded**2,
         splits,
-        BM=tile.rows,
-        BN=tile.channels,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        **config.launch(),
         **blocks,
     )
     return partial
@@ -309,17 +287,22 @@ def forward(
 
 def backward(
     dy: Tensor, x: Tensor, z: Tensor, w: TriangleWeights, mask: Tensor | None, outgoing: bool, eps: float
-) -> tuple[Tensor, ...]:
-    """Gradients of z and of the ten parameters, in their order; a and b are recomputed."""
+) -> tuple[Tensor, Tensor]:
+    """dz, and the parameter gradients one after another in one fp32 vector; a and b are recomputed.
+
+    Order of the vector: norm_in γ, β; a_p, b_p, a_g, b_g; norm_out γ, β; out, g.
+    """
     shape = Shape.of(z, w.a_p.shape[0])
     c, h = shape.channels, shape.hidden
+    sizes = [2 * c, 4 * h * c, 2 * h, c * h + c * c]
+    flat = torch.empty(sum(sizes), dtype=torch.float32, device=z.device)
+    d_norm_in, d_project, d_norm_out, d_ends = flat.split(sizes)
     norm_in = (w.norm_in_weight, w.norm_in_bias)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
     ends = in_dtype([w.out, w.g], x.dtype)
-    whole = fold(output_weight_gradient(x, z, norms, ends, dy, shape, eps), w.out.dtype)
-    d_out, d_g = whole[: c * h].view(c, h).clone(), whole[c * h :].view(c, c).clone()
+    torch.sum(output_weight_gradient(x, z, norms, ends, dy, shape, eps), 0, out=d_ends)
     dx, dn, shares = output_input_gradient(x, z, norms, ends, dy, shape, eps)
-    d_norm_out = fold(shares, w.norm_out_weight.dtype)
+    torch.sum(shares, 0, out=d_norm_out)
     ps = packed([w.a_p, w.b_p, w.a_g, w.b_g], x.dtype)
     ab = project_forward(z, norm_in, ps, mask, shape, eps)
     grad = contract_backward(dx, ab, outgoing)
@@ -327,7 +310,6 @@ def backward(
     # a and b are spent: their memory takes LN(z) where it is large enough.
     n = ab.view(-1)[: shape.padded**2 * c] if c <= 2 * h else ab.new_empty(shape.padded**2 * c)
     dz, shares = project_input_gradient(z, norm_in, ps, mask, grad, dn, n, shape, eps)
-    d_norm_in = fold(shares, w.norm_in_weight.dtype)
-    d_a_p, d_b_p, d_a_g, d_b_g = fold(project_weight_gradient(n, grad, ps, shape), w.a_p.dtype).view(4, h, c).unbind()
-    parts = (d_norm_in[:c], d_norm_in[c:], d_a_p, d_a_g, d_b_p, d_b_g, d_norm_out[:h], d_norm_out[h:])
-    return (dz, *(part.clone() for part in parts), d_out, d_g)
+    torch.sum(shares, 0, out=d_norm_in)
+    torch.sum(project_weight_gradient(n, grad, ps, shape), 0, out=d_project)
+    return dz, flat

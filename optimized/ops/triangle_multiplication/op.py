@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from optimized.ops.launching import compute_dtype
+from optimized.ops.launching import compute_dtype, unpacked
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.triangle_multiplication import launch
 from optimized.ops.triangle_multiplication.reference import TriangleWeights, triangle_multiplication_reference
@@ -17,10 +17,14 @@ def supported(z: Tensor, weights: TriangleWeights, mask: Tensor | None = None) -
     if not verdict.ok:
         return verdict
     if z.dim() != 3 or z.shape[0] != z.shape[1] or z.numel() == 0:
-        return Supported(False, f"the pair representation must be [N, N, c] with N > 0, it is {list(z.shape)}")
+        return Supported(
+            False, f"the pair representation must be [N, N, c] with N > 0, it is {list(z.shape)}"
+        )
     width = max(z.shape[-1], weights.a_p.shape[0])
     if width > MAX_CHANNELS:
-        return Supported(False, f"{width} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip")
+        return Supported(
+            False, f"{width} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
+        )
     if mask is not None and mask.dtype != torch.bool:
         return Supported(False, f"the mask must be boolean, it is {mask.dtype}")
     return Supported(True)
@@ -111,12 +115,12 @@ def _triangle_multiplication_backward(
     mask: Tensor | None,
     outgoing: bool,
     eps: float,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     weights = TriangleWeights(
         norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g
     )
     z, mask = _plain(z, mask)
-    return list(launch.backward(dy.contiguous(), x, z, weights, mask, outgoing, eps))
+    return launch.backward(dy.contiguous(), x, z, weights, mask, outgoing, eps)
 
 
 @_triangle_multiplication_backward.register_fake
@@ -137,9 +141,9 @@ def _(
     mask: Tensor | None,
     outgoing: bool,
     eps: float,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     parameters = (norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g)
-    return [t.new_empty(t.shape) for t in (z, *parameters)]
+    return z.new_empty(z.shape), z.new_empty(sum(p.numel() for p in parameters), dtype=torch.float32)
 
 
 def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -153,8 +157,12 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 15
-    grads = torch.ops.megafold_bench.triangle_multiplication_backward(dy, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, None, None, None, None)
+    saved = ctx.saved_tensors
+    dz, flat = torch.ops.megafold_bench.triangle_multiplication_backward(dy, *saved, *ctx.settings)
+    w = TriangleWeights(*saved[2:12])
+    order = (w.norm_in_weight, w.norm_in_bias, w.a_p, w.b_p, w.a_g, w.b_g, *w[6:])
+    gamma, beta, a_p, b_p, a_g, b_g, *rest = unpacked(flat, order)
+    return (dz, gamma, beta, a_p, a_g, b_p, b_g, *rest, None, None, None, None)
 
 
 _triangle_multiplication.register_autograd(_differentiate, setup_context=_keep)

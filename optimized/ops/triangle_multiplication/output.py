@@ -64,8 +64,12 @@ def forward_kernel(
     nz = nz.to(dtype)
     for start in tl.range(0, C, BN, num_stages=STAGES):
         t = start + tl.arange(0, BN)
-        wo = tl.load(wo_ptr + t[:, None] * H + h[None, :], mask=(t < C)[:, None] & (h < H)[None, :], other=0.0)
-        wg = tl.load(wg_ptr + t[:, None] * C + c[None, :], mask=(t < C)[:, None] & (c < C)[None, :], other=0.0)
+        wo = tl.load(
+            wo_ptr + t[:, None] * H + h[None, :], mask=(t < C)[:, None] & (h < H)[None, :], other=0.0
+        )
+        wg = tl.load(
+            wg_ptr + t[:, None] * C + c[None, :], mask=(t < C)[:, None] & (c < C)[None, :], other=0.0
+        )
         linear = tl.dot(nx, tl.trans(wo), input_precision="ieee")
         gate = sigmoid(tl.dot(nz, tl.trans(wg), input_precision="ieee"))
         y = (linear * gate).to(out_ptr.dtype.element_ty)
@@ -114,8 +118,12 @@ def input_gradient_kernel(
     dnz = tl.zeros([BM, BC], tl.float32)
     for start in tl.range(0, C, BN, num_stages=STAGES):
         t = start + tl.arange(0, BN)
-        wo = tl.load(wo_ptr + t[:, None] * H + h[None, :], mask=(t < C)[:, None] & (h < H)[None, :], other=0.0)
-        wg = tl.load(wg_ptr + t[:, None] * C + c[None, :], mask=(t < C)[:, None] & (c < C)[None, :], other=0.0)
+        wo = tl.load(
+            wo_ptr + t[:, None] * H + h[None, :], mask=(t < C)[:, None] & (h < H)[None, :], other=0.0
+        )
+        wg = tl.load(
+            wg_ptr + t[:, None] * C + c[None, :], mask=(t < C)[:, None] & (c < C)[None, :], other=0.0
+        )
         dy = tl.load(
             dy_ptr + dense[:, None] * C + t[None, :], mask=inside[:, None] & (t < C)[None, :], other=0.0
         ).to(tl.float32)

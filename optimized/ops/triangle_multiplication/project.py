@@ -194,7 +194,9 @@ def weight_gradient_kernel(
         p = tl.arange(0, BM) + start
         inside = p < area
         n = tl.load(
-            n_ptr + p.to(tl.int64)[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0
+            n_ptr + p.to(tl.int64)[:, None] * C + c[None, :],
+            mask=inside[:, None] & (c < C)[None, :],
+            other=0.0,
         )
         where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
         grad = tl.load(where, mask=inside[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)

@@ -9,7 +9,10 @@ FP32_FLOOR = 2e-6
 
 
 def gradients(
-    fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype | None
+    fn: Callable[..., list[Tensor]],
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Outputs, then the gradients of every tensor, with all of them cast to `dtype` first where it is given."""
     leaves = [t.detach().to(dtype or t.dtype).clone().requires_grad_() for t in tensors]
@@ -39,7 +42,9 @@ def check_against_definition(
         assert error <= allowed, f"result {index}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def check_bitwise(fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], grads: Sequence[Tensor], times: int) -> None:
+def check_bitwise(
+    fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], grads: Sequence[Tensor], times: int
+) -> None:
     """The same inputs give the same bits every time."""
     first = gradients(fn, tensors, grads, None)
     for _ in range(times - 1):

@@ -38,7 +38,9 @@ def split(fn, count):
 )
 def test_errors_against_fp64(shape, channels, hidden, count, heads, dtype, parameter_dtype):
     tensors, grads = problem(shape, channels, hidden, count, heads, dtype, parameter_dtype)
-    check_against_definition(split(layer_norm_linear, count), split(layer_norm_linear_reference, count), tensors, grads)
+    check_against_definition(
+        split(layer_norm_linear, count), split(layer_norm_linear_reference, count), tensors, grads
+    )
 
 
 def test_gradients_repeat_bit_for_bit():

@@ -13,7 +13,8 @@ def problem(shape, channels, factor, dtype, parameter_dtype):
     torch.manual_seed(len(shape) + channels)
     hidden = factor * channels
     weights = parameters(
-        [(channels,), (channels,), (hidden, channels), (hidden, channels), (channels, hidden)], parameter_dtype
+        [(channels,), (channels,), (hidden, channels), (hidden, channels), (channels, hidden)],
+        parameter_dtype,
     )
     x = (torch.randn(*shape, channels) * 2 + 0.3).to(dtype)
     return [x, *weights], [torch.randn(*shape, channels).to(dtype)]

@@ -66,7 +66,8 @@ def test_transposed_input_equals_the_other_reading():
     weights = TriangleWeights(*tensors[1:])
     view = tensors[0].transpose(0, 1)
     assert torch.equal(
-        triangle_multiplication(view, weights, True, mask), triangle_multiplication(view.contiguous(), weights, True, mask)
+        triangle_multiplication(view, weights, True, mask),
+        triangle_multiplication(view.contiguous(), weights, True, mask),
     )
 
 
@@ -84,7 +85,9 @@ def test_fake_tensors_and_registration():
     tensors, _, mask = problem(7, 16, 16, BF, FULL, True)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in tensors]
-        y, _ = torch.ops.megafold_bench.triangle_multiplication(*fakes, mode.from_tensor(mask), True, 1e-5, BF)
+        y, _ = torch.ops.megafold_bench.triangle_multiplication(
+            *fakes, mode.from_tensor(mask), True, 1e-5, BF
+        )
     assert y.shape == (7, 7, 16) and y.dtype == BF
     leaves = [t.clone().requires_grad_() for t in tensors]
     torch.library.opcheck(
