@@ -40,6 +40,14 @@ def note(*parts):
     print(f"[{time.time() - START:6.1f}]", *parts, flush=True)
 
 
+def configure(shape):
+    """Rows, width, warps, stages and, optionally, a cap on registers per thread."""
+    found = config(*shape[:4])
+    if len(shape) > 4:
+        found.constants["maxnreg"] = shape[4]
+    return found
+
+
 def candidates():
     jobs = []
 
@@ -72,6 +80,14 @@ def candidates():
     add("tm.output_weight", (64, 128), (64,), (8,), (1, 2))
     add("tm.output_weight", (64,), (128,), (8,), (1,))
     add("tm.output_weight", (32,), (64, 128), (8,), (1, 2))
+    jobs += [("tr.forward", t) for t in ((128, 32, 8, 3, 128), (64, 32, 4, 2, 128), (64, 64, 4, 2, 168))]
+    jobs += [("tr.input_gradient", t) for t in ((64, 32, 4, 2, 168), (128, 32, 8, 2, 128))]
+    jobs += [("tr.weight_gradient", (128, 32, 8, 1, 128)), ("tr.weight_gradient", (64, 32, 4, 2, 168))]
+    jobs += [("tm.project_input", t) for t in ((64, 32, 4, 2, 168), (64, 32, 4, 2, 128), (128, 32, 8, 2, 128))]
+    jobs += [("tm.project_weight", (64, 64, 8, 2, 128)), ("tm.project_weight", (64, 32, 4, 2, 168))]
+    jobs += [("tm.output", (64, 64, 4, 2, 168)), ("tm.output", (64, 32, 4, 2, 128))]
+    jobs += [("tm.output_input", (64, 32, 8, 2, 128)), ("tm.output_input", (64, 32, 4, 2, 168))]
+    jobs += [("tm.output_weight", (64, 32, 8, 1)), ("tm.output_weight", (64, 32, 8, 2)), ("tm.output_weight", (64, 32, 8, 1, 128))]
     return list(dict.fromkeys(jobs))
 
 
@@ -130,7 +146,7 @@ class Bench:
         self.dn = torch.randn_like(self.z)
 
     def call(self, name, shape):
-        tile = config(*shape)
+        tile = configure(shape)
         z, dy, rows = self.z, self.dy, self.z.view(-1, C)
         grad_rows = dy.view(-1, C)
         s = self.shape
@@ -243,7 +259,7 @@ def best_tiles(results):
 def use(tiles):
     for name, tile in tiles.items():
         module = tr if name.startswith("tr.") else tm
-        module.HALF[name[3:]] = config(*tile)
+        module.HALF[name[3:]] = configure(tile)
     chosen.cache_clear()
 
 

@@ -8,7 +8,6 @@ from optimized.ops.launching import chosen, packed, processors, tile
 from optimized.ops.layer_norm_linear import kernels
 from optimized.ops.tuning import Config
 
-
 HALF = {
     "forward": tile(64, 64, 4, 2),
     "input_gradient": tile(64, 64, 4, 2),

@@ -1,6 +1,7 @@
 """LayerNorm + Linear(s) as a differentiable operator."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(size, dtype=torch.float32)
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     x, norm_weight, norm_bias, weights, head_weight, eps, _ = inputs
     ctx.save_for_backward(
         x, norm_weight, norm_bias, *weights, *([head_weight] if head_weight is not None else [])
@@ -135,7 +136,7 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[
     ctx.settings = (len(weights), eps)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor]) -> tuple:
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple:
     count, eps = ctx.settings
     x, norm_weight, norm_bias, *rest = ctx.saved_tensors
     weights, heads = rest[:count], rest[count:]

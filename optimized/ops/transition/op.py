@@ -1,5 +1,7 @@
 """Transition as a differentiable operator: LayerNorm, SwiGLU and projection in one kernel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -108,12 +110,12 @@ def _(
     return x.new_empty(x.shape), x.new_empty(2 * x.shape[-1] + 3 * w_a.numel(), dtype=torch.float32)
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:6])
     ctx.eps = inputs[6]
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     dx, flat = torch.ops.megafold_bench.transition_backward(dy, *saved, ctx.eps)
     return (dx, *unpacked(flat, saved[1:]), None, None)

@@ -1,5 +1,7 @@
 """Triangle multiplication as a differentiable operator."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -146,15 +148,13 @@ def _(
     return z.new_empty(z.shape), z.new_empty(sum(p.numel() for p in parameters), dtype=torch.float32)
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *inputs[:12])
     ctx.settings = inputs[12:14]
 
 
-def _differentiate(
-    ctx: torch.autograd.function.FunctionCtx, dy: Tensor | None, dx: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 15
     saved = ctx.saved_tensors

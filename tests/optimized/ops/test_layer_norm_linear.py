@@ -81,7 +81,6 @@ def test_results_are_contiguous_heads():
 
 def test_fake_tensors_and_registration():
     tensors, _ = problem((4, 5), 16, 16, 2, 4, BF, FULL)
-    x, norm_weight, norm_bias, first, second, head = tensors
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in tensors]
         outs = torch.ops.megafold_bench.layer_norm_linear(*fake[:3], fake[3:5], fake[5], 1e-5, BF)
