@@ -40,7 +40,9 @@ def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping
         else:
             signature[argument] = "fp32" if argument == "eps" else "i32"
     aligned = tuple(n for n, t in signature.items() if t.startswith("*") or (t == "i32" and n != "splits"))
-    return KernelCase(name, kernel, signature, constants, config.num_warps, config.num_stages, aligned=aligned)
+    return KernelCase(
+        name, kernel, signature, constants, config.num_warps, config.num_stages, aligned=aligned
+    )
 
 
 def cases() -> list[KernelCase]:
@@ -60,7 +62,9 @@ def cases() -> list[KernelCase]:
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True}
             for kernel, fn in TRIANGLE.items():
                 config = triangle.default(f"triangle_multiplication.{kernel}", c, dtype)
-                found.append(make_case(f"triangle_multiplication.{short}.{c}.{kernel}", fn, config, short, sizes))
+                found.append(
+                    make_case(f"triangle_multiplication.{short}.{c}.{kernel}", fn, config, short, sizes)
+                )
             sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16}
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = linear.default(f"layer_norm_linear.{kernel}", c, dtype)
