@@ -31,6 +31,7 @@ class KernelCase:
     constants: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int = 0
     aligned: tuple[str, ...] = ()
 
 
@@ -73,12 +74,11 @@ def compile_case(case: KernelCase, arch: str) -> CompileReport:
     """Compile one case for one architecture; a compiler failure is reported, not raised."""
     import triton
 
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.max_registers and arch.startswith("sm_"):
+        options["maxnreg"] = case.max_registers
     try:
-        compiled = triton.compile(
-            _source(case),
-            target=target_of(arch),
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
-        )
+        compiled = triton.compile(_source(case), target=target_of(arch), options=options)
     except Exception as error:  # any back-end failure is the finding this tool exists to report
         return CompileReport(case.name, arch, False, f"{type(error).__name__}: {str(error)[:500]}")
     asm = compiled.asm

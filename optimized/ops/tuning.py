@@ -20,19 +20,29 @@ SHIPPED = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True)
 class Config:
-    """One way to launch a kernel: compile-time constants by name, warps per program, pipeline stages."""
+    """One way to launch a kernel: compile-time constants by name, warps per program, pipeline stages.
+
+    `max_registers` caps registers per thread on NVIDIA, to keep more programs on a multiprocessor; 0 = no cap.
+    """
 
     constants: dict[str, int] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int = 0
 
     def launch(self) -> dict[str, int]:
         """Keyword arguments for the kernel launch."""
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        cap = {"maxnreg": self.max_registers} if self.max_registers and torch.version.hip is None else {}
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
 
     def to_json(self) -> dict[str, object]:
         """The form stored in tuning files."""
-        return {"constants": self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {
+            "constants": self.constants,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "max_registers": self.max_registers,
+        }
 
     @staticmethod
     def from_json(data: dict[str, object]) -> "Config":
@@ -41,7 +51,10 @@ class Config:
         warps, stages = data["num_warps"], data["num_stages"]
         if not (isinstance(constants, dict) and isinstance(warps, int) and isinstance(stages, int)):
             raise TypeError(f"not a launch configuration: {data!r}")
-        return Config({str(k): int(v) for k, v in constants.items()}, warps, stages)
+        cap = data.get("max_registers", 0)
+        if not isinstance(cap, int):
+            raise TypeError(f"not a launch configuration: {data!r}")
+        return Config({str(k): int(v) for k, v in constants.items()}, warps, stages, cap)
 
 
 def user_cache_dir() -> Path:
