@@ -7,10 +7,6 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-<<<<<<< HEAD
-from interpreter_fixes import mend_interpreter
-=======
 from interpreter_fixes import mend_interpreter  # noqa: E402
->>>>>>> attention
 
 mend_interpreter()
