@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from rich.console import Console
@@ -86,10 +85,10 @@ def _table(found: list[Cell], numbers: dict[str, int], narrow: bool) -> Table:
 def _progress(run: Run) -> str:
     """What is still to come, where the manifest says how many trials were planned."""
     spec = run.manifest.get("spec") or {}
-    parts = [len(spec.get("variants") or ()), len(spec.get("seq_lens") or ()), spec.get("repeats") or 0]
-    planned = 2 * math.prod(parts) or None  # a time and a memory trial of each
+    points = len(spec.get("variants") or ()) * len(spec.get("seq_lens") or ())
+    planned = points * ((spec.get("repeats") or 0) + 1)  # each repeat times; memory is measured once
     done = len(run.records)
-    if planned is None or done >= planned:
+    if done >= planned:
         return f"{done} trials"
     return f"{done} of {planned} trials so far"
 
