@@ -122,7 +122,10 @@ def _footnotes(out: Console, found: list[Cell], numbers: dict[str, int]) -> None
         )
     if any(cell.time and cell.time.interval.within_run for cell in found):
         notes.append("Points with one process have a within-run interval: run-to-run variation is not in it.")
-    notes += [f"[{number}] {flag}: {FLAG_MEANING.get(flag, 'set by the measurement')}" for flag, number in numbers.items()]
+    notes += [
+        f"[{number}] {flag}: {FLAG_MEANING.get(flag, 'set by the measurement')}"
+        for flag, number in numbers.items()
+    ]
     for cell in found:
         if not cell.outcome.is_ok and cell.detail:
             notes.append(f"{cell.series} at {cell.seq_len}: {cell.detail}")

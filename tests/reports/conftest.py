@@ -6,14 +6,17 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megafold_bench import statistics
 from megafold_bench.points import canonical_id
 from megafold_bench.statistics import summarise
+from reports import cells, compare
 
 GIB = 1 << 30
 LENGTHS = (256, 384, 512, 640, 768)
@@ -68,7 +71,12 @@ def _scale(variant: str, table: dict[str, float]) -> float:
 
 def provenance(spec: Spec) -> dict[str, Any]:
     """Of a record."""
-    facts = {"python": "3.12.3", "torch": "2.13.0", "triton": "3.6.0", "fixture": "made up by the tests of reports"}
+    facts = {
+        "python": "3.12.3",
+        "torch": "2.13.0",
+        "triton": "3.6.0",
+        "fixture": "made up by the tests of reports",
+    }
     return facts if spec.device == "cpu" else {**facts, "device_name": spec.machine["name"]}
 
 
@@ -205,6 +213,15 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         return make_run(tmp_path, spec)
 
     return _make
+
+
+@pytest.fixture(autouse=True)
+def _fewer_resamples(monkeypatch):
+    """The interval's last digit is not what these tests look at; the time they take is."""
+    monkeypatch.setattr(
+        cells, "hierarchical_interval", partial(statistics.hierarchical_interval, resamples=150)
+    )
+    monkeypatch.setattr(compare, "ratio_of_medians", partial(statistics.ratio_of_medians, resamples=300))
 
 
 @pytest.fixture(autouse=True)
