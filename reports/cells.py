@@ -13,7 +13,7 @@ import pandas as pd
 
 from megafold_bench.outcomes import Outcome
 from megafold_bench.records import Record
-from megafold_bench.statistics import Interval, hierarchical_interval, outliers
+from megafold_bench.statistics import Interval, hierarchical_interval
 from reports.energy import step_energy
 from reports.fields import group, time_samples
 from reports.units import bytes_text
@@ -216,12 +216,13 @@ def _capacity(records: Sequence[Record]) -> int | None:
     return max((total for total in totals if total), default=None)
 
 
-def _flags(records: Sequence[Record], times: Times | None, memory: Mapping[str, int | None], spread: int | None) -> tuple[str, ...]:  # fmt: skip
+def _flags(
+    records: Sequence[Record], memory: Mapping[str, int | None], spread: int | None
+) -> tuple[str, ...]:
+    """The records' own flags, and those that only show over several records."""  # fmt: skip
     flags = {flag for record in records for flag in record.get("quality") or []}
     if any((group(record, "telemetry").get("throttle_fraction") or 0) > 0.05 for record in records):
         flags.add("throttled")
-    if times is not None and any(outliers(process) for process in times.processes):
-        flags.add("outliers")
     if memory.get("alloc_retries"):
         flags.add("allocator_retries")
     if len({outcome_of(record).is_ok for record in records if outcome_of(record) not in NOT_RUN}) > 1:
@@ -258,7 +259,7 @@ def cell_of(series: str, records: Sequence[Record]) -> Cell:
         capacity_bytes=_capacity(records),
         energy_j=float(np.median([e.joules for e in energies])) if energies else None,
         energy_method="/".join(sorted({e.method for e in energies})),
-        flags=_flags(records, times, memory, spread),
+        flags=_flags(records, memory, spread),
     )
 
 

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -132,6 +133,15 @@ def test_a_torn_run_warns(make, tmp_path):
     path = run / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-300])
     assert "is torn" in write_report([run], tmp_path / "report.html").read_text()
+
+
+def test_missing_energy_says_why(make, tmp_path):
+    run = make("cpu", lengths=(32,), **QUICK)
+    reason = "energy counter: fewer than two samples"
+    energy = json.dumps({"energy": {"energy_j": None, "method": "none", "valid": False, "reason": reason}})
+    path = run / "results.jsonl"
+    path.write_text(path.read_text().replace('"telemetry": null', f'"telemetry": {energy}'))
+    assert f"No energy was measured: {reason}." in write_report([run], tmp_path / "report.html").read_text()
 
 
 def test_user_errors(make, tmp_path):
