@@ -85,7 +85,7 @@ def _pairs(values: list[str] | None, flag: str, form: str) -> list[tuple[str, st
 def _existing(path: Path, flag: str) -> str:
     if not path.exists():
         raise UserError(f"{flag} {path}: there is no such file; check the path")
-    return str(path.resolve())
+    return str(path)  # as typed: a record should not tell where a home folder is
 
 
 def _files(values: list[str] | None, flag: str, form: str) -> str | None:
