@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from baselines.af3.attention import key_mask_bias
 from baselines.af3.config import Attention, MSAConfig
 from baselines.af3.pairformer import PairBlock
-from baselines.af3.primitives import LayerNorm, Linear, SharedDropout, Transition, compute_dtype, one_hot
+from baselines.af3.primitives import (
+    LayerNorm,
+    Linear,
+    SharedDropout,
+    Transition,
+    compute_dtype,
+    one_hot,
+    without_autocast,
+)
 from baselines.data.schema import NUM_MSA_CLASSES
 
 
@@ -59,7 +67,7 @@ class OuterProductMean(nn.Module):
         a, b = self.linear_a(m) * present, self.linear_b(m) * present
         outer = torch.einsum("sic,sjd->ijcd", a, b).flatten(-2)
         # Counts of rows are integers up to the depth of the alignment: bfloat16 would round them.
-        with torch.autocast("cpu" if m.device.type == "meta" else m.device.type, enabled=False):
+        with without_autocast(m):
             rows = mask.to(torch.promote_types(a.dtype, torch.float32))
             scale = 1.0 / (self.eps + rows.transpose(0, 1) @ rows)
         z = self.linear_out(outer)

@@ -20,6 +20,11 @@ def _autocast_type(x: Tensor) -> str:
     return "cpu" if x.device.type == "meta" else x.device.type
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which products on `x`'s device run in the dtype of their operands."""
+    return torch.autocast(_autocast_type(x), enabled=False)
+
+
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype a matrix product with `parameter` runs in: autocast's where it is on, else its own."""
     device_type = _autocast_type(parameter)
@@ -65,10 +70,9 @@ class LayerNorm(nn.Module):
         """Normalise [..., c]."""
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        device_type = _autocast_type(x)
-        if not torch.is_autocast_enabled(device_type):
+        if not torch.is_autocast_enabled(_autocast_type(x)):
             return F.layer_norm(x, (self.c,), weight, bias, self.eps)
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(x):
             return F.layer_norm(x, (self.c,), weight, bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -107,7 +111,7 @@ class Linear(nn.Linear):
         """[..., c_in] to [..., c_out]."""
         if not self.precise:
             return super().forward(x)
-        with torch.autocast(_autocast_type(x), enabled=False):
+        with without_autocast(x):
             return super().forward(x.to(self.weight.dtype))
 
 

@@ -1,0 +1,97 @@
+"""The attention kernels as cases for offline compilation."""
+
+from typing import Any
+
+import triton
+
+from optimized.ops.attention import backward, forward
+from optimized.ops.attention.launch import Plan, default_plan
+from optimized.ops.offline import KernelCase
+from optimized.ops.tuning import Config
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "WEIGHTS")
+FLOATS = ("scale", "scale_log2")
+WIDE_INTS = ("size", "part_plane")
+
+
+def signature_of(kernel: Any, dtype: str, bias_dtype: str, constants: dict[str, object]) -> dict[str, str]:
+    """Triton types of the run-time arguments of one of our kernels."""
+    types: dict[str, str] = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name in FLOATS:
+            types[name] = "fp32"
+        elif name == "BIAS":
+            types[name] = f"*{bias_dtype}"
+        elif name == "KEEP":
+            types[name] = "*u8"
+        elif name in FP32:
+            types[name] = "*fp32"
+        elif name.isupper() and name not in forward.LENGTHS:
+            types[name] = f"*{dtype}"
+        else:
+            types[name] = "i64" if name in WIDE_INTS else "i32"
+    return types
+
+
+def make_case(
+    name: str,
+    kernel: Any,
+    config: Config,
+    dtype: str = "bf16",
+    head_dim: int = 32,
+    bias_dtype: str = "bf16",
+    precision: str = "ieee",
+    **extra: object,
+) -> KernelCase:
+    """One kernel with one configuration, masked, 16-byte aligned pointers."""
+    known = {
+        "HAS_MASK": True,
+        "D": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "PRECISION": precision,
+        "WIDE": False,
+        "FAST": dtype != "fp16",
+        "EMIT_DQ": False,
+        "ACCUMULATE": False,
+        **config.constants,
+        **extra,
+    }
+    constants = {n: v for n, v in known.items() if n in kernel.arg_names}
+    signature = signature_of(kernel, dtype, bias_dtype, constants)
+    aligned = tuple(n for n, t in signature.items() if t.startswith("*"))
+    return KernelCase(
+        name, kernel, signature, constants, config.num_warps, config.num_stages, config.max_registers, aligned
+    )
+
+
+def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
+    """The kernels of one plan."""
+    cases = [
+        make_case(f"{label}.forward", forward.forward_kernel, plan.forward, **options),
+        make_case(f"{label}.grad_kv", backward.grad_kv_kernel, plan.grad_kv, **options),
+        make_case(
+            f"{label}.grad_bias",
+            backward.grad_bias_kernel,
+            plan.grad_bias,
+            EMIT_DQ=plan.grad_q is None,
+            **options,
+        ),
+    ]
+    if plan.grad_q is not None:
+        cases.append(make_case(f"{label}.grad_q", backward.grad_q_kernel, plan.grad_q, **options))
+    return cases
+
+
+def cases(hip: bool = False) -> list[KernelCase]:
+    """Every kernel with its default configuration for all dtypes and the head sizes of the AF3 family."""
+    import torch
+
+    found: list[KernelCase] = []
+    for short, full in DTYPES.items():
+        for head_dim in (16, 24, 32, 48, 64):
+            plan = default_plan(getattr(torch, full), head_dim, hip)
+            found += plan_cases(plan, f"attention.{short}.d{head_dim}", dtype=short, head_dim=head_dim)
+    return found

@@ -1,0 +1,201 @@
+"""Public attention with a shared pair bias: checks, torch.library operators, autograd."""
+
+import torch
+from torch import Tensor
+
+from optimized.ops.attention import reference
+from optimized.ops.support import Supported, triton_support
+
+HEAD_DIMS = (8, 16, 24, 32, 48, 64)
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def supported(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None, precision: str = "ieee"
+) -> Supported:
+    """Whether the Triton kernels take this call; if not, the definition runs and the reason says why."""
+    if q.shape[-1] not in HEAD_DIMS:
+        return Supported(False, f"head size {q.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        return Supported(False, f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+    if 0 in q.shape or 0 in k.shape:
+        return Supported(False, "a dimension is empty")
+    if precision != "ieee" and torch.version.hip is not None:
+        return Supported(False, f"precision {precision} exists on NVIDIA only")
+    if mask is not None and mask.device != q.device:
+        return Supported(False, f"the mask is on {mask.device}, q on {q.device}")
+    return triton_support(q, k, v, bias)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, precision: str) -> None:
+    if q.dim() < 4 or k.dim() != q.dim() or v.shape != k.shape or bias.dim() != q.dim():
+        raise ValueError(
+            f"want q [*,R,H,Q,D], k and v [*,R,H,K,D], bias [*,1,H,Q,K]; got {_shapes(q, k, v, bias)}"
+        )
+    rows, heads = q.shape[-4], q.shape[-3]
+    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q and k disagree outside the length: {_shapes(q, k)}")
+    if bias.shape != (*q.shape[:-4], 1, heads, q.shape[-2], k.shape[-2]):
+        raise ValueError(f"bias must be [*, 1, H, Q, K] for these q and k; got {_shapes(q, k, bias)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (*q.shape[:-4], rows, k.shape[-2])):
+        raise ValueError(f"mask must be boolean [*, R, K], got {mask.dtype} {tuple(mask.shape)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors)
+
+
+def _five(x: Tensor) -> Tensor:
+    """Leading axes folded into one: [B, R, H, L, D]."""
+    return x.reshape(-1, *x.shape[-4:])
+
+
+@torch.library.custom_op("megafold_bench::pair_attention", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    if not supported(q, k, v, bias, mask, precision).ok:
+        o, lse = reference.attention_with_lse(q, k, v, bias, mask, scale)
+        return torch.empty_like(q).copy_(o), lse.contiguous()
+    from optimized.ops.attention import launch
+
+    o = torch.empty_like(q)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
+    call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision)
+    launch.launch_forward(call, _five(o), _five(lse[..., None])[..., 0], launch.plan_for(q).forward)
+    return o, lse
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), torch.empty(q.shape[:-1], dtype=wide, device=q.device)
+
+
+@torch.library.custom_op("megafold_bench::pair_attention_backward", mutates_args=())
+def _backward_op(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
+    o: Tensor, lse: Tensor, scale: float, precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if not supported(q, k, v, bias, mask, precision).ok:
+        grads = reference.attention_backward(do, q, k, v, bias, mask, o, lse, scale, dlse)
+        fresh = (
+            *(torch.empty_like(x) for x in (q, k, v)),
+            torch.empty(bias.shape, dtype=bias.dtype, device=q.device),
+        )
+        dq, dk, dv, dbias = (x.copy_(g) for x, g in zip(fresh, grads, strict=True))
+        return dq, dk, dv, dbias
+    from optimized.ops.attention import launch
+
+    plan = launch.plan_for(q)
+    mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
+    call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision)
+    do5, o5 = launch.aligned(_five(do)), launch.aligned(_five(o))
+    lse4 = lse.reshape(-1, *lse.shape[-3:]).contiguous()
+    dlse4 = None if dlse is None else dlse.reshape(lse4.shape).contiguous()
+    lse2, delta = launch.launch_statistics(call, o5, do5, lse4, dlse4)
+    dq = torch.empty_like(q)
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
+    dq5, dbias5 = _five(dq), _five(dbias)
+    planes = plan.grad_q is None
+    for b in range(dq5.shape[0]):
+        one = slice(b, b + 1)
+        launch.launch_grad_bias(
+            call.entry(b), do5[one], lse2[one], delta[one], dbias5[one], dq5[one] if planes else None, plan
+        )
+    if plan.grad_q is not None:
+        launch.launch_grad_q(call, do5, lse2, delta, dq5, plan.grad_q)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    launch.launch_grad_kv(call, do5, lse2, delta, _five(dk), _five(dv), plan.grad_kv)
+    return dq, dk, dv, dbias
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
+    o: Tensor, lse: Tensor, scale: float, precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, bias, mask, scale, precision = inputs
+    ctx.save_for_backward(q, k, v, bias, mask, *output)
+    ctx.scale, ctx.precision = scale, precision
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, do, dlse):  # type: ignore[no-untyped-def]
+    q, k, v, bias, mask, o, lse = ctx.saved_tensors
+    if do is None and dlse is None:
+        return (None,) * 7
+    if do is None:
+        do = torch.zeros_like(o)
+    return *_backward_op(do, dlse, q, k, v, bias, mask, o, lse, ctx.scale, ctx.precision), None, None, None
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """Attention of R rows with one bias for all, and its log-sum-exp (differentiable too).
+
+    q [*, R, H, Q, D]; k, v [*, R, H, K, D]; bias [*, 1, H, Q, K] of any float dtype, in either orientation (a
+    transposed view is read in place); mask [*, R, K] boolean, True = keep. Any strides with a contiguous last axis
+    are read in place. `scale` defaults to D ** -0.5; `precision` is how fp32 products are taken. Returns o in the
+    shape, dtype and memory order of q, and lse [*, R, H, Q] in fp32: natural logarithm, -inf for rows without keys,
+    whose output and gradients are zero. Where `supported` says no, the definition runs. Raises ValueError on shapes
+    or dtypes that do not fit.
+    """
+    _check(q, k, v, bias, mask, precision)
+    return _forward_op(q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale, precision)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """The output of `attention_with_lse`."""
+    return attention_with_lse(q, k, v, bias, mask, scale, precision)[0]
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float | None = None,
+    precision: str = "ieee",
+    dlse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv, dbias) without autograd, for callers that merge pieces of attention themselves.
+
+    With the output and log-sum-exp of the *whole* softmax and the keys of one piece, the result is that piece's
+    contribution. `dlse` [*, R, H, Q] is the gradient of the log-sum-exp, if it was used. dbias has bias's dtype.
+    """
+    _check(q, k, v, bias, mask, precision)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return _backward_op(do, dlse, q, k, v, bias, mask, o, lse, factor, precision)

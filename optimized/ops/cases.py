@@ -1,0 +1,73 @@
+"""The fused operators' kernels as cases for offline compilation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+
+from optimized.ops.layer_norm_linear import kernels as linear_kernels
+from optimized.ops.layer_norm_linear import launch as linear
+from optimized.ops.offline import KernelCase
+from optimized.ops.transition import kernels as transition_kernels
+from optimized.ops.transition import launch as transition
+from optimized.ops.triangle_multiplication import launch as triangle
+from optimized.ops.triangle_multiplication import output, project
+from optimized.ops.tuning import Config
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+TRIANGLE = {
+    "project": project.forward_kernel,
+    "project_input": project.input_gradient_kernel,
+    "project_weight": project.weight_gradient_kernel,
+    "output": output.forward_kernel,
+    "output_input": output.input_gradient_kernel,
+    "output_weight": output.weight_gradient_kernel,
+}
+
+
+def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping[str, object]) -> KernelCase:
+    """One kernel with one configuration: fp32 norm parameters, lengths and strides divisible by 16."""
+    known = {**sizes, **config.constants}
+    constants = {n: v for n, v in known.items() if n in kernel.arg_names}
+    signature: dict[str, str] = {}
+    for argument in (n for n in kernel.arg_names if n not in constants):
+        if argument == "mask_ptr":
+            signature[argument] = "*i1"
+        elif argument.startswith(("gamma", "beta")) or "partial" in argument:
+            signature[argument] = "*fp32"
+        elif argument.endswith("_ptr"):
+            signature[argument] = f"*{dtype}"
+        else:
+            signature[argument] = "fp32" if argument == "eps" else "i32"
+    aligned = tuple(n for n, t in signature.items() if t.startswith("*") or (t == "i32" and n != "splits"))
+    return KernelCase(
+        name, kernel, signature, constants, config.num_warps, config.num_stages, aligned=aligned
+    )
+
+
+def cases() -> list[KernelCase]:
+    """Every kernel of the fused operators with its default configuration, for all dtypes, at the AF3 widths."""
+    import torch
+
+    found: list[KernelCase] = []
+    for short, full in DTYPES.items():
+        dtype = getattr(torch, full)
+        for c, h in ((64, 128), (64, 256), (128, 512), (384, 1536)):
+            sizes = {"C": c, "H": h, "BC": triton.next_power_of_2(c)}
+            for kernel in ("forward", "input_gradient", "weight_gradient"):
+                config = transition.default(f"transition.{kernel}", c, dtype)
+                fn = getattr(transition_kernels, f"{kernel}_kernel")
+                found.append(make_case(f"transition.{short}.{c}x{h}.{kernel}", fn, config, short, sizes))
+        for c in (64, 128):
+            sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True}
+            for kernel, fn in TRIANGLE.items():
+                config = triangle.default(f"triangle_multiplication.{kernel}", c, dtype)
+                found.append(
+                    make_case(f"triangle_multiplication.{short}.{c}.{kernel}", fn, config, short, sizes)
+                )
+            sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16}
+            for kernel in ("forward", "input_gradient", "weight_gradient"):
+                config = linear.default(f"layer_norm_linear.{kernel}", c, dtype)
+                fn = getattr(linear_kernels, f"{kernel}_kernel")
+                found.append(make_case(f"layer_norm_linear.{short}.{c}.{kernel}", fn, config, short, sizes))
+    return found

@@ -1,0 +1,66 @@
+"""Host side shared by the fused operators: compute dtype, weight copies, split counts, tile shapes."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from optimized.ops.tuning import Config, lookup
+
+_Default = Callable[[str, int, torch.dtype], Config]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where autocast is on, the input's otherwise."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def in_dtype(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights as contiguous tensors of `dtype`; those that must be converted are copied in one launch."""
+    result = list(weights)
+    slots = [k for k, w in enumerate(weights) if w.dtype != dtype or not w.is_contiguous()]
+    if slots:
+        copies = [torch.empty(weights[k].shape, dtype=dtype, device=weights[k].device) for k in slots]
+        torch._foreach_copy_(copies, [weights[k] for k in slots])
+        for k, copy in zip(slots, copies, strict=True):
+            result[k] = copy
+    return result
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units of the device; 4 under the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def packed(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights `[h, c]` of one shape stacked into one contiguous `[len·h, c]` tensor of `dtype`, in one launch."""
+    height, width = weights[0].shape
+    whole = torch.empty((len(weights) * height, width), dtype=dtype, device=weights[0].device)
+    torch._foreach_copy_(list(whole.split(height)), weights)
+    return whole
+
+
+def unpacked(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Consecutive parts of a vector of gradients, in the shapes and dtypes of `parameters`."""
+    parts = flat.split([p.numel() for p in parameters])
+    return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+
+
+def tile(rows: int, width: int, warps: int, stages: int) -> Config:
+    """A launch configuration: BM rows and BN output channels per step, warps, depth of the load pipeline."""
+    return Config({"BM": rows, "BN": width, "STAGES": stages}, warps)
+
+
+@cache
+def chosen(kernel: str, channels: int, dtype: torch.dtype, device: torch.device, default: _Default) -> Config:
+    """The configuration of `kernel`: tuned for this device where there is one, else the default for the dtype."""
+    return lookup(
+        kernel, (str(dtype).removeprefix("torch."), channels), device, default(kernel, channels, dtype)
+    )

@@ -1,0 +1,197 @@
+"""LayerNorm and up to four linear maps of one width, plus a narrow one: one read of the input.
+
+With n = LN(x):  y_t = n·w_tᵀ `[rows, h]` for t < T ≤ 4, and s = head·nᵀ `[heads, rows]`.
+Backward: dn = Σ_t dy_t·w_t + dsᵀ·head, then the layer-norm backward; dw_t = dy_tᵀ·n, d_head = ds·n.
+
+FLOP: 2·rows·c·(T·h + heads) forward, twice that backward. Bytes: forward reads x and writes the results;
+`input_gradient` reads x and the gradients and writes dx and n; `weight_gradient` reads one gradient and n.
+"""
+
+# ruff: noqa: ANN001, ANN201, SIM116 (Triton compiles these functions: an annotation would mean a compile-time constant)
+# mypy: disable-error-code="no-untyped-def, no-redef, assignment, operator"
+import triton
+import triton.language as tl
+
+from optimized.ops.rows import normalise_rows, normalise_rows_backward
+
+
+@triton.jit
+def pick(t: tl.constexpr, first, second, third, fourth):
+    """The t-th of four pointers."""
+    if t == 0:
+        return first
+    elif t == 1:
+        return second
+    elif t == 2:
+        return third
+    else:
+        return fourth
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,
+    gamma_ptr,
+    beta_ptr,
+    w_ptr,
+    head_ptr,
+    y0_ptr,
+    y1_ptr,
+    y2_ptr,
+    y3_ptr,
+    s_ptr,
+    rows,
+    eps,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """All results of BM rows; the weights `[T·H, C]` are packed, the narrow one is `[HEADS, C]`."""
+    dtype = w_ptr.dtype.element_ty
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    c = tl.arange(0, BC)
+    inside = (m < rows)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    normal, _ = normalise_rows(x, c, eps, C)
+    n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
+    for t in tl.static_range(T):
+        y_ptr = pick(t, y0_ptr, y1_ptr, y2_ptr, y3_ptr)
+        for start in tl.range(0, H, BN, num_stages=STAGES):
+            j = start + tl.arange(0, BN)
+            w = tl.load(
+                w_ptr + (t * H + j)[:, None] * C + c[None, :],
+                mask=(j < H)[:, None] & (c < C)[None, :],
+                other=0.0,
+            )
+            y = tl.dot(n, tl.trans(w), input_precision="ieee").to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + m[:, None] * H + j[None, :], y, mask=(m < rows)[:, None] & (j < H)[None, :])
+    if HEADS > 0:
+        k = tl.arange(0, BS)
+        head = tl.load(
+            head_ptr + k[:, None] * C + c[None, :], mask=(k < HEADS)[:, None] & (c < C)[None, :], other=0.0
+        )
+        s = tl.dot(n, tl.trans(head), input_precision="ieee").to(s_ptr.dtype.element_ty)
+        where = s_ptr + k.to(tl.int64)[None, :] * rows + m[:, None]
+        tl.store(where, s, mask=(m < rows)[:, None] & (k < HEADS)[None, :])
+
+
+@triton.jit
+def input_gradient_kernel(
+    x_ptr,
+    gamma_ptr,
+    beta_ptr,
+    w_ptr,
+    head_ptr,
+    dy0_ptr,
+    dy1_ptr,
+    dy2_ptr,
+    dy3_ptr,
+    ds_ptr,
+    dx_ptr,
+    n_ptr,
+    norm_partial_ptr,
+    rows,
+    eps,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dx of BM rows, n for the weight gradients, and this tile's share of dγ and dβ."""
+    dtype = w_ptr.dtype.element_ty
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    c = tl.arange(0, BC)
+    acc = tl.zeros([BM, BC], tl.float32)
+    for t in tl.static_range(T):
+        dy_ptr = pick(t, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr)
+        for start in tl.range(0, H, BN, num_stages=STAGES):
+            j = start + tl.arange(0, BN)
+            w = tl.load(
+                w_ptr + (t * H + j)[:, None] * C + c[None, :],
+                mask=(j < H)[:, None] & (c < C)[None, :],
+                other=0.0,
+            )
+            dy = tl.load(
+                dy_ptr + m[:, None] * H + j[None, :], mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0
+            ).to(dtype)
+            acc = tl.dot(dy, w, acc, input_precision="ieee")
+    if HEADS > 0:
+        k = tl.arange(0, BS)
+        head = tl.load(
+            head_ptr + k[:, None] * C + c[None, :], mask=(k < HEADS)[:, None] & (c < C)[None, :], other=0.0
+        )
+        where = ds_ptr + k.to(tl.int64)[None, :] * rows + m[:, None]
+        ds = tl.load(where, mask=(m < rows)[:, None] & (k < HEADS)[None, :], other=0.0).to(dtype)
+        acc = tl.dot(ds, head, acc, input_precision="ieee")
+    inside = (m < rows)[:, None] & (c < C)[None, :]
+    tile = m[:, None] * C + c[None, :]
+    x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    normal, rstd = normalise_rows(x, c, eps, C)
+    n = normal * gamma[None, :] + beta[None, :]
+    tl.store(n_ptr + tile, n.to(dtype), mask=inside)
+    dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
+    tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    share = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
+    tl.store(share, tl.sum(acc * normal, 0), mask=c < C)
+    tl.store(share + C, tl.sum(acc, 0), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def weight_gradient_kernel(
+    n_ptr,
+    dy0_ptr,
+    dy1_ptr,
+    dy2_ptr,
+    dy3_ptr,
+    partial_ptr,
+    rows,
+    splits,
+    stride_row,
+    stride_column,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    T: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Partial dw `[T, H, C]`: BN outputs of one of the T maps over every `splits`-th tile of rows."""
+    chunks: tl.constexpr = (H + BN - 1) // BN
+    t = tl.program_id(0) // chunks
+    split = tl.program_id(1)
+    dy_ptr = dy0_ptr
+    if t == 1:
+        dy_ptr = dy1_ptr
+    elif t == 2:
+        dy_ptr = dy2_ptr
+    elif t == 3:
+        dy_ptr = dy3_ptr
+    j = (tl.program_id(0) % chunks) * BN + tl.arange(0, BN)
+    c = tl.arange(0, BC)
+    acc = tl.zeros([BN, BC], tl.float32)
+    for start in tl.range(split * BM, rows, splits * BM, num_stages=STAGES):
+        m = tl.arange(0, BM).to(tl.int64) + start
+        n = tl.load(
+            n_ptr + m[:, None] * C + c[None, :], mask=(m < rows)[:, None] & (c < C)[None, :], other=0.0
+        )
+        where = dy_ptr + m[:, None] * stride_row + j.to(tl.int64)[None, :] * stride_column
+        dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(n.dtype)
+        acc = tl.dot(tl.trans(dy), n, acc, input_precision="ieee")
+    share = partial_ptr + (split.to(tl.int64) * T + t) * H * C
+    tl.store(share + j[:, None] * C + c[None, :], acc, mask=(j < H)[:, None] & (c < C)[None, :])

@@ -1,0 +1,150 @@
+"""LayerNorm + Linear(s) as a differentiable operator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimized.ops.launching import compute_dtype, unpacked
+from optimized.ops.layer_norm_linear import launch
+from optimized.ops.layer_norm_linear.reference import layer_norm_linear_reference
+from optimized.ops.support import Supported, triton_support
+
+MAX_CHANNELS = 512
+MAX_WEIGHTS = 4
+
+
+def supported(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    head_weight: Tensor | None = None,
+) -> Supported:
+    """Whether the kernels take these tensors, and if not, why."""
+    heads = [head_weight] if head_weight is not None else []
+    verdict = triton_support(x, norm_weight, norm_bias, *weights, *heads)
+    if not verdict.ok:
+        return verdict
+    if x.shape[-1] > MAX_CHANNELS:
+        return Supported(
+            False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
+        )
+    if not 1 <= len(weights) <= MAX_WEIGHTS:
+        return Supported(False, f"{len(weights)} weights; the kernels take 1 to {MAX_WEIGHTS}")
+    if len({w.shape for w in weights}) > 1:
+        return Supported(False, f"the weights have different shapes: {[list(w.shape) for w in weights]}")
+    if head_weight is not None and head_weight.shape[0] > 64:
+        return Supported(False, f"{head_weight.shape[0]} heads; the kernels take at most 64")
+    return Supported(False, "the input is empty") if x.numel() == 0 else Supported(True)
+
+
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    head_weight: Tensor | None = None,
+    eps: float = 1e-5,
+) -> list[Tensor]:
+    """[w · LN(x) for w in weights], and head_weight · LN(x) with its channels first, reading x once.
+
+    x `[..., c]`; up to four weights `[h, c]` of one shape give `[..., h]`, each contiguous, so that
+    `y.unflatten(-1, (heads, d))` is the `[row, token, head, d]` view the attention kernels take; head_weight
+    `[heads, c]` gives `[heads, ...]`. Products and results are in autocast's dtype where autocast is on and in
+    x's dtype otherwise. Only x and the parameters are kept for the backward pass. Where the kernels do not apply
+    (`supported` says why) the definition runs.
+    """
+    dtype = compute_dtype(x)
+    if not supported(x, norm_weight, norm_bias, weights, head_weight).ok:
+        return layer_norm_linear_reference(x.to(dtype), norm_weight, norm_bias, weights, head_weight, eps)
+    op = torch.ops.megafold_bench.layer_norm_linear
+    return op(x, norm_weight, norm_bias, list(weights), head_weight, eps, dtype)
+
+
+@torch.library.custom_op("megafold_bench::layer_norm_linear", mutates_args=())
+def _layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    head_weight: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    outs = launch.forward(rows, (norm_weight, norm_bias), list(weights), head_weight, eps, dtype)
+    shaped = [y.view(*x.shape[:-1], -1) for y in outs[: len(weights)]]
+    return shaped + [s.view(-1, *x.shape[:-1]) for s in outs[len(weights) :]]
+
+
+@_layer_norm_linear.register_fake
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    head_weight: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    outs = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
+    if head_weight is not None:
+        outs.append(x.new_empty((head_weight.shape[0], *x.shape[:-1]), dtype=dtype))
+    return outs
+
+
+@torch.library.custom_op("megafold_bench::layer_norm_linear_backward", mutates_args=())
+def _layer_norm_linear_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    head_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    count = len(weights)
+    flat = [g.reshape(rows.shape[0], -1).contiguous() for g in grads[:count]]
+    flat += [g.reshape(-1, rows.shape[0]).contiguous() for g in grads[count:]]
+    dx, parameters = launch.backward(flat, rows, (norm_weight, norm_bias), list(weights), head_weight, eps)
+    return dx.view(x.shape), parameters
+
+
+@_layer_norm_linear_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    head_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    heads = [head_weight] if head_weight is not None else []
+    size = sum(p.numel() for p in (norm_weight, norm_bias, *weights, *heads))
+    return x.new_empty(x.shape), x.new_empty(size, dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, norm_weight, norm_bias, weights, head_weight, eps, _ = inputs
+    ctx.save_for_backward(
+        x, norm_weight, norm_bias, *weights, *([head_weight] if head_weight is not None else [])
+    )
+    ctx.settings = (len(weights), eps)
+
+
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple:
+    count, eps = ctx.settings
+    x, norm_weight, norm_bias, *rest = ctx.saved_tensors
+    weights, heads = rest[:count], rest[count:]
+    head_weight = heads[0] if heads else None
+    op = torch.ops.megafold_bench.layer_norm_linear_backward
+    dx, flat = op(grads, x, norm_weight, norm_bias, weights, head_weight, eps)
+    d_weight, d_bias, *parts = unpacked(flat, (norm_weight, norm_bias, *rest))
+    return dx, d_weight, d_bias, parts[:count], (parts[count] if heads else None), None, None
+
+
+_layer_norm_linear.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,121 @@
+"""Compile kernels for GPUs that are not here and read what the compilers say about them.
+
+Triton carries the NVIDIA and AMD back ends in one wheel, so registers, on-chip memory, spills and the matrix
+instructions of every kernel and shipped configuration can be checked on any Linux machine, in CI too.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950")
+_MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+|v_smfmac_\w+)")
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One kernel with one configuration: everything needed to compile it without tensors.
+
+    `signature` maps run-time arguments to Triton types (`*bf16`, `i32`, `fp32`); `constants` holds the
+    compile-time ones; `aligned` names the arguments (pointers, strides) known to be divisible by 16.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, object]
+    num_warps: int = 4
+    num_stages: int = 2
+    max_registers: int = 0
+    aligned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What the back end produced. Registers per thread; shared memory (LDS) in bytes; spills in bytes per thread."""
+
+    name: str
+    arch: str
+    ok: bool
+    error: str = ""
+    registers: int = 0
+    shared_bytes: int = 0
+    spill_bytes: int = 0
+    matrix_instructions: dict[str, int] = field(default_factory=dict)
+
+
+def target_of(arch: str) -> Any:
+    """Triton's GPUTarget for `sm_NN` or `gfx...`; ValueError for anything else."""
+    from triton.backends.compiler import GPUTarget
+
+    if re.fullmatch(r"sm_\d+", arch):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    if re.fullmatch(r"gfx9\w+", arch):
+        return GPUTarget("hip", arch, 64)
+    raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(ARCHITECTURES)}")
+
+
+def _source(case: KernelCase) -> Any:
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {n: case.signature[n] if n in case.signature else "constexpr" for n in names}
+    constants = {(names.index(n),): v for n, v in case.constants.items()}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
+    return ASTSource(case.kernel, signature, constants, attributes)
+
+
+def compile_case(case: KernelCase, arch: str) -> CompileReport:
+    """Compile one case for one architecture; a compiler failure is reported, not raised."""
+    import triton
+
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.max_registers and arch.startswith("sm_"):
+        options["maxnreg"] = case.max_registers
+    try:
+        compiled = triton.compile(_source(case), target=target_of(arch), options=options)
+    except Exception as error:  # any back-end failure is the finding this tool exists to report
+        return CompileReport(case.name, arch, False, f"{type(error).__name__}: {str(error)[:500]}")
+    asm = compiled.asm
+    text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
+    matrix = dict(Counter(m.split(".")[0] if "." in m else m for m in _MATRIX.findall(text)))
+    shared = int(compiled.metadata.shared)
+    if "cubin" in asm:
+        registers, spill = _cubin_usage(asm["cubin"])
+    else:
+        registers = _amd_value(text, "vgpr_count")
+        spill = 4 * (_amd_value(text, "vgpr_spill_count") + _amd_value(text, "sgpr_spill_count"))
+        shared = _amd_value(text, "group_segment_fixed_size")
+    return CompileReport(case.name, arch, True, "", registers, shared, spill, matrix)
+
+
+def compile_all(cases: Iterable[KernelCase], arches: Iterable[str] = ARCHITECTURES) -> list[CompileReport]:
+    """Every case for every architecture, in order."""
+    arch_list = list(arches)
+    return [compile_case(case, arch) for case in cases for arch in arch_list]
+
+
+def _amd_value(text: str, name: str) -> int:
+    found = re.findall(rf"^\s*\.{name}:\s*(\d+)", text, re.MULTILINE)
+    return max((int(v) for v in found), default=0)
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of local memory (spills and stack) from the resource table of a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        out = subprocess.run([str(tool), "-res-usage", f.name], capture_output=True, text=True, check=True)
+    usage = out.stdout + out.stderr
+    registers = max((int(v) for v in re.findall(r"REG:(\d+)", usage)), default=0)
+    stack = max((int(v) for v in re.findall(r"STACK:(\d+)", usage)), default=0)
+    local = max((int(v) for v in re.findall(r"LOCAL:(\d+)", usage)), default=0)
+    return registers, stack + local

@@ -1,0 +1,6 @@
+"""Transition (AF3 Algorithm 11), fused."""
+
+from optimized.ops.transition.op import supported, transition
+from optimized.ops.transition.reference import transition_reference
+
+__all__ = ["supported", "transition", "transition_reference"]

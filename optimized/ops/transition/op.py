@@ -1,0 +1,124 @@
+"""Transition as a differentiable operator: LayerNorm, SwiGLU and projection in one kernel."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimized.ops.launching import compute_dtype, unpacked
+from optimized.ops.support import Supported, triton_support
+from optimized.ops.transition import launch
+from optimized.ops.transition.reference import transition_reference
+
+MAX_CHANNELS = 512
+
+
+def supported(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_a: Tensor, w_b: Tensor, w_out: Tensor
+) -> Supported:
+    """Whether the kernels take these tensors, and if not, why."""
+    verdict = triton_support(x, norm_weight, norm_bias, w_a, w_b, w_out)
+    if not verdict.ok:
+        return verdict
+    if x.shape[-1] > MAX_CHANNELS:
+        return Supported(
+            False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
+        )
+    return Supported(False, "the input is empty") if x.numel() == 0 else Supported(True)
+
+
+def transition(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float = 1e-5,
+) -> Tensor:
+    """AF3 Algorithm 11: w_out · (swish(w_a · LN(x)) ⊙ w_b · LN(x)).
+
+    x `[..., c]`; norm_weight, norm_bias `[c]`; w_a, w_b `[h, c]`; w_out `[c, h]`. The products run in autocast's
+    dtype where autocast is on and in x's dtype otherwise, and so is the result; parameters may have another dtype.
+    Only x and the parameters are kept for the backward pass. Where the kernels do not apply (`supported` says
+    why) the definition runs.
+    """
+    parameters = (norm_weight, norm_bias, w_a, w_b, w_out)
+    dtype = compute_dtype(x)
+    if not supported(x, *parameters).ok:
+        return transition_reference(x.to(dtype), *parameters, eps)
+    return torch.ops.megafold_bench.transition(x, *parameters, eps, dtype)
+
+
+@torch.library.custom_op("megafold_bench::transition", mutates_args=())
+def _transition(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return launch.forward(rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps, dtype).view(x.shape)
+
+
+@_transition.register_fake
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("megafold_bench::transition_backward", mutates_args=())
+def _transition_backward(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    dy = dy.reshape(rows.shape).contiguous()
+    dx, flat = launch.backward(dy, rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps)
+    return dx.view(x.shape), flat
+
+
+@_transition_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_a: Tensor,
+    w_b: Tensor,
+    w_out: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(2 * x.shape[-1] + 3 * w_a.numel(), dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.eps = inputs[6]
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    dx, flat = torch.ops.megafold_bench.transition_backward(dy, *saved, ctx.eps)
+    return (dx, *unpacked(flat, saved[1:]), None, None)
+
+
+_transition.register_autograd(_differentiate, setup_context=_keep)

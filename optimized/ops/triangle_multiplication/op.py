@@ -1,0 +1,168 @@
+"""Triangle multiplication as a differentiable operator."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimized.ops.launching import compute_dtype, unpacked
+from optimized.ops.support import Supported, triton_support
+from optimized.ops.triangle_multiplication import launch
+from optimized.ops.triangle_multiplication.reference import TriangleWeights, triangle_multiplication_reference
+
+MAX_CHANNELS = 256
+
+
+def supported(z: Tensor, weights: TriangleWeights, mask: Tensor | None = None) -> Supported:
+    """Whether the kernels take these tensors, and if not, why."""
+    verdict = triton_support(z, *weights)
+    if not verdict.ok:
+        return verdict
+    if z.dim() != 3 or z.shape[0] != z.shape[1] or z.numel() == 0:
+        return Supported(
+            False, f"the pair representation must be [N, N, c] with N > 0, it is {list(z.shape)}"
+        )
+    width = max(z.shape[-1], weights.a_p.shape[0])
+    if width > MAX_CHANNELS:
+        return Supported(
+            False, f"{width} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        return Supported(False, f"the mask must be boolean, it is {mask.dtype}")
+    return Supported(True)
+
+
+def triangle_multiplication(
+    z: Tensor, weights: TriangleWeights, outgoing: bool = True, mask: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """AF3 Algorithms 12 (outgoing) and 13 (incoming): the update of the pair representation, without residual.
+
+    z `[N, N, c]`, its last dimension contiguous, otherwise any strides; mask `[N, N]` boolean, True = keep. The
+    products run in autocast's dtype where autocast is on and in z's dtype otherwise, and so is the result;
+    parameters may have another dtype. z and the contraction (N²·h values) are kept for the backward pass. Where
+    the kernels do not apply (`supported` says why) the definition runs.
+    """
+    dtype = compute_dtype(z)
+    if not supported(z, weights, mask).ok:
+        return triangle_multiplication_reference(z.to(dtype), weights, outgoing, mask, eps)
+    return torch.ops.megafold_bench.triangle_multiplication(z, *weights, mask, outgoing, eps, dtype)[0]
+
+
+def _plain(z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return (z if z.stride(2) == 1 else z.contiguous()), (mask.contiguous() if mask is not None else None)
+
+
+@torch.library.custom_op("megafold_bench::triangle_multiplication", mutates_args=())
+def _triangle_multiplication(
+    z: Tensor,
+    norm_in_weight: Tensor,
+    norm_in_bias: Tensor,
+    a_p: Tensor,
+    a_g: Tensor,
+    b_p: Tensor,
+    b_g: Tensor,
+    norm_out_weight: Tensor,
+    norm_out_bias: Tensor,
+    out: Tensor,
+    g: Tensor,
+    mask: Tensor | None,
+    outgoing: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    weights = TriangleWeights(
+        norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g
+    )
+    z, mask = _plain(z, mask)
+    return launch.forward(z, weights, mask, outgoing, eps, dtype)
+
+
+@_triangle_multiplication.register_fake
+def _(
+    z: Tensor,
+    norm_in_weight: Tensor,
+    norm_in_bias: Tensor,
+    a_p: Tensor,
+    a_g: Tensor,
+    b_p: Tensor,
+    b_g: Tensor,
+    norm_out_weight: Tensor,
+    norm_out_bias: Tensor,
+    out: Tensor,
+    g: Tensor,
+    mask: Tensor | None,
+    outgoing: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    padded = -(-z.shape[0] // launch.ALIGNMENT) * launch.ALIGNMENT
+    return z.new_empty(z.shape, dtype=dtype), z.new_empty((a_p.shape[0], padded, padded), dtype=dtype)
+
+
+@torch.library.custom_op("megafold_bench::triangle_multiplication_backward", mutates_args=())
+def _triangle_multiplication_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    norm_in_weight: Tensor,
+    norm_in_bias: Tensor,
+    a_p: Tensor,
+    a_g: Tensor,
+    b_p: Tensor,
+    b_g: Tensor,
+    norm_out_weight: Tensor,
+    norm_out_bias: Tensor,
+    out: Tensor,
+    g: Tensor,
+    mask: Tensor | None,
+    outgoing: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    weights = TriangleWeights(
+        norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g
+    )
+    z, mask = _plain(z, mask)
+    return launch.backward(dy.contiguous(), x, z, weights, mask, outgoing, eps)
+
+
+@_triangle_multiplication_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    norm_in_weight: Tensor,
+    norm_in_bias: Tensor,
+    a_p: Tensor,
+    a_g: Tensor,
+    b_p: Tensor,
+    b_g: Tensor,
+    norm_out_weight: Tensor,
+    norm_out_bias: Tensor,
+    out: Tensor,
+    g: Tensor,
+    mask: Tensor | None,
+    outgoing: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    parameters = (norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g)
+    return z.new_empty(z.shape), z.new_empty(sum(p.numel() for p in parameters), dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *inputs[:12])
+    ctx.settings = inputs[12:14]
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 15
+    saved = ctx.saved_tensors
+    dz, flat = torch.ops.megafold_bench.triangle_multiplication_backward(dy, *saved, *ctx.settings)
+    w = TriangleWeights(*saved[2:12])
+    order = (w.norm_in_weight, w.norm_in_bias, w.a_p, w.b_p, w.a_g, w.b_g, *w[6:])
+    gamma, beta, a_p, b_p, a_g, b_g, *rest = unpacked(flat, order)
+    return (dz, gamma, beta, a_p, a_g, b_p, b_g, *rest, None, None, None, None)
+
+
+_triangle_multiplication.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,212 @@
+"""Gated input projections of triangle multiplication, forward and backward.
+
+With n = LN(z):  a = mask · σ(n·a_gᵀ) ⊙ n·a_pᵀ, and b likewise. Both are written channel by channel as P×P
+matrices (P = N rounded up to 16, padding zero), so that the contraction is plain aligned matrix products.
+
+The four weights come as one matrix `[4h, c]`: a_p, b_p, a_g, b_g. Channel t of the `[2h, P, P]` result is
+σ(n·w[2h + t]) · (n·w[t]).
+
+One GEMM unit is 2·N²·c·h FLOP: forward 4 units, `input_gradient` 8, `weight_gradient` 8 (4 recomputed).
+Bytes: forward reads z and writes 2 tensors of its size; input_gradient reads z, the two gradients and the
+gate's share of dn and writes dz and n; weight_gradient reads n and the two gradients.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
+# mypy: disable-error-code="no-untyped-def, no-redef, assignment, operator"
+import triton
+import triton.language as tl
+
+from optimized.ops.rows import normalise_rows, normalise_rows_backward, sigmoid
+
+
+@triton.jit
+def pair_rows(p, n_tokens, padded, stride_i, stride_j):
+    """Of flat positions in the padded square: whether inside, offset in z, index in the dense N·N square."""
+    i = p // padded
+    j = p % padded
+    inside = (i < n_tokens) & (j < n_tokens)
+    source = i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
+    dense = i.to(tl.int64) * n_tokens + j
+    return inside, source, dense
+
+
+@triton.jit
+def load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C: tl.constexpr):
+    """Layer-normed rows of z (fp32), their normalised values, rstd and γ."""
+    z = tl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    normal, rstd = normalise_rows(z.to(tl.float32), c, eps, C)
+    return normal * gamma[None, :] + beta[None, :], normal, rstd, gamma
+
+
+@triton.jit
+def keep_rows(mask_ptr, inside, dense, MASKED: tl.constexpr):
+    """Inside the square and not masked."""
+    if MASKED:
+        inside = inside & (tl.load(mask_ptr + dense, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def forward_kernel(
+    z_ptr,
+    gamma_ptr,
+    beta_ptr,
+    w_ptr,
+    mask_ptr,
+    out_ptr,
+    n_tokens,
+    padded,
+    stride_i,
+    stride_j,
+    eps,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    BC: tl.constexpr,
+    MASKED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """a and b of BM positions of the padded square, BN of the 2h channels at a time."""
+    dtype = w_ptr.dtype.element_ty
+    p = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, BC)
+    inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
+    keep = keep_rows(mask_ptr, inside, dense, MASKED)
+    n, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
+    n = n.to(dtype)
+    area = padded.to(tl.int64) * padded
+    for start in tl.range(0, 2 * H, BN, num_stages=STAGES):
+        t = start + tl.arange(0, BN)
+        cells = t[:, None] * C + c[None, :]
+        real = (t < 2 * H)[:, None] & (c < C)[None, :]
+        if C == BC and 2 * H % BN == 0:
+            wp = tl.load(w_ptr + cells)
+            wg = tl.load(w_ptr + 2 * H * C + cells)
+        else:
+            wp = tl.load(w_ptr + cells, mask=real, other=0.0)
+            wg = tl.load(w_ptr + 2 * H * C + cells, mask=real, other=0.0)
+        linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
+        gate = tl.dot(n, tl.trans(wg), input_precision="ieee")
+        value = tl.where(keep[:, None], linear * sigmoid(gate), 0.0)
+        where = out_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
+        tl.store(where, value.to(out_ptr.dtype.element_ty), mask=(p < area)[:, None] & (t < 2 * H)[None, :])
+
+
+@triton.jit
+def input_gradient_kernel(
+    z_ptr,
+    gamma_ptr,
+    beta_ptr,
+    w_ptr,
+    mask_ptr,
+    grad_ptr,
+    dn_gate_ptr,
+    dz_ptr,
+    n_ptr,
+    norm_partial_ptr,
+    n_tokens,
+    padded,
+    stride_i,
+    stride_j,
+    eps,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    BC: tl.constexpr,
+    MASKED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dz of BM positions from the gradients of a and b `[2h, P, P]` and the output gate's dn `[N·N, c]`.
+
+    Also writes mask · n `[P·P, c]` for the weight gradients, and this tile's share of dγ and dβ.
+    """
+    dtype = w_ptr.dtype.element_ty
+    p = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, BC)
+    inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
+    keep = keep_rows(mask_ptr, inside, dense, MASKED)
+    n, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
+    n = tl.where(keep[:, None], n, 0.0).to(dtype)
+    area = padded.to(tl.int64) * padded
+    square = (p < area)[:, None]
+    tl.store(n_ptr + p.to(tl.int64)[:, None] * C + c[None, :], n, mask=square & (c < C)[None, :])
+    acc = tl.zeros([BM, BC], tl.float32)
+    for start in tl.range(0, 2 * H, BN, num_stages=STAGES):
+        t = start + tl.arange(0, BN)
+        cells = t[:, None] * C + c[None, :]
+        real = (t < 2 * H)[:, None] & (c < C)[None, :]
+        if C == BC and 2 * H % BN == 0:
+            wp = tl.load(w_ptr + cells)
+            wg = tl.load(w_ptr + 2 * H * C + cells)
+        else:
+            wp = tl.load(w_ptr + cells, mask=real, other=0.0)
+            wg = tl.load(w_ptr + 2 * H * C + cells, mask=real, other=0.0)
+        where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
+        grad = tl.load(where, mask=keep[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
+        linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
+        gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"))
+        d_linear = grad * gate
+        d_gate = d_linear * linear * (1.0 - gate)
+        acc = tl.dot(d_linear.to(dtype), wp, acc, input_precision="ieee")
+        acc = tl.dot(d_gate.to(dtype), wg, acc, input_precision="ieee")
+    tile = dense[:, None] * C + c[None, :]
+    valid = inside[:, None] & (c < C)[None, :]
+    acc += tl.load(dn_gate_ptr + tile, mask=valid, other=0.0).to(tl.float32)
+    # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
+    _, normal, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
+    dz = normalise_rows_backward(acc, normal, gamma, rstd, C)
+    tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=valid)
+    share = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
+    tl.store(share, tl.sum(acc * normal, 0), mask=c < C)
+    tl.store(share + C, tl.sum(acc, 0), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def weight_gradient_kernel(
+    n_ptr,
+    grad_ptr,
+    w_ptr,
+    partial_ptr,
+    area,
+    splits,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Partial gradients `[4h, c]` of the packed weights for BN channels over every `splits`-th tile of positions."""
+    dtype = w_ptr.dtype.element_ty
+    split = tl.program_id(1)
+    t = tl.program_id(0) * BN + tl.arange(0, BN)
+    c = tl.arange(0, BC)
+    real = (c < C)[:, None] & (t < 2 * H)[None, :]
+    cells = c[:, None] + t[None, :] * C
+    wp = tl.load(w_ptr + cells, mask=real, other=0.0)
+    wg = tl.load(w_ptr + 2 * H * C + cells, mask=real, other=0.0)
+    dwp = tl.zeros([BC, BN], tl.float32)
+    dwg = tl.zeros([BC, BN], tl.float32)
+    for start in tl.range(split * BM, area, splits * BM, num_stages=STAGES):
+        p = tl.arange(0, BM) + start
+        inside = p < area
+        n = tl.load(
+            n_ptr + p.to(tl.int64)[:, None] * C + c[None, :],
+            mask=inside[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
+        grad = tl.load(where, mask=inside[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
+        linear = tl.dot(n, wp, input_precision="ieee")
+        gate = sigmoid(tl.dot(n, wg, input_precision="ieee"))
+        d_linear = grad * gate
+        d_gate = d_linear * linear * (1.0 - gate)
+        dwp = tl.dot(tl.trans(n), d_linear.to(dtype), dwp, input_precision="ieee")
+        dwg = tl.dot(tl.trans(n), d_gate.to(dtype), dwg, input_precision="ieee")
+    share = partial_ptr + split.to(tl.int64) * 4 * H * C + cells
+    tl.store(share, dwp, mask=real)
+    tl.store(share + 2 * H * C, dwg, mask=real)

@@ -1,0 +1,52 @@
+"""Triangle multiplication (AF3 Algorithms 12 and 13) in plain PyTorch: the definition."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class TriangleWeights(NamedTuple):
+    """Parameters of one triangle multiplication; c channels, h hidden channels, no projection biases."""
+
+    norm_in_weight: Tensor
+    """`[c]`"""
+    norm_in_bias: Tensor
+    """`[c]`"""
+    a_p: Tensor
+    """`[h, c]` projection of the left edges."""
+    a_g: Tensor
+    """`[h, c]` their gate."""
+    b_p: Tensor
+    """`[h, c]` projection of the right edges."""
+    b_g: Tensor
+    """`[h, c]` their gate."""
+    norm_out_weight: Tensor
+    """`[h]`"""
+    norm_out_bias: Tensor
+    """`[h]`"""
+    out: Tensor
+    """`[c, h]` output projection."""
+    g: Tensor
+    """`[c, c]` output gate, applied to the normalised input."""
+
+
+def triangle_multiplication_reference(
+    z: Tensor, weights: TriangleWeights, outgoing: bool = True, mask: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """σ(g·LN(z)) ⊙ out·LN(Σ_k a ⊙ b), every product in the dtype of `z`.
+
+    z `[N, N, c]`; mask `[N, N]` boolean, True = keep. a_ij = mask_ij · σ(a_g·LN(z_ij)) ⊙ a_p·LN(z_ij), b likewise.
+    Outgoing: Σ_k a_ik ⊙ b_jk; incoming: Σ_k a_ki ⊙ b_kj.
+    """
+    w = TriangleWeights(*(t.to(z.dtype) for t in weights))
+    normed = F.layer_norm(z, z.shape[-1:], w.norm_in_weight, w.norm_in_bias, eps)
+    a = torch.sigmoid(F.linear(normed, w.a_g)) * F.linear(normed, w.a_p)
+    b = torch.sigmoid(F.linear(normed, w.b_g)) * F.linear(normed, w.b_p)
+    if mask is not None:
+        a = a * mask[..., None].to(a.dtype)
+        b = b * mask[..., None].to(b.dtype)
+    x = torch.einsum("ikc,jkc->ijc" if outgoing else "kic,kjc->ijc", a, b)
+    normed_x = F.layer_norm(x, x.shape[-1:], w.norm_out_weight, w.norm_out_bias, eps)
+    return torch.sigmoid(F.linear(normed, w.g)) * F.linear(normed_x, w.out)

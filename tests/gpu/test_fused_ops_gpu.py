@@ -1,0 +1,136 @@
+"""Fused operators on a real GPU: errors against fp64, 100 bitwise repeats, lengths past 2³¹ elements."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "optimized" / "ops"))
+
+from fused_checks import check_against_definition, check_bitwise, distance, parameters
+
+from optimized.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
+from optimized.ops.transition import transition, transition_reference
+from optimized.ops.triangle_multiplication import (
+    TriangleWeights,
+    triangle_multiplication,
+    triangle_multiplication_reference,
+)
+
+BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _exact_fp32():
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def pair_input(n, c, dtype):
+    z = (torch.randn(n, n, c, device="cuda") * 2 + 0.3).to(dtype)
+    return z, torch.randn(n, n, c, device="cuda").to(dtype)
+
+
+def transition_parameters(c, factor, dtype):
+    h = factor * c
+    return parameters([(c,), (c,), (h, c), (h, c), (c, h)], dtype, "cuda")
+
+
+def triangle_parameters(c, h, dtype):
+    return parameters([(c,), (c,), *[(h, c)] * 4, (h,), (h,), (c, h), (c, c)], dtype, "cuda")
+
+
+def transitions():
+    return lambda *t: [transition(*t)], lambda *t: [transition_reference(*t)]
+
+
+def triangles(outgoing, mask):
+    return (
+        lambda z, *w: [triangle_multiplication(z, TriangleWeights(*w), outgoing, mask)],
+        lambda z, *w: [triangle_multiplication_reference(z, TriangleWeights(*w), outgoing, mask)],
+    )
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), [(BF, FULL), (BF, BF), (HALF, FULL), (FULL, FULL)])
+@pytest.mark.parametrize(("n", "c", "factor"), [(96, 128, 4), (61, 64, 2), (20, 384, 4)])
+def test_transition_errors(n, c, factor, dtype, parameter_dtype):
+    x, grad = pair_input(n, c, dtype)
+    check_against_definition(*transitions(), [x, *transition_parameters(c, factor, parameter_dtype)], [grad])
+
+
+@pytest.mark.parametrize("outgoing", [True, False])
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), [(BF, FULL), (BF, BF), (HALF, FULL), (FULL, FULL)])
+@pytest.mark.parametrize(("n", "c"), [(96, 128), (101, 64)])
+def test_triangle_multiplication_errors(n, c, dtype, parameter_dtype, outgoing):
+    z, grad = pair_input(n, c, dtype)
+    mask = torch.rand(n, n, device="cuda") > 0.2
+    mask[3] = False
+    check_against_definition(
+        *triangles(outgoing, mask), [z, *triangle_parameters(c, c, parameter_dtype)], [grad]
+    )
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), [(BF, FULL), (HALF, HALF), (FULL, FULL)])
+def test_layer_norm_linear_errors(dtype, parameter_dtype):
+    x, grad = pair_input(75, 128, dtype)
+    weights = parameters([(128,), (128,), *[(128, 128)] * 4, (4, 128)], parameter_dtype, "cuda")
+
+    def split(fn):
+        return lambda x, gamma, beta, *w: fn(x, gamma, beta, list(w[:4]), w[4])
+
+    grads = [grad] * 4 + [grad[..., :4].movedim(2, 0).contiguous()]
+    check_against_definition(
+        split(layer_norm_linear), split(layer_norm_linear_reference), [x, *weights], grads
+    )
+
+
+def test_hundred_repeats_are_bitwise_equal():
+    x, grad = pair_input(90, 128, BF)
+    check_bitwise(transitions()[0], [x, *transition_parameters(128, 4, FULL)], [grad], times=100)
+    check_bitwise(triangles(True, None)[0], [x, *triangle_parameters(128, 128, FULL)], [grad], times=100)
+
+
+def test_transition_past_two_to_the_31_elements():
+    rows = 2**31 // 128 + 640
+    x = torch.randn(rows, 128, device="cuda", dtype=BF)
+    weights = transition_parameters(128, 4, BF)
+    with torch.no_grad():
+        y = transition(x, *weights)
+        for part in (slice(0, 512), slice(rows - 512, rows)):
+            exact = transition_reference(x[part].double(), *weights)
+            assert distance(y[part], exact) < 1e-2
+
+
+@pytest.mark.parametrize("outgoing", [True, False])
+def test_triangle_multiplication_past_two_to_the_31_elements(outgoing):
+    n, c, block = 4112, 128, 16
+    z = torch.randn(n, n, c, device="cuda", dtype=BF)
+    weights = TriangleWeights(*triangle_parameters(c, c, BF))
+    with torch.no_grad():
+        y = triangle_multiplication(z, weights, outgoing)
+        exact = corner(z, weights, outgoing, block)
+    assert distance(y[-block:, -block:], exact) < 2e-2
+
+
+def corner(z, weights, outgoing, block):
+    """The last block of the definition in fp64, from the rows (outgoing) or columns (incoming) it depends on."""
+    w = TriangleWeights(*(t.double() for t in weights))
+    edges = (z[-block:] if outgoing else z[:, -block:].transpose(0, 1)).double()
+
+    def norm(t, gamma, beta):
+        return torch.nn.functional.layer_norm(t, t.shape[-1:], gamma, beta)
+
+    normed = norm(edges, w.norm_in_weight, w.norm_in_bias)
+    a = torch.sigmoid(normed @ w.a_g.T) * (normed @ w.a_p.T)
+    b = torch.sigmoid(normed @ w.b_g.T) * (normed @ w.b_p.T)
+    x = torch.einsum("ikc,jkc->ijc", a, b)
+    gate = torch.sigmoid(norm(z[-block:, -block:].double(), w.norm_in_weight, w.norm_in_bias) @ w.g.T)
+    return gate * (norm(x, w.norm_out_weight, w.norm_out_bias) @ w.out.T)

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from fused_checks import check_against_definition, check_bitwise, parameters
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from optimized.ops.support import interpreting
+from optimized.ops.transition import supported, transition, transition_reference
+
+BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
+
+
+def problem(shape, channels, factor, dtype, parameter_dtype):
+    torch.manual_seed(len(shape) + channels)
+    hidden = factor * channels
+    weights = parameters(
+        [(channels,), (channels,), (hidden, channels), (hidden, channels), (channels, hidden)],
+        parameter_dtype,
+    )
+    x = (torch.randn(*shape, channels) * 2 + 0.3).to(dtype)
+    return [x, *weights], [torch.randn(*shape, channels).to(dtype)]
+
+
+def ours(*tensors):
+    return [transition(*tensors)]
+
+
+def definition(*tensors):
+    return [transition_reference(*tensors)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "factor", "dtype", "parameter_dtype"),
+    [
+        ((7, 11), 16, 4, FULL, FULL),
+        ((37,), 24, 2, FULL, FULL),
+        ((7, 11), 32, 4, BF, FULL),
+        ((3, 43), 64, 2, BF, BF),
+        ((1, 1), 128, 4, BF, FULL),
+        ((13,), 96, 2, HALF, FULL),
+        ((2, 3, 5), 48, 4, HALF, HALF),
+        ((19,), 384, 4, BF, FULL),
+    ],
+)
+def test_errors_against_fp64(shape, channels, factor, dtype, parameter_dtype):
+    tensors, grads = problem(shape, channels, factor, dtype, parameter_dtype)
+    assert supported(*tensors).ok
+    check_against_definition(ours, definition, tensors, grads)
+
+
+def test_gradients_repeat_bit_for_bit():
+    check_bitwise(ours, *problem((9, 31), 32, 4, BF, FULL), times=4)
+
+
+def test_strided_input_and_gradient():
+    tensors, grads = problem((6, 10), 32, 2, BF, FULL)
+    tensors[0] = tensors[0].transpose(0, 1)
+    grads[0] = grads[0].transpose(0, 1)
+    check_against_definition(ours, definition, tensors, grads)
+
+
+def test_autocast_runs_the_products_in_its_dtype():
+    tensors, _ = problem((5, 7), 32, 4, FULL, FULL)
+    with torch.autocast("cpu", dtype=BF):
+        y = transition(*tensors)
+    assert y.dtype == BF
+    low = transition_reference(tensors[0].to(BF), *tensors[1:])
+    torch.testing.assert_close(y, low, rtol=0.05, atol=0.05)
+
+
+def test_fake_tensors_and_registration():
+    tensors, _ = problem((4, 5), 16, 4, BF, FULL)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in tensors]
+        y = torch.ops.megafold_bench.transition(*fakes, 1e-5, BF)
+    assert y.shape == (4, 5, 16) and y.dtype == BF
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    torch.library.opcheck(torch.ops.megafold_bench.transition.default, (*leaves, 1e-5, BF), test_utils=CHECKS)
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def test_definition_runs_where_the_kernels_do_not():
+    tensors, _ = problem((5,), 1024, 2, FULL, FULL)
+    verdict = supported(*tensors)
+    assert not verdict.ok and "1024 channels" in verdict.reason
+    torch.testing.assert_close(transition(*tensors), transition_reference(*tensors))
+
+
+def test_the_interpreter_is_on():
+    assert interpreting()

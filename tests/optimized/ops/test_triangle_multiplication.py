@@ -1,0 +1,109 @@
+import pytest
+import torch
+from fused_checks import check_against_definition, check_bitwise, parameters
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from optimized.ops.triangle_multiplication import (
+    TriangleWeights,
+    supported,
+    triangle_multiplication,
+    triangle_multiplication_reference,
+)
+
+BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
+
+
+def problem(tokens, channels, hidden, dtype, parameter_dtype, masked=False):
+    torch.manual_seed(tokens + channels)
+    c, h = (channels,), (hidden,)
+    weights = parameters(
+        [c, c, *[(hidden, channels)] * 4, h, h, (channels, hidden), (channels, channels)], parameter_dtype
+    )
+    z = (torch.randn(tokens, tokens, channels) * 2 + 0.3).to(dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(tokens, tokens) > 0.25
+        mask[tokens // 2] = False
+    return [z, *weights], [torch.randn(tokens, tokens, channels).to(dtype)], mask
+
+
+def pair(outgoing, mask):
+    def ours(z, *weights):
+        return [triangle_multiplication(z, TriangleWeights(*weights), outgoing, mask)]
+
+    def definition(z, *weights):
+        return [triangle_multiplication_reference(z, TriangleWeights(*weights), outgoing, mask)]
+
+    return ours, definition
+
+
+@pytest.mark.parametrize("outgoing", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "channels", "hidden", "dtype", "parameter_dtype", "masked"),
+    [
+        (9, 16, 16, FULL, FULL, True),
+        (17, 24, 32, BF, FULL, True),
+        (16, 32, 32, BF, BF, False),
+        (11, 32, 16, HALF, FULL, True),
+        (1, 16, 16, HALF, HALF, False),
+        (13, 64, 16, FULL, FULL, False),
+    ],
+)
+def test_errors_against_fp64(outgoing, tokens, channels, hidden, dtype, parameter_dtype, masked):
+    tensors, grads, mask = problem(tokens, channels, hidden, dtype, parameter_dtype, masked)
+    assert supported(tensors[0], TriangleWeights(*tensors[1:]), mask).ok
+    check_against_definition(*pair(outgoing, mask), tensors, grads)
+
+
+def test_gradients_repeat_bit_for_bit():
+    tensors, grads, mask = problem(19, 16, 16, BF, FULL, True)
+    check_bitwise(pair(True, mask)[0], tensors, grads, times=3)
+
+
+def test_transposed_input_equals_the_other_reading():
+    """Strides over i and j are free: a transposed view gives what its copy gives."""
+    tensors, _, mask = problem(10, 16, 16, FULL, FULL, True)
+    weights = TriangleWeights(*tensors[1:])
+    view = tensors[0].transpose(0, 1)
+    assert torch.equal(
+        triangle_multiplication(view, weights, True, mask),
+        triangle_multiplication(view.contiguous(), weights, True, mask),
+    )
+
+
+def test_masked_pairs_do_not_matter():
+    tensors, _, mask = problem(12, 16, 16, FULL, FULL, True)
+    weights = TriangleWeights(*tensors[1:])
+    changed = torch.where(mask[..., None], tensors[0], torch.randn_like(tensors[0]))
+    first = triangle_multiplication(tensors[0], weights, True, mask)
+    second = triangle_multiplication(changed, weights, True, mask)
+    assert torch.equal(first[mask], second[mask])
+    assert not torch.equal(first, second)
+
+
+def test_fake_tensors_and_registration():
+    tensors, _, mask = problem(7, 16, 16, BF, FULL, True)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in tensors]
+        y, _ = torch.ops.megafold_bench.triangle_multiplication(
+            *fakes, mode.from_tensor(mask), True, 1e-5, BF
+        )
+    assert y.shape == (7, 7, 16) and y.dtype == BF
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    torch.library.opcheck(
+        torch.ops.megafold_bench.triangle_multiplication.default,
+        (*leaves, mask, False, 1e-5, BF),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_definition_runs_where_the_kernels_do_not():
+    tensors, _, mask = problem(6, 16, 16, FULL, FULL, True)
+    weights = TriangleWeights(*tensors[1:])
+    verdict = supported(tensors[0], weights, mask.float())
+    assert not verdict.ok and "boolean" in verdict.reason
+    assert torch.equal(
+        triangle_multiplication(tensors[0], weights, True, mask.float()),
+        triangle_multiplication_reference(tensors[0], weights, True, mask.float()),
+    )
+    assert "[N, N, c]" in supported(tensors[0][:3], weights).reason
