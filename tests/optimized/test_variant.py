@@ -1,0 +1,93 @@
+"""`megafold` against `pytorch`: the same loss and the same gradient in every parameter."""
+
+import json
+
+import pytest
+import torch
+
+from baselines.af3.model import perturb_zero_parameters
+from baselines.systems import PYTORCH, PyTorchVariant
+from baselines.workload import FixedCropWorkload
+from megafold_bench.errors import UserError
+from megafold_bench.variants import Variant
+from optimized.recipes import OPS
+from optimized.variant import MEGAFOLD
+from tests.optimized.drop_in import definitions_on_the_cpu  # noqa: F401
+
+TINY = {"preset": "tiny", "precision": "fp32", "stage": "all"}
+TOKENS = 16
+
+
+def build(variant: PyTorchVariant, **options) -> FixedCropWorkload:
+    factors = variant.resolve({**TINY, **options}, TOKENS)
+    workload = variant.build(factors, TOKENS, 0, "cpu")
+    perturb_zero_parameters(workload.session.model, std=0.1)
+    return workload
+
+
+def losses_and_gradients(workload: FixedCropWorkload) -> tuple[dict, dict]:
+    losses = workload.session.backward(workload.features, 0)
+    return losses, {n: p.grad for n, p in workload.session.model.named_parameters()}
+
+
+def compare(loss_tolerance: float, tolerance: float, least: float, **options) -> None:
+    expected, reference = losses_and_gradients(build(PYTORCH, **options))
+    found, gradients = losses_and_gradients(build(MEGAFOLD, **options))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=loss_tolerance, atol=1e-6), name
+    assert gradients.keys() == reference.keys()
+    compared = 0
+    for name, gradient in reference.items():
+        if gradient is None:
+            assert gradients[name] is None, name
+            continue
+        size = gradient.norm()
+        if size <= least:
+            continue
+        compared += 1
+        assert (gradients[name] - gradient).norm() <= tolerance * size, name
+    assert compared > 0.9 * sum(g is not None for g in reference.values())
+
+
+def test_loss_and_every_gradient():
+    compare(1e-4, 1e-2, least=1e-6)
+
+
+def test_loss_and_gradients_with_checkpointing():
+    compare(1e-4, 1e-2, least=1e-6, checkpointing="block")
+
+
+def test_trains_on():
+    workload = build(MEGAFOLD)
+    first = workload.session.backward(workload.features, 0)
+    for _ in range(5):
+        workload.step(workload.load())
+    assert workload.session.backward(workload.features, 0)["loss"] < first["loss"]
+
+
+def test_facts_tell_what_was_replaced_and_what_fell_back():
+    workload = build(MEGAFOLD, ops="transition,triangle_attention")
+    before = dict(workload.facts)
+    assert before["fused_operators"]["replaced"].keys() == {"transition", "triangle_attention"}
+    assert not before["fused_operators"]["fallbacks"]
+    workload.step(workload.load())
+    fallbacks = before["fused_operators"]["fallbacks"]
+    assert {key.partition(":")[0] for key in fallbacks} == {
+        "transition", "triangle_attention", "layer_norm_linear",
+    }  # fmt: skip
+    json.dumps(before)
+
+
+def test_contract_and_options():
+    assert isinstance(MEGAFOLD, Variant)
+    assert "definitions" in MEGAFOLD.support("cpu").reason
+    if not torch.cuda.is_available():
+        assert "no CUDA" in MEGAFOLD.support("cuda").reason
+    assert MEGAFOLD.resolve(TINY, TOKENS)["ops"] == "all"
+    assert MEGAFOLD.resolve({**TINY, "ops": ",".join(reversed(OPS))}, TOKENS)["ops"] == "all"
+    chosen = MEGAFOLD.resolve({**TINY, "ops": "transition, triangle_attention"}, TOKENS)
+    assert chosen["ops"] == "triangle_attention,transition"
+    assert {k: v for k, v in chosen.items() if k != "ops"} == PYTORCH.resolve(TINY, TOKENS)
+    with pytest.raises(UserError, match="unknown operator 'softmax'"):
+        MEGAFOLD.resolve({**TINY, "ops": "softmax"}, TOKENS)
