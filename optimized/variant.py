@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
-import torch
 
 from baselines.af3.model import AlphaFold3
 from baselines.systems import PyTorchVariant
