@@ -128,7 +128,7 @@ def _base_spec(device: str | None) -> SweepSpec:
 
     kind = device or detect_accelerator()
     return SweepSpec(
-        variants=defaults.VARIANTS,
+        variants=defaults.VARIANTS.get(kind, ()),
         seq_lens=defaults.SEQ_LENS.get(kind, ()),
         device=kind,
         options={"preset": defaults.PRESET.get(kind)},
@@ -459,22 +459,17 @@ def model(
     """What is trained: dimensions, parameters by part, FLOPs of a step by part."""
     import json
 
-    from baselines.af3.config import preset as config_of
-
-    from baselines.af3 import flops
+    from baselines.summary import summarise_model
 
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: give at least 1")
-    report = flops.report(config_of(preset), n_tokens=tokens)
+    summary = summarise_model(preset, tokens)
     if json_:
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(json.dumps(summary, indent=2))
         return
-    for heading, values in report.items():
-        typer.echo(heading)
-        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
-            typer.echo(
-                f"  {name:40s} {value:,}" if isinstance(value, int | float) else f"  {name:40s} {value}"
-            )
+    from reports.model import print_model
+
+    print_model(summary, _console())
 
 
 @app.command()

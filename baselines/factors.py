@@ -84,7 +84,7 @@ OPTIONS: dict[str, Whole | Choice | Flag] = {
     "attention": Choice(ATTENTION, tiny="sdpa", small="sdpa", af3="sdpa"),
     "crop": Choice(tuple(CROP_WEIGHTS), tiny="spatial", small="spatial", af3="spatial"),
     "warmup_steps": Whole(1, tiny=5, small=1000, af3=1000),
-    "ema": Flag(False),
+    "ema": Flag(True),
 }
 
 

@@ -24,8 +24,8 @@ class PyTorchVariant:
     a singular value decomposition for each chunk, which makes the host wait for the device.
 
     Not kept, because a competent user turns them off: emptying the allocator's cache each step, NaN checks
-    and printed losses that wait for the device, cloning loops for the weight average (off by default, else
-    one multi-tensor call), one-hot and N×N features made on the host, N²×atoms² bond masks, pair
+    and printed losses that wait for the device, cloning loops for the weight average (one
+    multi-tensor call instead), one-hot and N×N features made on the host, N²×atoms² bond masks, pair
     conditioning recomputed for each chunk, the trunk's activations held while the diffusion module trains,
     alignment rows padded to a fixed depth.
     """

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from baselines.af3.config import preset
+from baselines.af3.config import Attention, preset
+from baselines.af3.flops import ProblemSize, StepFactors, forward_flops, training_flops
 from baselines.af3.model import AlphaFold3
 from baselines.checkpointing import check_mode
 from baselines.inputs import make_crop, open_complex
@@ -77,7 +78,7 @@ def build_workload(
 
 def make_model(factors: Mapping[str, Scalar], seed: int, device: torch.device) -> AlphaFold3:
     """The preset's network with fresh float32 weights, made where it will live."""
-    config = replace(preset(str(factors["preset"])), attention=factors["attention"])
+    config = replace(preset(str(factors["preset"])), attention=cast(Attention, factors["attention"]))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), device:
         torch.manual_seed(derived_seed(seed, 0, "weights"))
@@ -125,7 +126,30 @@ def describe(
         "input_hash": complex_hash,
         "crop_hash": features_hash(features),
         "losses": loss_names(training_config(factors).weights),
+        **step_flops(model, training_config(factors), features),
     }
+
+
+def step_flops(model: AlphaFold3, config: TrainingConfig, features: Features) -> dict[str, float]:
+    """``model_flops_per_step``, the useful work, and ``step_flops``, recomputation included.
+
+    All heads are counted, also in a stage that does not train the diffusion module.
+    """
+    size = ProblemSize(
+        tokens=len(features["restype"]),
+        atoms=len(features["atom_mask"]),
+        msa_rows=min(config.msa_rows, features["msa"].shape[0]),
+        templates=features["template_restype"].shape[0],
+    )
+    factors = StepFactors(
+        cycles=config.cycles,
+        samples=config.diffusion_samples,
+        chunk=config.diffusion_chunk,
+        rollout_steps=config.rollout_steps,
+        checkpointing=config.checkpointing == "block",
+    )
+    flops = training_flops(forward_flops(model.config, size), factors)
+    return {"model_flops_per_step": flops["model"], "step_flops": flops["total"]}
 
 
 def features_hash(features: Features) -> str:

@@ -1,419 +1,448 @@
-# ruff: noqa
-"""One GPU call: compile many tile shapes in parallel, check against fp64, time them, then the whole operators.
+"""One GPU call for the fused operators: whole operators first, then errors, then tile shapes; each in its own process.
 
-python bench/fused_lab.py --out DIR      (about three minutes on one H200)
+python bench/fused_lab.py --out DIR      (under 150 s on one H200; a crash costs one group, the rest is reported)
+
+Processes compile everything beforehand without launching a kernel. Then one worker per group measures, one at
+a time; a tile that kills its worker is reported and left out, and a new worker takes up behind it.
 """
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import torch  # noqa: E402
-from triton.testing import do_bench  # noqa: E402
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+from triton.testing import do_bench
 
-from fused_variants import forward_variant  # noqa: E402
-
-from optimized.ops.launching import in_dtype, packed  # noqa: E402
-from optimized.ops.launching import chosen  # noqa: E402
-from optimized.ops.launching import tile as config  # noqa: E402
-from optimized.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference  # noqa: E402
-from optimized.ops.transition import launch as tr  # noqa: E402
-from optimized.ops.transition import transition, transition_reference  # noqa: E402
-from optimized.ops.triangle_multiplication import (  # noqa: E402
+from optimized.ops.launching import in_dtype, packed, tile
+from optimized.ops.layer_norm_linear import launch as ln
+from optimized.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
+from optimized.ops.transition import launch as tr
+from optimized.ops.transition import transition, transition_reference
+from optimized.ops.triangle_multiplication import (
     TriangleWeights,
     triangle_multiplication,
     triangle_multiplication_reference,
 )
-from optimized.ops.triangle_multiplication import launch as tm  # noqa: E402
+from optimized.ops.triangle_multiplication import launch as tm
 
-C, EPS, BF = 128, 1e-5, torch.bfloat16
+C, EPS, BF, FULL = 128, 1e-5, torch.bfloat16, torch.float32
+LENGTHS = (384, 450, 768, 1024, 2048)
+LIMIT = 142.0
 START = time.time()
+Fn = Callable[..., Any]
 
-
-def note(*parts):
-    print(f"[{time.time() - START:6.1f}]", *parts, flush=True)
-
-
-def configure(shape):
-    """Rows, width, warps, stages and, optionally, a cap on registers per thread."""
-    found = config(*shape[:4])
-    if len(shape) > 4:
-        found.constants["maxnreg"] = shape[4]
-    return found
-
-
-def candidates():
-    jobs = []
-
-    def add(name, rows, widths, warps, stages):
-        jobs.extend((name, t) for t in itertools.product(rows, widths, warps, stages))
-
-    add("tr.forward", (128,), (32, 64), (8,), (2, 3))
-    add("tr.forward", (128,), (128,), (8,), (2,))
-    add("tr.forward", (64,), (32, 64), (4,), (2, 3))
-    add("tr.forward", (256,), (32, 64), (16,), (2,))
-    add("tr.input_gradient", (128,), (32, 64), (8,), (1, 2, 3))
-    add("tr.input_gradient", (64,), (32, 64), (4, 8), (2,))
-    add("tr.weight_gradient", (64, 128), (32,), (8,), (1, 2, 3))
-    add("tr.weight_gradient", (64, 128), (64,), (8,), (1, 2))
-    add("tr.weight_gradient", (64,), (32,), (4,), (2,))
-    add("tr.weight_gradient", (64,), (128,), (16,), (2,))
-    add("tm.project", (64,), (32, 64, 128), (4,), (2, 3))
-    add("tm.project", (128,), (32, 64), (8,), (2, 3))
-    add("tm.project", (128,), (128,), (8,), (2,))
-    add("tm.project_input", (64,), (32, 64), (4,), (1, 2, 3))
-    add("tm.project_input", (128,), (32, 64), (8,), (1, 2, 3))
-    add("tm.project_weight", (64, 128), (64,), (8,), (1, 2, 3))
-    add("tm.project_weight", (64,), (128,), (8,), (2,))
-    add("tm.output", (64,), (32, 64), (4, 8), (1, 2))
-    add("tm.output", (64,), (128,), (4, 8), (1,))
-    add("tm.output", (128,), (32, 64), (8,), (1, 2))
-    add("tm.output_input", (64,), (32,), (4, 8), (1, 2))
-    add("tm.output_input", (64,), (64,), (8,), (1, 2))
-    add("tm.output_input", (128,), (32,), (8,), (1, 2))
-    add("tm.output_weight", (64, 128), (64,), (8,), (1, 2))
-    add("tm.output_weight", (64,), (128,), (8,), (1,))
-    add("tm.output_weight", (32,), (64, 128), (8,), (1, 2))
-    jobs += [("tr.forward", t) for t in ((128, 32, 8, 3, 128), (64, 32, 4, 2, 128), (64, 64, 4, 2, 168))]
-    jobs += [("tr.input_gradient", t) for t in ((64, 32, 4, 2, 168), (128, 32, 8, 2, 128))]
-    jobs += [("tr.weight_gradient", (128, 32, 8, 1, 128)), ("tr.weight_gradient", (64, 32, 4, 2, 168))]
-    jobs += [("tm.project_input", t) for t in ((64, 32, 4, 2, 168), (64, 32, 4, 2, 128), (128, 32, 8, 2, 128))]
-    jobs += [("tm.project_weight", (64, 64, 8, 2, 128)), ("tm.project_weight", (64, 32, 4, 2, 168))]
-    jobs += [("tm.output", (64, 64, 4, 2, 168)), ("tm.output", (64, 32, 4, 2, 128))]
-    jobs += [("tm.output_input", (64, 32, 8, 2, 128)), ("tm.output_input", (64, 32, 4, 2, 168))]
-    jobs += [("tm.output_weight", (64, 32, 8, 1)), ("tm.output_weight", (64, 32, 8, 2)), ("tm.output_weight", (64, 32, 8, 1, 128))]
-    return list(dict.fromkeys(jobs))
-
-
-def transition_parameters(c=C, factor=4, dtype=torch.float32):
-    g = torch.Generator("cuda").manual_seed(1)
-
-    def normal(*shape):
-        return torch.randn(*shape, device="cuda", generator=g)
-
-    h = factor * c
-    values = [1 + 0.2 * normal(c), 0.1 * normal(c), normal(h, c) / c**0.5, normal(h, c) / c**0.5]
-    return [v.to(dtype) for v in (*values, normal(c, h) / h**0.5)]
-
-
-def triangle_parameters(c=C, h=C, dtype=torch.float32):
-    g = torch.Generator("cuda").manual_seed(2)
-
-    def normal(*shape):
-        return torch.randn(*shape, device="cuda", generator=g)
-
-    values = [1 + 0.2 * normal(c), 0.1 * normal(c), *(normal(h, c) / c**0.5 for _ in range(4))]
-    values += [1 + 0.2 * normal(h), 0.1 * normal(h), normal(c, h) / h**0.5, normal(c, c) / c**0.5]
-    return TriangleWeights(*(v.to(dtype) for v in values))
-
-
-def layer_norm_parameters():
-    g = torch.Generator("cuda").manual_seed(4)
-    p = transition_parameters()
-    return [p[0], p[1], *(torch.randn(h, C, device="cuda", generator=g) / C**0.5 for h in (128, 128, 128, 128, 4))]
-
-
-def layer_norm_lists(z, *p):
-    return layer_norm_linear(z, p[0], p[1], list(p[2:6]), p[6])
-
-
-def layer_norm_lists_reference(z, *p):
-    return layer_norm_linear_reference(z, p[0], p[1], list(p[2:6]), p[6])
-
-
-class Bench:
-    """Inputs of one length and a closure per kernel."""
-
-    def __init__(self, n):
-        self.z = torch.randn(n, n, C, device="cuda").to(BF)
-        self.dy = torch.randn(n, n, C, device="cuda").to(BF)
-        p = transition_parameters(dtype=BF)
-        self.norm, self.tw = (p[0], p[1]), in_dtype(p[2:], BF)
-        w = triangle_parameters(dtype=BF)
-        self.shape = tm.Shape.of(self.z, C)
-        self.norm_in = (w.norm_in_weight, w.norm_in_bias)
-        self.norms = (w.norm_out_weight, w.norm_out_bias, *self.norm_in)
-        self.ps, self.ends = packed([w.a_p, w.b_p, w.a_g, w.b_g], BF), [w.out, w.g]
-        self.grad = torch.randn(2 * C, self.shape.padded, self.shape.padded, device="cuda").to(BF)
-        self.x = self.grad[:C]
-        self.n = torch.randn(self.shape.padded**2 * C, device="cuda").to(BF)
-        self.dn = torch.randn_like(self.z)
-
-    def call(self, name, shape):
-        tile = configure(shape)
-        z, dy, rows = self.z, self.dy, self.z.view(-1, C)
-        grad_rows = dy.view(-1, C)
-        s = self.shape
-        return {
-            "tr.forward": lambda: tr.forward(rows, self.norm, self.tw, EPS, BF, tile),
-            "tr.input_gradient": lambda: tr.input_gradient(rows, self.norm, self.tw, grad_rows, EPS, tile),
-            "tr.weight_gradient": lambda: tr.weight_gradient(rows, self.tw, grad_rows, tile),
-            "tm.project": lambda: tm.project_forward(z, self.norm_in, self.ps, None, s, EPS, tile),
-            "tm.output": lambda: tm.output_forward(self.x, z, self.norms, self.ends, s, EPS, tile),
-            "tm.output_input": lambda: tm.output_input_gradient(self.x, z, self.norms, self.ends, dy, s, EPS, tile),
-            "tm.output_weight": lambda: tm.output_weight_gradient(self.x, z, self.norms, self.ends, dy, s, EPS, tile),
-            "tm.project_input": lambda: tm.project_input_gradient(
-                z, self.norm_in, self.ps, None, self.grad, self.dn, self.n, s, EPS, tile
-            ),
-            "tm.project_weight": lambda: tm.project_weight_gradient(self.n, self.grad, self.ps, s, tile),
-        }[name]
-
-
-# GEMM units of 2·N²·c·c FLOP, and passes over N²·c bf16 values, for the floors in the table.
+# BM, BN, warps, depth of the pipeline, and optionally a cap on registers per thread.
+TILES: dict[str, list[tuple[int, ...]]] = {
+    "tr.forward": [(64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 3), (64, 64, 4, 2, 168)],
+    "tr.input_gradient": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2, 168)],
+    "tr.weight_gradient": [
+        (128, 32, 8, 1),
+        (128, 32, 8, 2),
+        (128, 64, 8, 1),
+        (128, 64, 8, 2),
+        (64, 32, 4, 2),
+    ],
+    "tm.project": [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)],
+    "tm.project_input": [(64, 32, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 2)],
+    "tm.project_weight": [(64, 32, 4, 2), (128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 2)],
+    "tm.output": [(64, 32, 4, 1), (64, 64, 4, 1), (64, 64, 4, 2), (128, 32, 8, 1), (128, 64, 8, 1)],
+    "tm.output_input": [(64, 32, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1), (128, 32, 8, 2)],
+    "tm.output_weight": [(64, 32, 4, 1), (64, 64, 4, 1), (128, 32, 8, 1), (128, 64, 8, 1), (32, 64, 8, 1)],
+    "ln.forward": [(64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 1)],
+    "ln.input_gradient": [(64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)],
+    "ln.weight_gradient": [(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 4, 3)],
+}
+# GEMM units of 2·N²·c·c FLOP, and passes over N²·c bf16 values: the floors in the table.
 WORK = {
     "tr.forward": (12, 2),
     "tr.input_gradient": (20, 4),
     "tr.weight_gradient": (24, 2),
     "tm.project": (4, 3),
+    "tm.project_input": (8, 6),
+    "tm.project_weight": (8, 3),
     "tm.output": (2, 3),
     "tm.output_input": (4, 5),
     "tm.output_weight": (4, 3),
-    "tm.project_input": (8, 6),
-    "tm.project_weight": (8, 3),
+    "ln.forward": (4, 5),
+    "ln.input_gradient": (4, 7),
+    "ln.weight_gradient": (4, 5),
 }
-
-
-def floor_ms(name, n):
-    units, passes = WORK[name]
-    return max(units * 2 * n * n * C * C / 790e12, passes * n * n * C * 2 / 4.27e12) * 1e3
-
-
-# Forward kernel with one thing changed: activation (exp2 sigmoid, tanh, none) and layer norm left out.
-PROBES = [
-    (tile, activation, norm)
-    for tile in ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2))
-    for activation, norm in ((0, 1), (1, 1), (2, 1), (0, 0))
-]
-
-
-def probe(bench, tile, activation, norm):
-    x, out = bench.z.view(-1, C), bench.dy.view(-1, C)
-    rows = x.shape[0]
-    forward_variant[(-(-rows // tile[0]),)](
-        x, *bench.norm, *bench.tw, out, rows, EPS, C=C, H=4 * C, BC=C, BM=tile[0], BN=tile[1],
-        STAGES=tile[3], AHEAD=0, ACT=activation, NORM=norm, SPECIALISE=False, num_warps=tile[2],
-    )  # fmt: skip
-
-
-def probes(results):
-    bench = Bench(768)
-    for job in PROBES:
-        ms = do_bench(lambda job=job: probe(bench, *job), warmup=8, rep=30, return_mode="median")
-        note(f"transition forward N=768 {list(job[0])} activation {job[1]} norm {job[2]}: {ms:.4f}")
-        results.append({"tile": list(job[0]), "activation": job[1], "norm": job[2], "ms": ms})
-    for n in (384, 768):
-        d, rows = torch.randn(n * n, 256, device="cuda").to(BF), torch.randn(n * n, C, device="cuda").to(BF)
-        ms = do_bench(lambda d=d, rows=rows: torch.mm(d.t(), rows), return_mode="median")
-        note(f"cuBLAS [256, M]·[M, 128], M={n * n}: {ms:.4f}")
-        results.append({"cublas_rows": n * n, "ms": ms})
-    big, empty = torch.randn(2**29, device="cuda").to(BF), torch.empty(2**29, device="cuda", dtype=BF)
-    ms = do_bench(lambda: empty.copy_(big), return_mode="median")
-    note(f"copy {4 * 2**29 / ms / 1e9:.2f} TB/s")
-
-
-def compile_share(index, count):
-    bench = Bench(64)
-    for job in PROBES[index::count]:
-        probe(bench, *job)
-    for name, tile in candidates()[index::count]:
-        try:
-            bench.call(name, tile)()
-            torch.cuda.synchronize()
-        except Exception as error:
-            print("compile", name, tile, type(error).__name__, str(error)[:120], flush=True)
-    if index < len(CHECKS):
-        check(*CHECKS[index])
-
-
-def time_tiles(results):
-    for n in (384, 768):
-        bench = Bench(n)
-        for name, tile in candidates():
-            try:
-                ms = do_bench(bench.call(name, tile), warmup=8, rep=30, return_mode="median")
-            except Exception as error:
-                ms = float("inf")
-                note(name, tile, type(error).__name__, str(error)[:80])
-            results.append({"kernel": name, "n": n, "tile": list(tile), "ms": ms})
-        del bench
-        torch.cuda.empty_cache()
-
-
-def best_tiles(results):
-    best = {}
-    for name in WORK:
-        for n in (384, 768):
-            ranked = sorted((r for r in results if r["kernel"] == name and r["n"] == n), key=lambda r: r["ms"])
-            best[name, n] = ranked
-            text = "  ".join(f"{r['tile']} {r['ms']:.4f}" for r in ranked[:4])
-            note(f"{name:20s} N={n} floor {floor_ms(name, n):.4f} | {text}")
-    return {name: tuple(best[name, 768][0]["tile"]) for name in WORK}
-
-
-def use(tiles):
-    for name, tile in tiles.items():
-        module = tr if name.startswith("tr.") else tm
-        module.HALF[name[3:]] = configure(tile)
-    chosen.cache_clear()
-
-
-def errors(fn, ref, tensors, grad):
-    def evaluate(f, dtype):
-        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-        y = f(*leaves)
-        ys, grads = (y, grad) if isinstance(y, list) else ([y], [grad])
-        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, [g.to(y.dtype) for g, y in zip(grads, ys, strict=True)])]
-
-    ours, again, eager, exact = (evaluate(fn, None), evaluate(fn, None), evaluate(ref, None), evaluate(ref, torch.float64))
-
-    def distance(a, b):
-        return ((a.double() - b).norm() / b.norm()).item()
-
-    pairs = [(distance(a, d), distance(e, d)) for a, e, d in zip(ours, eager, exact, strict=True)]
-    worst = max(pairs, key=lambda p: p[0] / p[1])
-    same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-    return {"ours": worst[0], "eager": worst[1], "ratio": worst[0] / worst[1], "output": pairs[0], "bitwise": same}
-
-
 CHECKS = [
-    ("tm", 96, 128, torch.bfloat16, torch.float32),
-    ("tm", 101, 128, torch.bfloat16, torch.bfloat16),
-    ("tm", 101, 64, torch.float16, torch.float32),
-    ("tm", 48, 128, torch.float32, torch.float32),
-    ("tr", 90, 128, torch.bfloat16, torch.float32),
-    ("tr", 101, 64, torch.float16, torch.float32),
-    ("tr", 20, 384, torch.bfloat16, torch.float32),
-    ("tr", 32, 128, torch.float32, torch.float32),
-    ("ln", 75, 128, torch.bfloat16, torch.float32),
+    ("tm", 96, 128, BF, FULL),
+    ("tm", 101, 128, BF, BF),
+    ("tm", 101, 64, torch.float16, FULL),
+    ("tm", 48, 128, FULL, FULL),
+    ("tr", 90, 128, BF, FULL),
+    ("tr", 101, 64, torch.float16, FULL),
+    ("tr", 20, 384, BF, FULL),
+    ("tr", 32, 128, FULL, FULL),
+    ("ln", 75, 128, BF, FULL),
+    ("ln", 75, 64, BF, FULL),
 ]
 
 
-def check(op, n, c, dtype, parameter_dtype):
-    torch.backends.cuda.matmul.allow_tf32 = False
-    g = torch.Generator("cuda").manual_seed(3)
-    z = (torch.randn(n, n, c, device="cuda", generator=g) * 2 + 0.3).to(dtype)
-    grad = torch.randn(n, n, c, device="cuda", generator=g).to(dtype)
-    try:
-        if op == "tr":
-            p = transition_parameters(c, 4, parameter_dtype)
-            return [errors(transition, transition_reference, (z, *p), grad)]
-        if op == "ln":
-            grads = [grad] * 4 + [grad[..., :4].movedim(2, 0).contiguous()]
-            return [errors(layer_norm_lists, layer_norm_lists_reference, (z, *layer_norm_parameters()), grads)]
-        p = triangle_parameters(c, c, parameter_dtype)
-        mask = torch.rand(n, n, device="cuda", generator=g) > 0.2
-        rows = []
-        for outgoing, m in ((True, mask), (False, None)):
-
-            def run(f, outgoing=outgoing, m=m):
-                return lambda z, *w: f(z, TriangleWeights(*w), outgoing, m)
-
-            rows.append(errors(run(triangle_multiplication), run(triangle_multiplication_reference), (z, *p), grad))
-        return rows
-    except Exception as error:
-        note("check", op, n, c, dtype, type(error).__name__, str(error)[:200])
-        return []
+def random(seed: int) -> Fn:
+    """A source of normal numbers on the GPU."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, device="cuda", generator=g)
 
 
-def whole(label, fn, tensors, grad, results):
-    leaves = [t.detach().requires_grad_() for t in tensors]
+def parameters(op: str, c: int = C, dtype: torch.dtype = FULL) -> list[Tensor]:
+    """Weights of one operator in the order its function takes them."""
+    normal = random(1)
+    values = [1 + 0.2 * normal(c), 0.1 * normal(c)]
+    if op == "tr":
+        values += [normal(4 * c, c) / c**0.5, normal(4 * c, c) / c**0.5, normal(c, 4 * c) / (4 * c) ** 0.5]
+    else:
+        values += [normal(c, c) / c**0.5 for _ in range(4)]
+    if op == "tm":
+        values += [1 + 0.2 * normal(c), 0.1 * normal(c), normal(c, c) / c**0.5, normal(c, c) / c**0.5]
+    if op == "ln":
+        values.append(normal(4, c) / c**0.5)
+    return [v.to(dtype) for v in values]
 
-    def forward():
+
+def functions(op: str, outgoing: bool = True, mask: Tensor | None = None) -> tuple[Fn, Fn]:
+    """The operator and its definition, both of the input and the flat list of weights, giving a list."""
+    if op == "tr":
+        return lambda *t: [transition(*t)], lambda *t: [transition_reference(*t)]
+    if op == "ln":
+        return (
+            lambda x, *p: layer_norm_linear(x, p[0], p[1], list(p[2:6]), p[6]),
+            lambda x, *p: layer_norm_linear_reference(x, p[0], p[1], list(p[2:6]), p[6]),
+        )
+    return (
+        lambda z, *w: [triangle_multiplication(z, TriangleWeights(*w), outgoing, mask)],
+        lambda z, *w: [triangle_multiplication_reference(z, TriangleWeights(*w), outgoing, mask)],
+    )
+
+
+def output_gradients(op: str, grad: Tensor) -> list[Tensor]:
+    """Gradients of the operator's results, made from one."""
+    return [grad] * 4 + [grad[..., :4].movedim(2, 0).contiguous()] if op == "ln" else [grad]
+
+
+def both_passes(fn: Fn, leaves: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Results, then the gradients of all leaves."""
+    ys = fn(*leaves)
+    found = torch.autograd.grad(ys, leaves, [g.to(y.dtype) for g, y in zip(grads, ys, strict=True)])
+    return [*(y.detach() for y in ys), *found]
+
+
+def whole(op: str, n: int, outgoing: bool = True, measure: bool = True) -> dict[str, Any]:
+    """Forward, forward and backward, peak memory and host time of one call with default tiles."""
+    z, grad = torch.randn(n, n, C, device="cuda").to(BF), torch.randn(n, n, C, device="cuda").to(BF)
+    leaves = [t.detach().requires_grad_() for t in (z, *parameters(op))]
+    fn, grads = functions(op, outgoing)[0], output_gradients(op, grad)
+
+    def forward() -> None:
         with torch.no_grad():
-            return fn(*leaves)
+            fn(*leaves)
 
-    def both():
-        y = fn(*leaves)
-        return y, torch.autograd.grad(y, leaves, grad)
-
-    both()
+    both_passes(fn, leaves, grads)
+    if not measure:
+        return {}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
-    held = both()
+    held = both_passes(fn, leaves, grads)
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - base) / 2**20
     del held
-    f = do_bench(forward, warmup=15, rep=60, return_mode="median")
-    fb = do_bench(both, warmup=15, rep=60, return_mode="median")
+    f = do_bench(forward, warmup=10, rep=40, return_mode="median")
+    fb = do_bench(lambda: both_passes(fn, leaves, grads), warmup=10, rep=60, return_mode="median")
     host = time.perf_counter()
-    for _ in range(20):
-        both()
-    host = (time.perf_counter() - host) / 20 * 1e3
+    for _ in range(10):
+        both_passes(fn, leaves, grads)
+    host = (time.perf_counter() - host) / 10 * 1e3
     torch.cuda.synchronize()
-    note(f"{label:46s} fwd {f:.4f}  fwd+bwd {fb:.4f}  peak {peak:.0f} MiB  (wall per queued call {host:.2f} ms)")
-    results.append({"case": label, "forward_ms": f, "both_ms": fb, "peak_mib": peak, "host_ms": host})
+    return {"op": op, "n": n, "outgoing": outgoing, "fwd": f, "fwd_bwd": fb, "peak_mib": peak, "host": host}
 
 
-def operators(results):
-    for n in (384, 450, 768):
-        z, grad = torch.randn(n, n, C, device="cuda").to(BF), torch.randn(n, n, C, device="cuda").to(BF)
-        for dtype in (BF, torch.float32):
-            whole(f"transition N={n} {dtype}", transition, (z, *transition_parameters(dtype=dtype)), grad, results)
-    for n in (384, 450, 768, 1024, 2048):
-        z, grad = torch.randn(n, n, C, device="cuda").to(BF), torch.randn(n, n, C, device="cuda").to(BF)
-        if n in (384, 768):
-            p = layer_norm_parameters()
-            whole(f"layer norm linear 4x128 + 4 N={n}", layer_norm_lists, (z, *p), [grad] * 4 + [grad[..., :4].movedim(2, 0).contiguous()], results)
-        for outgoing in (True, False):
-            for dtype in (BF, torch.float32) if n == 384 else (BF,):
-                whole(
-                    f"triangle multiplication N={n} {'out' if outgoing else 'in'} {dtype}",
-                    lambda z, *w, o=outgoing: triangle_multiplication(z, TriangleWeights(*w), o),
-                    (z, *triangle_parameters(dtype=dtype)),
-                    grad,
-                    results,
+def whole_group(op: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every length of one operator, and the bare contraction beside triangle multiplication."""
+    for n in LENGTHS:
+        for outgoing in (True, False) if op == "tm" else (True,):
+            r = whole(op, n, outgoing)
+            name = op + ("" if op != "tm" else " out" if outgoing else " in")
+            yield (
+                f"{name:7s} N={n:4d} fwd {r['fwd']:8.4f} fwd+bwd {r['fwd_bwd']:8.4f} ms"
+                f"  peak {r['peak_mib']:6.0f} MiB  host {r['host']:.2f} ms",
+                r,
+            )
+            torch.cuda.empty_cache()
+        if op == "tm" and n <= 1024:
+            ab = torch.randn(2 * C, tm.Shape.of(torch.empty(n, 1, C), C).padded, n, device="cuda").to(BF)
+            ab = torch.nn.functional.pad(ab, (0, ab.shape[1] - n))
+            f = do_bench(lambda ab=ab: tm.contract(ab, True), return_mode="median")
+            b = do_bench(lambda ab=ab: tm.contract_backward(ab[:C], ab, True), return_mode="median")
+            yield f"  bmm  N={n:4d} fwd {f:8.4f} bwd {b:8.4f} ms", {"bmm": n, "forward": f, "backward": b}
+
+
+def errors(fn: Fn, ref: Fn, tensors: list[Tensor], grads: list[Tensor]) -> dict[str, Any]:
+    """Error against fp64 of every result over the definition's, the worst of them, and repeatability."""
+
+    def evaluate(f: Fn, dtype: torch.dtype | None) -> list[Tensor]:
+        return both_passes(f, [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors], grads)
+
+    exact = evaluate(ref, torch.float64)
+    ours, again, eager = evaluate(fn, None), evaluate(fn, None), evaluate(ref, None)
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return ((a.double() - b).norm() / b.norm()).item()
+
+    pairs = [(distance(a, d), distance(e, d)) for a, e, d in zip(ours, eager, exact, strict=True)]
+    worst = max(range(len(pairs)), key=lambda k: pairs[k][0] / pairs[k][1])
+    same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    return {"pairs": pairs, "worst": worst, "ratio": pairs[worst][0] / pairs[worst][1], "bitwise": same}
+
+
+def check(op: str, n: int, c: int, dtype: torch.dtype, parameter_dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Errors of one operator at one size; both directions, one masked, for triangle multiplication."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    normal = random(3)
+    z, grad = (normal(n, n, c) * 2 + 0.3).to(dtype), normal(n, n, c).to(dtype)
+    tensors, grads = [z, *parameters(op, c, parameter_dtype)], output_gradients(op, grad)
+    mask = normal(n, n) > -0.8
+    ways = [(True, mask), (False, None)] if op == "tm" else [(True, None)]
+    return [errors(*functions(op, outgoing, m), tensors, grads) for outgoing, m in ways]
+
+
+def check_group() -> Iterator[tuple[str, dict[str, Any]]]:
+    """All checks."""
+    for case in CHECKS:
+        label = " ".join(str(v).removeprefix("torch.") for v in case)
+        for r in check(*case):
+            ours, eager = r["pairs"][r["worst"]]
+            yield (
+                f"check {label} result {r['worst']}: {ours:.2e} eager {eager:.2e} ratio {r['ratio']:.2f}"
+                f" bitwise {r['bitwise']}",
+                {"case": label, **r},
+            )
+
+
+class Bench:
+    """Inputs of one length and a closure per kernel."""
+
+    def __init__(self, n: int) -> None:
+        self.z, self.dy = (
+            torch.randn(n, n, C, device="cuda").to(BF),
+            torch.randn(n, n, C, device="cuda").to(BF),
+        )
+        p = parameters("tr")
+        self.norm, self.tw = (p[0], p[1]), in_dtype(p[2:], BF)
+        w = TriangleWeights(*parameters("tm"))
+        self.shape = tm.Shape.of(self.z, C)
+        self.norms = (w.norm_out_weight, w.norm_out_bias, *self.norm)
+        self.ps, self.ends = packed([w.a_p, w.b_p, w.a_g, w.b_g], BF), in_dtype([w.out, w.g], BF)
+        self.grad = torch.randn(2 * C, self.shape.padded, self.shape.padded, device="cuda").to(BF)
+        self.n = torch.randn(self.shape.padded**2 * C, device="cuda").to(BF)
+        self.lw = parameters("ln")
+        self.dn, self.head = torch.randn_like(self.z), self.lw[6].to(BF)
+        self.dys = [torch.randn(n * n, C, device="cuda").to(BF) for _ in range(4)]
+        self.ds = torch.randn(4, n * n, device="cuda").to(BF)
+
+    def call(self, name: str, shape: tuple[int, ...]) -> Fn:
+        """The launch of one kernel with one tile."""
+        t = tile(*shape)
+        z, rows, dy, s = self.z, self.z.view(-1, C), self.dy, self.shape
+        args = (self.grad[:C], z, self.norms, self.ends)
+        flat = dy.view(-1, C)
+        calls: dict[str, Fn] = {
+            "tr.forward": lambda: tr.forward(rows, self.norm, self.tw, EPS, BF, t),
+            "tr.input_gradient": lambda: tr.input_gradient(rows, self.norm, self.tw, flat, EPS, t),
+            "tr.weight_gradient": lambda: tr.weight_gradient(rows, self.tw, flat, t),
+            "tm.project": lambda: tm.project_forward(z, self.norm, self.ps, None, s, EPS, t),
+            "tm.output": lambda: tm.output_forward(*args, s, EPS, t),
+            "tm.output_input": lambda: tm.output_input_gradient(*args, dy, s, EPS, t),
+            "tm.output_weight": lambda: tm.output_weight_gradient(*args, dy, s, EPS, t),
+            "tm.project_input": lambda: tm.project_input_gradient(
+                z, self.norm, self.ps, None, self.grad, self.dn, self.n, s, EPS, t
+            ),
+            "tm.project_weight": lambda: tm.project_weight_gradient(self.n, self.grad, self.ps, s, t),
+            "ln.forward": lambda: ln.forward(rows, self.norm, self.lw[2:6], self.head, EPS, BF, t),
+            "ln.input_gradient": lambda: ln.input_gradient(
+                rows, self.norm, self.ps, self.head, [*self.dys, self.ds], EPS, t
+            ),
+            "ln.weight_gradient": lambda: ln.weight_gradient(rows, self.dys, t),
+        }
+        return calls[name]
+
+
+def tile_jobs(family: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Kernels and tiles of the operators that `family` names."""
+    return [(name, t) for name, ts in TILES.items() if name.startswith(family) for t in ts]
+
+
+def tile_group(family: str, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Times of the tiles from `first` on, at two lengths; the job is announced before it runs."""
+    benches = {n: Bench(n) for n in (384, 768)}
+    for index, (name, shape) in enumerate(tile_jobs(family)[first:], first):
+        yield "", {"begin": index}
+        try:
+            ms = {
+                n: do_bench(b.call(name, shape), warmup=8, rep=30, return_mode="median")
+                for n, b in benches.items()
+            }
+        except OutOfResources as error:
+            yield f"{name} {shape}: {error}", {"kernel": name, "tile": list(shape), "refused": str(error)}
+            continue
+        yield "", {"kernel": name, "tile": list(shape), "ms": ms}
+
+
+def compile_share(index: int, count: int) -> None:
+    """Compile every `count`-th job from `index` on: the code runs, no kernel is launched."""
+    launch = JITFunction.run
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return launch(self, *args, grid=grid, warmup=True, **options)
+
+    JITFunction.run = only_compile
+    jobs: list[Fn] = [
+        lambda op=op, n=n: whole(op, n, measure=False) for op in ("tm", "tr", "ln") for n in (64, 50)
+    ]
+    jobs += [lambda case=case: check(*case) for case in CHECKS]
+    bench = Bench(64)
+    jobs += [bench.call(name, t) for name, t in tile_jobs("")]
+    for number, job in enumerate(jobs[index::count]):
+        try:
+            job()
+        except Exception as error:  # the worker that needs this kernel will say more
+            print(f"job {index + number * count}: {type(error).__name__} {error}"[:200], flush=True)
+
+
+def work(group: str, first: int) -> None:
+    """Run one group when the parent says so; results go to standard output, one JSON line each."""
+    torch.zeros(1, device="cuda")
+    sys.stdin.readline()
+    kind, _, name = group.partition(":")
+    found = (
+        check_group()
+        if kind == "check"
+        else whole_group(name)
+        if kind == "whole"
+        else tile_group(name, first)
+    )
+    for text, row in found:
+        print("@" + json.dumps({"kind": kind, "text": text, "row": row}), flush=True)
+
+
+class Lab:
+    """The parent: starts workers, collects their rows, never touches the GPU itself."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.rows: list[dict[str, Any]] = []
+
+    def note(self, text: str) -> None:
+        """One line with the time since the start."""
+        print(f"[{time.time() - START:5.1f}] {text}", flush=True)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """This script in another process, waiting for its first line of input."""
+        command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def left(self) -> float:
+        """Seconds until the lab must be over."""
+        return max(1.0, LIMIT - (time.time() - START))
+
+    def run(self, worker: subprocess.Popen[str], group: str, seconds: float) -> int | None:
+        """Let a worker run; the index of the tile it died in, None when it finished."""
+        try:
+            text, trouble = worker.communicate("go\n", timeout=min(seconds, self.left()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            text, trouble = worker.communicate()
+            trouble += "stopped: out of time"
+        begun = 0
+        for line in text.splitlines():
+            if not line.startswith("@"):
+                self.note(line)
+                continue
+            found = json.loads(line[1:])
+            if found["text"]:
+                self.note(found["text"])
+            begun = found["row"].get("begin", begun)
+            if "begin" not in found["row"]:
+                self.rows.append({"kind": found["kind"], **found["row"]})
+        (self.out / "fused_lab.json").write_text(json.dumps(self.rows, indent=1))
+        if worker.returncode == 0:
+            return None
+        last = [t for t in trouble.strip().splitlines() if t][-1:]
+        self.note(f"{group} ended early (code {worker.returncode}): {''.join(last)[:160]}")
+        self.rows.append({"kind": "failure", "group": group, "begun": begun, "error": trouble[-2000:]})
+        return begun
+
+    def table(self) -> None:
+        """The fastest tiles of every kernel beside the floor."""
+        for name, (units, passes) in WORK.items():
+            for n in ("384", "768"):
+                rows = sorted(
+                    (r["ms"][n], r["tile"]) for r in self.rows if r.get("kernel") == name and "ms" in r
                 )
+                size = 2 * int(n) ** 2 * C
+                floor = max(units * size * C / 790e12, passes * size / 4.27e12) * 1e3
+                best = "  ".join(f"{tuple(t)} {ms:.4f}" for ms, t in rows[:4])
+                self.note(f"{name:18s} N={n} floor {floor:.4f} | {best}")
+
+    def compile(self) -> None:
+        """Fill the compiler's cache with all processors."""
+        count = max(1, (os.cpu_count() or 4) - 2)
+        shares = [self.start("--share", str(k), str(count)) for k in range(count)]
+        for k, share in enumerate(shares):
+            try:
+                text, trouble = share.communicate(timeout=min(60.0, self.left()))
+            except subprocess.TimeoutExpired:
+                share.kill()
+                text, trouble = share.communicate()
+            if text or share.returncode:
+                last = "".join(trouble.strip().splitlines()[-1:])
+                self.note(f"compile share {k} (code {share.returncode}): {text.strip()} {last[:160]}")
+        self.note(f"compiled with {count} processes")
+
+    def everything(self) -> None:
+        """All groups in order of importance."""
+        self.compile()
+        groups = [f"whole:{op}" for op in ("tr", "tm", "ln")] + ["check:all"]
+        groups += [f"tiles:{family}" for family in ("tr", "tm.output", "tm.project", "ln")]
+        waiting = {g: self.start("--group", g) for g in groups}
+        for group, first in waiting.items():
+            died = self.run(first, group, 40.0)
+            for _ in range(2):
+                if died is None or not group.startswith("tiles") or self.left() < 12:
+                    break
+                self.note(f"died in {tile_jobs(group.partition(':')[2])[died]}")
+                died = self.run(self.start("--group", group, "--first", str(died + 1)), group, 30.0)
+        self.table()
 
 
-def contractions(results):
-    for n in (384, 768, 1024):
-        ab = torch.randn(2 * C, n, n, device="cuda").to(BF)
-        for outgoing in (True, False):
-            f = do_bench(lambda ab=ab, o=outgoing: tm.contract(ab, o), return_mode="median")
-            b = do_bench(lambda ab=ab, o=outgoing: tm.contract_backward(ab[:C], ab, o), return_mode="median")
-            note(f"bmm N={n} {'out' if outgoing else 'in'}: fwd {f:.4f} bwd {b:.4f} ({2 * C * n**3 / f / 1e9:.0f} TFLOP/s)")
-            results.append({"bmm": n, "outgoing": outgoing, "forward_ms": f, "backward_ms": b})
-
-
-def main():
+def main() -> None:
+    """Parent or worker."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--share", type=int, nargs=2)
+    parser.add_argument("--group")
+    parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
     if options.share:
         compile_share(*options.share)
-        return
-    count = max(1, (os.cpu_count() or 4) - 2)
-    workers = [
-        subprocess.Popen([sys.executable, __file__, "--share", str(k), str(count)]) for k in range(count)
-    ]
-    for w in workers:
-        w.wait()
-    note(f"compiled {len(candidates())} tiles in {count} processes")
-    data = {"tiles": [], "checks": [], "whole": [], "bmm": [], "probes": [], "device": torch.cuda.get_device_name()}
-    try:
-        for case in CHECKS:
-            rows = check(*case)
-            data["checks"].append({"case": [str(v) for v in case], "rows": rows})
-            for r in rows:
-                note("check", *case, f"worst {r['ours']:.2e} eager {r['eager']:.2e} ratio {r['ratio']:.2f} bitwise {r['bitwise']}")
-        time_tiles(data["tiles"])
-        best = best_tiles(data["tiles"])
-        data["best"] = best
-        use(best)
-        contractions(data["bmm"])
-        operators(data["whole"])
-        probes(data["probes"])
-    finally:
-        Path(options.out, "fused_lab.json").write_text(json.dumps(data, indent=1))
-    note("done")
+    elif options.group:
+        work(options.group, options.first)
+    else:
+        Lab(Path(options.out)).everything()
 
 
 if __name__ == "__main__":

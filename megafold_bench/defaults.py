@@ -11,7 +11,8 @@ SEQ_LENS = {"cuda": (128, 256, 384, 512, 640, 768), "cpu": (32, 64, 96)}
 """The paper's lengths on a GPU; about two minutes in all on a CPU."""
 
 PRESET = {"cuda": "af3", "cpu": "tiny"}
-VARIANTS = ("pytorch", "inductor")
+VARIANTS = {"cuda": ("pytorch", "inductor"), "cpu": ("pytorch",)}
+"""On a CPU, compiling takes minutes for every length: ask for ``inductor`` by name."""
 
 
 def alloc_conf(device: str) -> str | None:

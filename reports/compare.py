@@ -1,7 +1,9 @@
 """Two runs side by side: the same points, their ratios with intervals, and what else differed.
 
 A change of step time is called only where the bootstrap interval of the ratio excludes 1, the ratio is
-off by at least the threshold, and the point still counts after Holm's correction over all points.
+off by at least the threshold, and the point still counts after Holm's correction over all points (see
+`reports.significance`). With one process on a side nothing can be known of the variation between runs: such
+a change is called "within one run".
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from megafold_bench.statistics import CHANGE_THRESHOLD, Interval, holm, is_chang
 from reports.boundary import Boundary, boundaries
 from reports.cells import Cell, cell_of, cells
 from reports.frame import Run, load_run
+from reports.significance import NORMAL_95, Sizes, log_sigma, p_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -253,14 +256,6 @@ def _setting(group: _Group) -> str:
     return ", ".join(f"{name}={value}" for name, value in _common(group).items() if value not in (None, 1))
 
 
-def p_value(ratio: Interval) -> float:
-    """Two-sided p that the ratio is 1, from the width of its interval on a log scale (normal)."""
-    if ratio.lo <= 0 or ratio.hi <= ratio.lo:
-        return 1.0 if ratio.estimate == 1.0 else 0.0
-    sigma = (math.log(ratio.hi) - math.log(ratio.lo)) / (2 * 1.959964)
-    return math.erfc(abs(math.log(ratio.estimate)) / sigma / math.sqrt(2))
-
-
 def _direction(ratio: float) -> str:
     return "more" if ratio > 1 else "less"
 
@@ -277,8 +272,12 @@ def _pairs(matches: Sequence[tuple[str, _Group, _Group]], threshold: float) -> l
     ratios = [
         ratio_of_medians(a.time.processes, b.time.processes) if a.time and b.time else None for _, a, b in sides
     ]
-    known = [i for i, ratio in enumerate(ratios) if ratio is not None]
-    corrected = dict(zip(known, holm([p_value(r) for r in ratios if r is not None]), strict=True))
+    p_values = {
+        i: p_value(ratio, Sizes.of(a.time, b.time))
+        for i, ((_, a, b), ratio) in enumerate(zip(sides, ratios, strict=True))
+        if ratio is not None and a.time and b.time
+    }
+    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     pairs = []
     for i, ((name, a, b), ratio) in enumerate(zip(sides, ratios, strict=True)):
         change = ""
@@ -294,16 +293,17 @@ def _pairs(matches: Sequence[tuple[str, _Group, _Group]], threshold: float) -> l
 
 
 def _overall(pairs: Iterable[Pair], threshold: float) -> list[Overall]:
-    by_name: dict[str, list[Interval]] = {}
+    by_name: dict[str, list[tuple[Interval, float]]] = {}
     for pair in pairs:
-        if pair.time is not None:
-            by_name.setdefault(pair.name.rsplit(" ", 1)[0], []).append(pair.time)
+        if pair.time is not None and pair.a.time and pair.b.time:
+            sigma = log_sigma(pair.time, Sizes.of(pair.a.time, pair.b.time))
+            by_name.setdefault(pair.name.rsplit(" ", 1)[0], []).append((pair.time, sigma))
     result = []
     for name, ratios in by_name.items():
-        mean = sum(math.log(r.estimate) for r in ratios) / len(ratios)
-        sigmas = [(math.log(r.hi) - math.log(r.lo)) / (2 * 1.959964) for r in ratios]
-        half = 1.959964 * math.sqrt(sum(s * s for s in sigmas)) / len(ratios)
-        ratio = Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half), any(r.within_run for r in ratios))
+        mean = sum(math.log(ratio.estimate) for ratio, _ in ratios) / len(ratios)
+        half = NORMAL_95 * math.sqrt(sum(sigma * sigma for _, sigma in ratios)) / len(ratios)
+        low, high = (0.0, math.inf) if math.isinf(half) else (math.exp(mean - half), math.exp(mean + half))
+        ratio = Interval(math.exp(mean), low, high, any(r.within_run for r, _ in ratios))
         change = _direction(ratio.estimate) if is_change(ratio, threshold) else "same"
         result.append(Overall(name, ratio, len(ratios), change))
     return result

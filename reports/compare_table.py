@@ -31,7 +31,8 @@ def verdict(pair: Pair) -> str:
     if not pair.a.outcome.is_ok:
         same = pair.a.outcome is pair.b.outcome
         return f"both {pair.b.outcome.value}" if same else f"{pair.a.outcome.value}, {pair.b.outcome.value}"
-    return _WORDS[pair.time_change]
+    called = pair.time_change in ("more", "less")
+    return _WORDS[pair.time_change] + (" (within-run)" if called and pair.time and pair.time.within_run else "")
 
 
 def _points(comparison: Comparison, narrow: bool) -> Table:

@@ -53,14 +53,28 @@ def unpacked(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
 
 
-def tile(rows: int, width: int, warps: int, stages: int) -> Config:
+def checked(config: Config) -> Config:
+    """`config` itself; ValueError where its warps outnumber its rows.
+
+    From 64 rows on, Hopper multiplies in warp groups of 64 rows. With fewer than 16 rows a warp, two groups
+    compute the same rows: twice the matrix work, and enough matrix descriptors live at once that the machine
+    code the compiler made of one such shape (64 rows, 32 wide, 8 warps) read outside its shared memory.
+    """
+    rows = config.constants["BM"]
+    if 64 <= rows < 16 * config.num_warps:
+        raise ValueError(
+            f"{rows} rows for {config.num_warps} warps; at most {rows // 16} warps can share them"
+        )
+    return config
+
+
+def tile(rows: int, width: int, warps: int, stages: int, max_registers: int = 0) -> Config:
     """A launch configuration: BM rows and BN output channels per step, warps, depth of the load pipeline."""
-    return Config({"BM": rows, "BN": width, "STAGES": stages}, warps)
+    return checked(Config({"BM": rows, "BN": width, "STAGES": stages}, warps, max_registers=max_registers))
 
 
 @cache
 def chosen(kernel: str, channels: int, dtype: torch.dtype, device: torch.device, default: _Default) -> Config:
     """The configuration of `kernel`: tuned for this device where there is one, else the default for the dtype."""
-    return lookup(
-        kernel, (str(dtype).removeprefix("torch."), channels), device, default(kernel, channels, dtype)
-    )
+    key = (str(dtype).removeprefix("torch."), channels)
+    return checked(lookup(kernel, key, device, default(kernel, channels, dtype)))

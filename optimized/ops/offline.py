@@ -64,7 +64,7 @@ def _source(case: KernelCase) -> Any:
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names
-    signature = {n: case.signature[n] if n in case.signature else "constexpr" for n in names}
+    signature = {n: case.signature.get(n, "constexpr") for n in names}
     constants = {(names.index(n),): v for n, v in case.constants.items()}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
     return ASTSource(case.kernel, signature, constants, attributes)
@@ -90,7 +90,7 @@ def compile_case(case: KernelCase, arch: str) -> CompileReport:
     else:
         registers = _amd_value(text, "vgpr_count")
         spill = 4 * (_amd_value(text, "vgpr_spill_count") + _amd_value(text, "sgpr_spill_count"))
-        shared = _amd_value(text, "group_segment_fixed_size")
+        shared = max(shared, _amd_value(text, "group_segment_fixed_size"))
     return CompileReport(case.name, arch, True, "", registers, shared, spill, matrix)
 
 

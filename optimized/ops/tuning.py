@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -131,7 +131,7 @@ def tune(
     best: tuple[float, Config] | None = None
     for config in candidates:
         try:
-            elapsed = timer(lambda config=config: run(config))
+            elapsed = timer(partial(run, config))
         except (CompilationError, OutOfResources, PTXASError):
             continue
         times[json.dumps(config.to_json(), sort_keys=True)] = elapsed

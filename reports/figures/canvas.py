@@ -39,7 +39,7 @@ def wrap_caption(caption: str) -> list[str]:
     space = text_size_in("a a", CAPTION_PT)[0] - text_size_in("aa", CAPTION_PT)[0]
     lines: list[str] = []
     used = CAPTION_IN
-    for word in caption.split():
+    for word in re.sub(r"(?<=\d) (?=%)", "\u00a0", caption).split(" "):
         for piece in textwrap.wrap(word, LONGEST_WORD):
             width = text_size_in(piece, CAPTION_PT)[0]
             if not lines or used + space + width > CAPTION_IN:

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 
 from reports.compare import Comparison, Pair
 from reports.figures.canvas import CAPTION_PT, slug, text_size_in, wrap_caption
@@ -48,7 +49,7 @@ def _figure(comparison: Comparison, caption: str) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", color=GRID)
         axes.spines["left"].set_visible(False)
-        axes.axvspan(1 - comparison.threshold, 1 + comparison.threshold, color=GRID, zorder=0, linewidth=0)
+        axes.axvspan(1 - comparison.threshold, 1 + comparison.threshold, color=GRID, alpha=0.6, zorder=0, linewidth=0)
         axes.axvline(1, color=INK, linewidth=0.6, zorder=1)
         panels.append(axes)
     _draw(comparison, *panels)
@@ -70,8 +71,9 @@ def _draw(comparison: Comparison, time_axes: Axes, memory_axes: Axes) -> None:
                            gid=slug(f"{'change' if filled else 'same'}-{pair.name}"))  # fmt: skip
             times += [pair.time.lo, pair.time.hi]
         else:
-            time_axes.text(1, row, f" {_absent(pair)}", fontsize=5.5, color=look.colour, va="center_baseline",
-                           bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.3})  # fmt: skip
+            across = blended_transform_factory(time_axes.transAxes, time_axes.transData)
+            time_axes.text(0.02, row, _absent(pair), transform=across, fontsize=5.5, color=look.colour,
+                           va="center_baseline", bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.3})  # fmt: skip
         if pair.memory is not None:
             filled = pair.memory_change in ("more", "less")
             memory_axes.plot([pair.memory], [row], linestyle="none", marker=look.marker, markeredgecolor=look.colour,
@@ -82,7 +84,7 @@ def _draw(comparison: Comparison, time_axes: Axes, memory_axes: Axes) -> None:
         low = min([1 - 1.7 * comparison.threshold, *values])
         high = max([1 + 1.7 * comparison.threshold, *values])
         axes.set_xlim(low - 0.08 * reach, high + 0.08 * reach)
-        axes.xaxis.set_major_locator(MaxNLocator(ticks))
+        axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
 
 
 def _absent(pair: Pair) -> str:

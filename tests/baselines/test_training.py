@@ -31,18 +31,11 @@ CONFIG = TrainingConfig(
 PARTS = {"distogram", "mse", "bond", "smooth_lddt", "diffusion", "plddt", "pde", "resolved", "pae", "loss"}
 
 
-def tiny_without_unused_parameters() -> AF3Config:
-    """The released network owns parameters that nothing reads; the config docstrings name them."""
-    config = preset("tiny")
-    atom = replace(config.atom, unused_pair_embedding=False)
-    return replace(config, atom=atom, msa=replace(config.msa, last_block_updates_msa=False, blocks=2))
-
-
 def make_session(
     config: TrainingConfig = CONFIG, perturb: float = 0.02, seed: int = 1, device: torch.device = CPU
 ) -> TrainingSession:
     torch.manual_seed(0)
-    model = AlphaFold3(tiny_without_unused_parameters())
+    model = AlphaFold3(preset("tiny"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * perturb)

@@ -32,11 +32,15 @@ def on_gpu(features: dict) -> dict:
     return {name: value.cuda() for name, value in features.items()}
 
 
+PERMUTATION_WAITS = 6
+"""Chain table, chain costs, and two decompositions of two waits each."""
+
+
 def test_permutation_waits_twice_and_for_its_decompositions():
     features = on_gpu(make_features())
     x = own_labels(features).positions @ random_rotations(1, torch.Generator("cuda"))[0].T
     permute_labels(x, features)
-    assert count_waits(lambda: permute_labels(x, features)) <= 4
+    assert count_waits(lambda: permute_labels(x, features)) <= PERMUTATION_WAITS
 
 
 def test_a_step_waits_for_little_else():
@@ -46,4 +50,4 @@ def test_a_step_waits_for_little_else():
     session = make_session(CONFIG, device=torch.device("cuda"))
     session.step(features, 0)
     chunks = -(-CONFIG.diffusion_samples // CONFIG.diffusion_chunk)
-    assert count_waits(lambda: session.step(features, 1)) <= 4 + chunks
+    assert count_waits(lambda: session.step(features, 1)) <= PERMUTATION_WAITS + 2 * chunks

@@ -15,7 +15,9 @@ Three kernels rebuild p from q, k, bias and lse:
 The rows are split over SPLITS programs of `grad_bias_kernel`, each with its own fp32 plane of dbias, folded in order.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-any-return"
+# ruff: noqa: ANN001, ANN201, E741, RUF005 (Triton compiles these functions: an annotation would mean a constant,
+# and tuples grow by addition)
+# mypy: disable-error-code="no-untyped-def, no-any-return, assignment, operator"
 import triton
 import triton.language as tl
 
@@ -25,6 +27,7 @@ from optimized.ops.attention.forward import (
     keep_keys,
     key_weights,
     load_bias,
+    powers,
     strides_of,
     tile_pointers,
 )
@@ -43,10 +46,11 @@ def statistics_kernel(
     O, G, LSE, DLSE, LSE2, DELTA, R, H, LQ, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = lse in log2 units; both fp32.
+    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = lse in the units of `powers`; both fp32.
 
     Padded queries and rows without keys get LSE2 = +inf, so that their probabilities vanish without a test.
     """
+    EXACT: tl.constexpr = O.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LQ, BQ)
     qi = (pid // H % tiles).to(tl.int32) * BQ + tl.arange(0, BQ)
@@ -67,7 +71,7 @@ def statistics_kernel(
     if HAS_DLSE:
         delta -= tl.load(DLSE + source, mask=qi < LQ, other=0.0)
     target = statistics_row(b, row, h, R, H, LQ) + qi
-    tl.store(LSE2 + target, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E))
+    tl.store(LSE2 + target, tl.where(lse == float("-inf"), float("inf"), lse if EXACT else lse * LOG2E))
     tl.store(DELTA + target, delta)
 
 
@@ -76,7 +80,7 @@ def grad_kv_kernel(
     Q, K, V, G, BIAS, KEEP, LSE2, DELTA, DK, DV, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
     dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l,
-    bias_b, bias_h, bias_s, keep_b, keep_r, scale, scale_log2,
+    bias_b, bias_h, bias_s, keep_b, keep_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -86,6 +90,7 @@ def grad_kv_kernel(
 
     A masked key touches only its own row of dk and dv here: those rows are zeroed at the end.
     """
+    EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LK, BK)
     groups = tl.cdiv(R, ROWS)
@@ -119,7 +124,7 @@ def grad_kv_kernel(
     for q0 in tl.range(0, LQ, BQ, num_stages=STAGES):
         qi = q0 + tl.arange(0, BQ)
         inside = (qi < LQ)[:, None] & (d < D)[None, :]
-        bias = load_bias(bb, ki, qi, bias_s, LK, LQ).to(tl.float32) * LOG2E
+        bias = load_bias(bb, ki, qi, bias_s, LK, LQ, EXACT)
         new_dks = ()
         new_dvs = ()
         for i in tl.static_range(ROWS):
@@ -127,9 +132,9 @@ def grad_kv_kernel(
             delta = tl.load(DELTA + stats[i] + qi)
             q = tl.load(tile_pointers(qbs[i], qi, q_l, d, WIDE), mask=inside, other=0.0)
             g = tl.load(tile_pointers(gbs[i], qi, g_l, d, WIDE), mask=inside, other=0.0)
-            s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION) * scale_log2 + (bias - lse[None, :])
+            s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION) * unit_scale + bias - lse[None, :]
             dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
-            p = tl.math.exp2(s)
+            p = powers(s, EXACT)
             new_dvs = new_dvs + (tl.dot(p.to(g.dtype), g, dvs[i], input_precision=PRECISION),)
             ds = p * (dp - delta[None, :])
             new_dks = new_dks + (tl.dot(ds.to(q.dtype), q, dks[i], input_precision=PRECISION),)
@@ -152,12 +157,13 @@ def grad_kv_kernel(
 def grad_q_kernel(
     Q, K, V, G, BIAS, WEIGHTS, LSE2, DELTA, DQ, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
-    bias_b, bias_h, bias_s, weights_b, weights_r, scale, scale_log2,
+    bias_b, bias_h, bias_s, weights_b, weights_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile for ROWS rows, running over keys."""
+    EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LQ, BQ)
     groups = tl.cdiv(R, ROWS)
@@ -193,16 +199,16 @@ def grad_q_kernel(
 
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
         ki = k0 + tl.arange(0, BK)
-        bias = load_bias(bb, qi, ki, bias_s, LQ, LK).to(tl.float32) * LOG2E
+        bias = load_bias(bb, qi, ki, bias_s, LQ, LK, EXACT)
         inside = (ki < LK)[:, None] & (d < D)[None, :]
         new_dqs = ()
         for i in tl.static_range(ROWS):
             weight = key_weights(WEIGHTS, weight_rows[i], ki, LK, HAS_MASK)
             k = tl.load(tile_pointers(kbs[i], ki, k_l, d, WIDE), mask=inside, other=0.0)
             v = tl.load(tile_pointers(vbs[i], ki, v_l, d, WIDE), mask=inside, other=0.0)
-            s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION) * scale_log2 + (bias - lses[i][:, None])
+            s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION) * unit_scale + bias - lses[i][:, None]
             dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
-            p = tl.where(weight[None, :] != 0.0, tl.math.exp2(s), 0.0)
+            p = tl.where(weight[None, :] != 0.0, powers(s, EXACT), 0.0)
             ds = p * (dp - deltas[i][:, None])
             new_dqs = new_dqs + (tl.dot(ds.to(k.dtype), k, dqs[i], input_precision=PRECISION),)
         dqs = new_dqs
@@ -218,7 +224,7 @@ def grad_q_kernel(
 def grad_bias_kernel(
     Q, K, V, G, BIAS, WEIGHTS, LSE2, DELTA, DBIAS, PARTS, R, H, LQ, LK, splits, row_start, row_stop, part_plane,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
-    bias_b, bias_h, bias_s, weights_b, weights_r, scale, scale_log2,
+    bias_b, bias_h, bias_s, weights_b, weights_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, EMIT_DQ: tl.constexpr, ACCUMULATE: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -229,6 +235,7 @@ def grad_bias_kernel(
     PARTS [key tiles, rows, LQ, H, D] contiguous, `part_plane` elements a plane, rows counted from row_start, times
     `scale`. ACCUMULATE adds to what DBIAS holds from earlier rows.
     """
+    EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     q_tiles = tl.cdiv(LQ, BQ)
     k_tiles = tl.cdiv(LK, BK)
@@ -240,7 +247,7 @@ def grad_bias_kernel(
     d = tl.arange(0, BLOCK_D)
     q_mask = (qi < LQ)[:, None] & (d < D)[None, :]
     k_mask = (ki < LK)[:, None] & (d < D)[None, :]
-    bias = load_bias(BIAS + h * bias_h * 8, qi, ki, bias_s, LQ, LK).to(tl.float32) * LOG2E
+    bias = load_bias(BIAS + h * bias_h * 8, qi, ki, bias_s, LQ, LK, EXACT)
     total = tl.zeros((BQ, BK), tl.float32)
     wide_zero = tl.full((), 0, tl.int64)
     share = tl.cdiv(row_stop - row_start, splits)
@@ -260,9 +267,9 @@ def grad_bias_kernel(
         lse = tl.load(LSE2 + stats)
         delta = tl.load(DELTA + stats)
         weight = key_weights(WEIGHTS, r * weights_r, ki, LK, HAS_MASK)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + (bias - lse[:, None])
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * unit_scale + bias - lse[:, None]
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        p = tl.where(weight[None, :] != 0.0, tl.math.exp2(s), 0.0)
+        p = tl.where(weight[None, :] != 0.0, powers(s, EXACT), 0.0)
         ds = p * (dp - delta[:, None])
         total += ds
         if EMIT_DQ:

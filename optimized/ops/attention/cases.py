@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton
 
 from optimized.ops.attention import backward, forward
@@ -11,7 +12,7 @@ from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "WEIGHTS")
-FLOATS = ("scale", "scale_log2")
+FLOATS = ("scale", "unit_scale")
 WIDE_INTS = ("size", "part_plane")
 
 
@@ -85,13 +86,13 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
     return cases
 
 
-def cases(hip: bool = False) -> list[KernelCase]:
-    """Every kernel with its default configuration for all dtypes and the head sizes of the AF3 family."""
-    import torch
+SHIPPED = (("bf16", 16), ("bf16", 24), ("bf16", 32), ("bf16", 48), ("bf16", 64), ("fp16", 32), ("fp32", 32))
 
+
+def cases(arch: str) -> list[KernelCase]:
+    """Every kernel with its default configuration on `arch`, for the dtypes and head sizes of the AF3 family."""
     found: list[KernelCase] = []
-    for short, full in DTYPES.items():
-        for head_dim in (16, 24, 32, 48, 64):
-            plan = default_plan(getattr(torch, full), head_dim, hip)
-            found += plan_cases(plan, f"attention.{short}.d{head_dim}", dtype=short, head_dim=head_dim)
+    for short, head_dim in SHIPPED:
+        plan = default_plan(getattr(torch, DTYPES[short]), head_dim, arch)
+        found += plan_cases(plan, f"attention.{short}.d{head_dim}", dtype=short, head_dim=head_dim)
     return found

@@ -12,13 +12,15 @@ sums exp2(s) as it is, without maximum or rescaling, and the sum is checked at t
 (|logits| above about 55, or a row without a kept key) the program repeats those rows with the running maximum. With
 16-bit floats of 5 exponent bits (fp16) the running maximum is always used.
 
-A masked key costs nothing per score: its value row is loaded as zeros and its weight in the sum is zero.
+A masked key costs nothing per score: its key and value are loaded as zeros and its weight in the sum is zero.
 
 Cost for R rows, head size D, e bytes per element: 4*R*H*Q*K*D FLOP, R*H*Q*K exponentials; from HBM q, k, v, o once
 and the bias once per L2 lifetime; from L2 per score 2e*D/BQ (keys and values) + e/ROWS (bias) bytes.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-any-return"
+# ruff: noqa: ANN001, ANN201, ANN202, E741, RUF005 (Triton compiles these functions: an annotation would mean a constant,
+# and tuples grow by addition)
+# mypy: disable-error-code="no-untyped-def, no-any-return, assignment, operator, var-annotated"
 import triton
 import triton.language as tl
 
@@ -42,13 +44,23 @@ def tile_pointers(base, tokens, stride, d, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_bias(base, i, j, stride, LI, LJ):
-    """Tile [i, j] of one head's bias, j contiguous, zero outside.
+def powers(x, EXACT: tl.constexpr):
+    """exp of scores, which are in log2 units, or in natural units when EXACT.
+
+    Log2 units save a multiplication; natural ones, for fp32, round the large terms as the definition does.
+    """
+    return tl.math.exp2(x * LOG2E if EXACT else x)
+
+
+@triton.jit
+def load_bias(base, i, j, stride, LI, LJ, EXACT: tl.constexpr):
+    """Tile [i, j] of one head's bias, j contiguous, zero outside; fp32 in the units of `powers`.
 
     The limit of j is rounded up to 8, to which the host pads, so that loads stay 16 bytes wide.
     """
     inside = (i < LI)[:, None] & (j < tl.cdiv(LJ, 8) * 8)[None, :]
-    return tl.load(base + (i * stride * 8)[:, None] + j[None, :], mask=inside, other=0.0)
+    tile = tl.load(base + (i * stride * 8)[:, None] + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tile if EXACT else tile * LOG2E
 
 
 @triton.jit
@@ -70,11 +82,11 @@ def key_weights(WEIGHTS, row, k, LK, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def _online_row(
-    q, kb, vb, bb, KEEP, keep_row, qi, d, LQ, LK, k_l, v_l, bias_s, scale_log2,
+    q, kb, vb, bb, KEEP, keep_row, qi, d, LQ, LK, k_l, v_l, bias_s, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One row with a running maximum: (accumulator, sum, maximum in log2 units)."""
+    """One row with a running maximum: (accumulator, sum, maximum in the units of `powers`)."""
     acc = tl.zeros((BQ, BLOCK_D), tl.float32)
     total = tl.zeros((BQ,), tl.float32)
     top = tl.full((BQ,), float("-inf"), tl.float32)
@@ -82,15 +94,15 @@ def _online_row(
         ki = k0 + tl.arange(0, BK)
         keep = keep_keys(KEEP, keep_row, ki, LK, HAS_MASK)
         inside = keep[:, None] & (d < D)[None, :]
-        bias = load_bias(bb, qi, ki, bias_s, LQ, LK)
+        bias = load_bias(bb, qi, ki, bias_s, LQ, LK, EXACT)
         k = tl.load(tile_pointers(kb, ki, k_l, d, WIDE), mask=inside, other=0.0)
         v = tl.load(tile_pointers(vb, ki, v_l, d, WIDE), mask=inside, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias.to(tl.float32) * LOG2E
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * unit_scale + bias
         s = tl.where(keep[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.math.exp2(s - shift[:, None])
-        alpha = tl.math.exp2(top - shift)
+        p = powers(s - shift[:, None], EXACT)
+        alpha = powers(top - shift, EXACT)
         total = total * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         top = new_top
@@ -125,12 +137,13 @@ def _any_key(KEEP, keep_row, LK, HAS_MASK: tl.constexpr):
 def forward_kernel(
     Q, K, V, BIAS, KEEP, WEIGHTS, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l,
-    bias_b, bias_h, bias_s, keep_b, keep_r, weights_b, weights_r, scale_log2,
+    bias_b, bias_h, bias_s, keep_b, keep_r, weights_b, weights_r, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Strides are in units of 8 elements, except `keep_*` (bytes). WEIGHTS is KEEP as fp32 0 and 1. LSE is contiguous [B, R, H, LQ]."""
+    EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LQ, BQ)
     groups = tl.cdiv(R, ROWS)
@@ -163,18 +176,16 @@ def forward_kernel(
     if FAST:
         for k0 in tl.range(0, LK, BK, num_stages=STAGES):
             ki = k0 + tl.arange(0, BK)
-            tile = load_bias(bb, qi, ki, bias_s, LQ, LK)
-            bias = tile.to(tl.float32) * LOG2E
+            bias = load_bias(bb, qi, ki, bias_s, LQ, LK, EXACT)
             new_accs = ()
             new_totals = ()
             for i in tl.static_range(ROWS):
                 keep = keep_keys(KEEP, keep_rows[i], ki, LK, HAS_MASK)
                 weight = key_weights(WEIGHTS, weight_rows[i], ki, LK, HAS_MASK)
-                inside = (ki < LK)[:, None] & (d < D)[None, :]
+                inside = keep[:, None] & (d < D)[None, :]
                 k = tl.load(tile_pointers(kbs[i], ki, k_l, d, WIDE), mask=inside, other=0.0)
-                v_inside = keep[:, None] & (d < D)[None, :]
-                v = tl.load(tile_pointers(vbs[i], ki, v_l, d, WIDE), mask=v_inside, other=0.0)
-                p = tl.math.exp2(tl.dot(qs[i], tl.trans(k), input_precision=PRECISION) * scale_log2 + bias)
+                v = tl.load(tile_pointers(vbs[i], ki, v_l, d, WIDE), mask=inside, other=0.0)
+                p = powers(tl.dot(qs[i], tl.trans(k), input_precision=PRECISION) * unit_scale + bias, EXACT)
                 new_totals = new_totals + (totals[i] + tl.sum(p * weight[None, :], 1),)
                 new_accs = new_accs + (tl.dot(p.to(v.dtype), v, accs[i], input_precision=PRECISION),)
             accs = new_accs
@@ -192,8 +203,8 @@ def forward_kernel(
         if again != 0:
             if _any_key(KEEP, keep_rows[i], LK, HAS_MASK) != 0:
                 acc, total, top = _online_row(
-                    qs[i], kbs[i], vbs[i], bb, KEEP, keep_rows[i], qi, d, LQ, LK, k_l, v_l, bias_s, scale_log2,
-                    HAS_MASK, D, BQ, BK, BLOCK_D, PRECISION, WIDE, 1 if FAST else STAGES,
+                    qs[i], kbs[i], vbs[i], bb, KEEP, keep_rows[i], qi, d, LQ, LK, k_l, v_l, bias_s, unit_scale,
+                    HAS_MASK, D, BQ, BK, BLOCK_D, PRECISION, WIDE, 1 if FAST else STAGES, EXACT,
                 )  # fmt: skip
             else:
                 acc = tl.zeros((BQ, BLOCK_D), tl.float32)
@@ -202,5 +213,6 @@ def forward_kernel(
         ob = O + (b * o_b + row * o_r + h * o_h) * 8
         out = (acc * inverse[:, None]).to(O.dtype.element_ty)
         tl.store(tile_pointers(ob, qi, o_l, d, WIDE), out, mask=q_mask & (row < R))
-        lse = tl.where(total == 0.0, float("-inf"), (top + tl.math.log2(total)) * LN2)
+        highest = top if EXACT else top * LN2
+        lse = tl.where(total == 0.0, float("-inf"), highest + tl.math.log2(total) * LN2)
         tl.store(LSE + ((b * R + row) * H + h) * LQ + qi, lse, mask=(qi < LQ) & (row < R))

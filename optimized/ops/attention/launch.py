@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -43,14 +44,20 @@ def _small(rows: int, bq: int, bk: int) -> Config:
     return Config({"ROWS": rows, "BQ": bq, "BK": bk, "STAGES": 2}, 4)
 
 
-def default_plan(dtype: torch.dtype, head_dim: int, hip: bool) -> Plan:
+def default_plan(dtype: torch.dtype, head_dim: int, arch: str) -> Plan:
     """Configurations that run everywhere; measured ones replace them through the tuning files."""
     if dtype == torch.float32:
         tile = Config({"BQ": 32, "BK": 32, "STAGES": 1}, 4)
         return Plan(_small(1, 32, 32), _small(1, 32, 32), tile, _small(1, 32, 32))
-    if hip:
-        tile = Config({"BQ": 64, "BK": 64, "STAGES": 1}, 4)
-        return Plan(_small(2, 64, 64), _small(1, 64, 64), tile, _small(1, 64, 64))
+    if arch != "sm_90":
+        fewer = dtype == torch.float16 and arch.startswith("gfx")
+        tile = Config({"BQ": 32 if head_dim > 32 else 64, "BK": 64, "STAGES": 1}, 4)
+        return Plan(
+            _small(1, 32 if fewer else 64, 64),
+            _small(1, 64, 32 if head_dim > 32 else 64),
+            tile,
+            _small(1, 64, 64),
+        )
     wide = head_dim > 32
     forward = Config({"ROWS": 1 if wide else 2, "BQ": 128, "BK": 64, "STAGES": 2}, 8)
     grad_kv = Config({"ROWS": 1, "BQ": 64, "BK": 128, "STAGES": 2}, 8)
@@ -59,9 +66,20 @@ def default_plan(dtype: torch.dtype, head_dim: int, hip: bool) -> Plan:
     return Plan(forward, grad_kv, grad_bias, grad_q)
 
 
+@cache
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942` and so on; `cpu` under the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 def plan_for(q: Tensor) -> Plan:
     """The plan for these inputs: measured on this device, shipped for it, or the default."""
-    base = default_plan(q.dtype, q.shape[-1], torch.version.hip is not None)
+    base = default_plan(q.dtype, q.shape[-1], architecture(q.device))
     if device_name(q.device) == "cpu":
         tile = Config({"BQ": 16, "BK": 32, "STAGES": 1}, 4)
         row = Config({"ROWS": 2, "BQ": 16, "BK": 32, "STAGES": 1}, 4)
@@ -206,8 +224,8 @@ class Call:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """The scale, and the scale in log2 units."""
-        return self.scale, self.scale * math.log2(math.e)
+        """The scale, and the scale in the units of `powers`: natural for fp32, log2 else."""
+        return self.scale, self.scale * (1.0 if self.q.dtype == torch.float32 else math.log2(math.e))
 
 
 def make_call(
@@ -234,7 +252,7 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
 def launch_statistics(
     call: Call, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(lse in log2 units, delta), fp32 [B, R, H, Q padded to TILE]; see `statistics_kernel`."""
+    """(lse in the units of `powers`, delta), fp32 [B, R, H, Q padded to TILE]; see `statistics_kernel`."""
     rows, heads, lq, _ = call.sizes
     padded = triton.cdiv(lq, TILE) * TILE
     lse2, delta = torch.empty((2, *call.q.shape[:-2], padded), dtype=torch.float32, device=call.q.device)

@@ -1,5 +1,7 @@
 """Public attention with a shared pair bias: checks, torch.library operators, autograd."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -124,14 +126,14 @@ def _backward_fake(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, bias, mask, scale, precision = inputs
     ctx.save_for_backward(q, k, v, bias, mask, *output)
     ctx.scale, ctx.precision = scale, precision
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, do, dlse):  # type: ignore[no-untyped-def]
+def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, bias, mask, o, lse = ctx.saved_tensors
     if do is None and dlse is None:
         return (None,) * 7

@@ -10,7 +10,7 @@ from optimized.ops.tuning import Config
 
 HALF = {
     "forward": tile(64, 64, 4, 2),
-    "input_gradient": tile(64, 64, 4, 2),
+    "input_gradient": tile(128, 64, 8, 2),
     "weight_gradient": tile(64, 64, 4, 3),
 }
 HALF_WIDE = dict.fromkeys(HALF, tile(32, 32, 8, 1))

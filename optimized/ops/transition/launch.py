@@ -9,10 +9,12 @@ from optimized.ops.transition import kernels
 from optimized.ops.tuning import Config
 
 HALF = {
-    "forward": tile(128, 64, 8, 2),
-    "input_gradient": tile(128, 32, 8, 2),
-    "weight_gradient": tile(128, 64, 8, 2),
+    "forward": tile(64, 64, 4, 2),
+    "input_gradient": tile(64, 32, 4, 2),
+    "weight_gradient": tile(128, 32, 8, 1),
 }
+# Weight gradients have c rows: more than four warps would share 64 of them.
+HALF_NARROW = HALF | {"weight_gradient": tile(64, 32, 4, 2)}
 HALF_WIDE = {
     "forward": tile(32, 32, 8, 1),
     "input_gradient": tile(16, 32, 8, 1),
@@ -31,7 +33,7 @@ def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
     name = kernel.partition(".")[2]
     if dtype == torch.float32:
         return (FULL if channels <= 128 else FULL_WIDE)[name]
-    return (HALF if channels <= 128 else HALF_WIDE)[name]
+    return (HALF_NARROW if channels <= 64 else HALF if channels <= 128 else HALF_WIDE)[name]
 
 
 def _config(kernel: str, x: Tensor, dtype: torch.dtype) -> Config:

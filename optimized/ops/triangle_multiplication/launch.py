@@ -13,21 +13,23 @@ from optimized.ops.tuning import Config
 
 ALIGNMENT = 16
 
-
 HALF = {
     "project": tile(64, 64, 4, 2),
     "project_input": tile(128, 32, 8, 2),
-    "project_weight": tile(128, 64, 8, 2),
-    "output": tile(64, 64, 8, 2),
-    "output_input": tile(64, 32, 8, 2),
-    "output_weight": tile(32, 64, 8, 2),
+    "project_weight": tile(128, 64, 8, 1),
+    "output": tile(64, 32, 4, 2),
+    "output_input": tile(64, 32, 4, 2),
+    "output_weight": tile(128, 32, 8, 1),
 }
+# Weight gradients have c or h rows: more than four warps would share 64 of them.
+HALF_NARROW = HALF | {"project_weight": tile(64, 32, 4, 2), "output_weight": tile(64, 32, 4, 1)}
 FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1))
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
     """The tile shape of `triangle_multiplication.<kernel>` where no tuning file has one."""
-    return (FULL if dtype == torch.float32 else HALF)[kernel.partition(".")[2]]
+    table = FULL if dtype == torch.float32 else HALF_NARROW if channels <= 64 else HALF
+    return table[kernel.partition(".")[2]]
 
 
 def _config(kernel: str, shape: "Shape", x: Tensor) -> Config:

@@ -95,13 +95,12 @@ def tiny_config() -> AF3Config:
 
 
 @pytest.fixture
-def lean_config() -> AF3Config:
-    """The tiny preset without the parameters that nothing reads."""
-    tiny = preset("tiny")
+def released_tiny_config(tiny_config: AF3Config) -> AF3Config:
+    """The tiny preset with the parameters that the released network owns and never reads."""
     return dataclasses.replace(
-        tiny,
-        atom=dataclasses.replace(tiny.atom, unused_pair_embedding=False),
-        msa=dataclasses.replace(tiny.msa, blocks=2, last_block_updates_msa=False),
+        tiny_config,
+        atom=dataclasses.replace(tiny_config.atom, unused_pair_embedding=True),
+        msa=dataclasses.replace(tiny_config.msa, last_block_updates_msa=True),
     )
 
 

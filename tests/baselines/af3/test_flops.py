@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from baselines.af3.config import preset
+from baselines.af3.config import AF3Config, preset
 from baselines.af3.flops import (
     ProblemSize,
     StepFactors,
@@ -43,7 +43,7 @@ def test_meta_features_satisfy_the_schema():
 
 
 def test_parameters_by_part_add_up():
-    parts = parameters_by_part(preset("af3"))
+    parts = parameters_by_part(AF3Config())
     assert parts["total"] == 368_384_538 == sum(parts.values()) - parts["total"]
 
 

@@ -70,15 +70,17 @@ def test_shapes(tiny, features, tiny_config):
         torch.testing.assert_close(out[name], out[name].transpose(0, 1))
 
 
-def test_every_parameter_that_is_read_gets_a_gradient(make_model, lean_config, features):
-    model = make_model(lean_config)
+def test_every_parameter_that_is_read_gets_a_gradient(make_model, tiny_config, features):
+    model = make_model(tiny_config)
     total(run(model, features)).backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert missing == []
 
 
-def test_parameters_without_effect_are_exactly_those_without_gradient(make_model, tiny_config, features):
-    model = make_model(tiny_config)
+def test_parameters_without_effect_are_exactly_those_without_gradient(
+    make_model, released_tiny_config, features
+):
+    model = make_model(released_tiny_config)
     total(run(model, features)).backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None]
     assert missing and missing == model.parameters_without_effect()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from baselines.af3.config import preset
+from baselines.af3.config import AF3Config, preset
 from baselines.af3.model import AlphaFold3
 
 
@@ -20,7 +20,7 @@ def build(config):
 
 @pytest.fixture(scope="module")
 def released():
-    return build(preset("af3"))
+    return build(AF3Config())
 
 
 RELEASED = {
@@ -49,6 +49,16 @@ def test_released_layout(released, name):
     assert count(released.get_submodule(name)) == RELEASED[name]
 
 
+def test_the_preset_is_the_released_network_without_parameters_nothing_reads(released):
+    trained = build(preset("af3"))
+    assert count(trained) == 368_384_538 - 62_976 - 2 * 4_160
+    assert 368_200_000 < count(trained) < 368_500_000
+    assert not trained.parameters_without_effect()
+    assert count(trained.pairformer) == 147_400_704
+    assert count(trained.pairformer.blocks[0]) == 3_070_848
+    assert count(trained.diffusion.transformer) == 198_340_736
+
+
 def test_parts_of_the_diffusion_module(released):
     diffusion = released.diffusion
     conditioning = [diffusion.pair_conditioning, diffusion.single_conditioning, diffusion.linear_s]
@@ -65,7 +75,7 @@ def test_nothing_is_allocated_on_the_meta_device(released):
 
 
 def test_options_remove_what_other_implementations_leave_out():
-    full = preset("af3")
+    full = AF3Config()
     no_update = dataclasses.replace(full, msa=dataclasses.replace(full.msa, last_block_updates_msa=False))
     assert count(build(full)) - count(build(no_update)) == 62_976
     no_copy = dataclasses.replace(full, atom=dataclasses.replace(full.atom, unused_pair_embedding=False))

@@ -50,7 +50,8 @@ def _patched_convert(self, src, dst_type, rounding_mode):
 
 def _patched_dot(self, a, b, d, *rest):
     wide = [
-        interpreter.TensorHandle(_widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)
+        interpreter.TensorHandle(_widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t
+        for t in (a, b)
     ]
     return _dot(self, *wide, d, *rest)
 

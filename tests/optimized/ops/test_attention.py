@@ -1,0 +1,267 @@
+"""Attention with a shared pair bias: kernels under Triton's interpreter against fp64, and the operator's contract."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from optimized.ops.attention import (
+    attention,
+    attention_backward,
+    attention_with_lse,
+    launch,
+    reference,
+    supported,
+)
+from optimized.ops.tuning import Config
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("o", "dq", "dk", "dv", "dbias")
+FP32_ROUNDINGS = 6 * 2.0**-24
+
+
+@dataclass
+class Case:
+    """fp64 values rounded to a dtype, so that every implementation gets the same numbers."""
+
+    leaves: list[torch.Tensor]
+    do: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def make(
+    dtype, rows=3, heads=2, queries=19, keys=37, dim=16, masked=True, batch=(1,), seed=0, layout="token"
+) -> Case:
+    g = torch.Generator().manual_seed(seed)
+
+    def tensor(length):
+        if layout == "head":
+            return torch.randn(*batch, rows, heads, length, dim, generator=g).to(dtype)
+        if layout == "fused":  # q, k or v as a slice of one projection of width 3 * heads * dim
+            x = torch.randn(*batch, rows, length, 3 * heads * dim, generator=g).to(dtype)
+            return x[..., heads * dim : 2 * heads * dim].unflatten(-1, (heads, dim)).transpose(-2, -3)
+        if layout == "column":  # ending node: tokens slower than rows
+            x = torch.randn(*batch, length, rows, heads, dim, generator=g).to(dtype)
+            return x.movedim(-4, -2)
+        return torch.randn(*batch, rows, length, heads, dim, generator=g).to(dtype).transpose(-2, -3)
+
+    q, k, v, do = tensor(queries), tensor(keys), tensor(keys), tensor(queries)
+    bias = torch.randn(*batch, 1, heads, queries, keys, generator=g).to(dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(*batch, rows, keys, generator=g) > 0.3
+        mask[..., 0, :] = False
+    return Case([q, k, v, bias], do, mask)
+
+
+def with_grads(f, case: Case, dtype) -> list[torch.Tensor]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in case.leaves]
+    o = f(*leaves, case.mask)
+    return [o.detach(), *torch.autograd.grad(o, leaves, case.do.to(dtype))]
+
+
+def relative(a, b) -> float:
+    return float((a.double() - b).norm() / b.norm())
+
+
+def check(case: Case, dtype, factor: float = 1.1) -> None:
+    """Errors against fp64 at most `factor` times those of the eager definition, or a few roundings in fp32."""
+    assert supported(*case.leaves, case.mask) == (True, "")
+    exact = with_grads(reference.attention, case, torch.float64)
+    eager = with_grads(reference.attention, case, dtype)
+    ours = with_grads(attention, case, dtype)
+    floor = FP32_ROUNDINGS if dtype == torch.float32 else 0.0
+    for name, a, e, x in zip(NAMES, ours, eager, exact, strict=True):
+        assert a.dtype == dtype and a.shape == x.shape, name
+        assert relative(a, x) <= max(factor * relative(e, x), floor), (name, relative(a, x), relative(e, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 16, 24, 32, 48, 64])
+def test_error_no_larger_than_eager_for_every_head_size(dtype, dim):
+    check(make(dtype, rows=2, heads=1, queries=17, keys=35, dim=dim), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 4), (1, 40), (33, 5), (32, 32)])
+def test_lengths(dtype, queries, keys):
+    """With very few keys the gradients of scores cancel, and delta taken from the rounded output shows (16 bits)."""
+    factor = 4.0 if keys < 8 and dtype != torch.float32 else 1.1
+    check(make(dtype, rows=2, heads=2, queries=queries, keys=keys, masked=False), dtype, factor)
+
+
+@pytest.mark.parametrize("layout", ["head", "fused", "column"])
+def test_strided_inputs_are_read_in_place(layout):
+    case = make(torch.bfloat16, rows=2, layout=layout)
+    q = case.leaves[0][None] if case.leaves[0].dim() == 4 else case.leaves[0]
+    assert launch.aligned(q) is q
+    check(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("keys", [24, 37])
+def test_transposed_bias(keys):
+    case = make(torch.bfloat16, rows=2, heads=1, queries=24, keys=keys)
+    flipped = case.leaves[3].transpose(-1, -2).contiguous().transpose(-1, -2)
+    straight = with_grads(attention, case, torch.bfloat16)
+    case.leaves[3] = flipped
+    for a, b in zip(with_grads(attention, case, torch.bfloat16), straight, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_batch_axes():
+    case = make(torch.bfloat16, batch=(2, 2), rows=2, heads=1, queries=9, keys=18)
+    whole = with_grads(attention, case, torch.bfloat16)
+    one = Case([x[1, 0] for x in case.leaves], case.do[1, 0], case.mask[1, 0])
+    for a, b in zip(whole, with_grads(attention, one, torch.bfloat16), strict=True):
+        assert torch.equal(a[1, 0], b)
+
+
+def test_bias_of_another_dtype():
+    case = make(torch.bfloat16)
+    case.leaves[3] = case.leaves[3].float() + 1e-3
+    leaves = [x.detach().requires_grad_() for x in case.leaves]
+    grads = torch.autograd.grad(attention(*leaves, case.mask), leaves, case.do)
+    assert grads[3].dtype == torch.float32
+    exact = [x.detach().double().requires_grad_() for x in case.leaves]
+    o = reference.attention(*exact, case.mask)
+    assert relative(grads[3], torch.autograd.grad(o, exact, case.do.double())[3]) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fully_masked_rows_give_zero(dtype):
+    case = make(dtype)
+    case.leaves[3] = case.leaves[3] + 3
+    o, lse = attention_with_lse(*case.leaves, case.mask)
+    assert torch.equal(o[:, 0], torch.zeros_like(o[:, 0]))
+    assert bool((lse[:, 0] == -math.inf).all()) and bool(lse[:, 1:].isfinite().all())
+    grads = with_grads(attention, case, dtype)
+    for name, g in zip(NAMES[:4], grads[:4], strict=True):
+        assert torch.equal(g[:, 0], torch.zeros_like(g[:, 0])), name
+    assert all(bool(g.isfinite().all()) for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [300.0, -300.0, 70.0])
+def test_large_logits_take_the_running_maximum(dtype, shift):
+    """exp of these logits over- or underflows without a maximum: the second attempt must be exact."""
+    case = make(dtype)
+    case.leaves[3] = case.leaves[3] + torch.linspace(0, shift, 19)[:, None].to(dtype)
+    check(case, dtype, 1.3)
+
+
+def test_garbage_in_masked_keys_is_ignored():
+    case = make(torch.bfloat16)
+    clean = with_grads(attention, case, torch.bfloat16)
+    hidden = ~case.mask[:, :, None, :, None].expand_as(case.leaves[1])
+    for i in (1, 2):
+        case.leaves[i] = case.leaves[i].masked_fill(hidden, 1e4)
+    for name, a, b in zip(NAMES, with_grads(attention, case, torch.bfloat16), clean, strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_repeats_are_bitwise_equal():
+    case = make(torch.bfloat16, rows=3, heads=1)
+    first = with_grads(attention, case, torch.bfloat16)
+    for a, b in zip(first, with_grads(attention, case, torch.bfloat16), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("planes", [True, False])
+def test_plans_agree(planes, monkeypatch):
+    """dq from planes of the bias-gradient kernel, in several chunks of rows, or from its own kernel."""
+    case = make(torch.float32, rows=4, heads=1, queries=20, keys=40)
+    row = Config({"ROWS": 3, "BQ": 16, "BK": 16, "STAGES": 1})
+    plan = launch.Plan(row, row, Config({"BQ": 32, "BK": 16, "STAGES": 1}), None if planes else row, 1)
+    monkeypatch.setattr(launch, "plan_for", lambda q: plan)
+    check(case, torch.float32)
+
+
+def test_pieces_of_the_keys_merge_through_lse():
+    """What pair sharding does: two halves of the keys, outputs and gradients merged from log-sum-exps."""
+    case = make(torch.float32, keys=48)
+    q, k, v, bias = case.leaves
+    o, lse = attention_with_lse(q, k, v, bias, case.mask)
+    halves = [slice(0, 24), slice(24, 48)]
+    parts = [
+        attention_with_lse(q, k[..., s, :], v[..., s, :], bias[..., s], case.mask[..., s]) for s in halves
+    ]
+    merged = torch.logaddexp(parts[0][1], parts[1][1])
+    weights = [torch.exp(p[1] - merged.nan_to_num(neginf=0.0)) for p in parts]
+    torch.testing.assert_close(sum(w[..., None] * p[0] for w, p in zip(weights, parts, strict=True)), o)
+    whole = attention_backward(case.do, q, k, v, bias, case.mask, o, lse)
+    pieces = [
+        attention_backward(case.do, q, k[..., s, :], v[..., s, :], bias[..., s], case.mask[..., s], o, lse)
+        for s in halves
+    ]
+    torch.testing.assert_close(pieces[0][0] + pieces[1][0], whole[0])
+    for i, axis in ((1, -2), (2, -2), (3, -1)):
+        torch.testing.assert_close(torch.cat([p[i] for p in pieces], axis), whole[i])
+
+
+def test_gradient_through_lse():
+    case = make(torch.float32, masked=False)
+    for f, dtype in ((attention_with_lse, torch.float32), (reference.attention_with_lse, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in case.leaves]
+        o, lse = f(*leaves, case.mask)
+        grads = torch.autograd.grad((o * case.do).sum() + lse.sin().sum(), leaves)
+        if dtype == torch.float32:
+            ours = grads
+    for a, b in zip(ours, grads, strict=True):
+        assert relative(a, b) < 1e-6
+
+
+def test_definition_where_kernels_do_not_apply():
+    case = make(torch.float64, rows=2, heads=1, queries=3, keys=4, dim=8)
+    assert not supported(*case.leaves).ok and "float64" in supported(*case.leaves).reason
+    odd = make(torch.float32, dim=40)
+    assert "head size 40" in supported(*odd.leaves).reason
+    exact = with_grads(reference.attention, odd, torch.float64)
+    for a, x in zip(with_grads(attention, odd, torch.float32), exact, strict=True):
+        assert relative(a, x) < 1e-6
+    leaves = [x.requires_grad_() for x in case.leaves]
+    assert torch.autograd.gradcheck(lambda *a: attention(*a, case.mask), leaves)
+
+
+def test_written_backward_is_the_derivative_of_the_definition():
+    case = make(torch.float64)
+    o, lse = reference.attention_with_lse(*case.leaves, case.mask)
+    grads = reference.attention_backward(case.do, *case.leaves, case.mask, o, lse)
+    for a, b in zip(grads, with_grads(reference.attention, case, torch.float64)[1:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", ["token", "fused"])
+def test_operator_registration(layout):
+    case = make(torch.float32, rows=2, heads=1, queries=5, keys=9, dim=8, layout=layout)
+    args = (*[x.detach().requires_grad_() for x in case.leaves], case.mask, 0.25, "ieee")
+    torch.library.opcheck(torch.ops.megafold_bench.pair_attention.default, args)
+
+
+def test_compiles_without_graph_breaks():
+    case = make(torch.float32, rows=2, heads=1, queries=5, keys=9, dim=8)
+    compiled = torch.compile(lambda *a: attention(*a).sin(), fullgraph=True, backend="aot_eager")
+    expected = with_grads(lambda *a: attention(*a).sin(), case, torch.float32)
+    for a, b in zip(with_grads(compiled, case, torch.float32), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_shapes_without_computing():
+    with torch.device("meta"):
+        q, bias = torch.empty(1, 4096, 4, 4096, 32), torch.empty(1, 1, 4, 4096, 4096)
+    o, lse = attention_with_lse(q, q, q, bias)
+    assert o.shape == q.shape and lse.shape == q.shape[:-1] and o.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: (c[0], c[1], c[1][..., :8], c[3], None), "v"),
+        (lambda c: (c[0], c[1], c[2], c[3][..., :-1], None), "bias must be"),
+        (lambda c: (c[0], c[1], c[2], c[3], torch.ones(1, 3, 37)), "mask must be boolean"),
+        (lambda c: (c[0], c[1][:, :2], c[2][:, :2], c[3], None), "disagree"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*change(make(torch.float32).leaves))
