@@ -30,32 +30,28 @@ def losses_and_gradients(workload: FixedCropWorkload) -> tuple[dict, dict]:
     return losses, {n: p.grad for n, p in workload.session.model.named_parameters()}
 
 
-def compare(loss_tolerance: float, tolerance: float, least: float, **options) -> None:
-    expected, reference = losses_and_gradients(build(PYTORCH, **options))
-    found, gradients = losses_and_gradients(build(MEGAFOLD, **options))
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.allclose(found[name], value, rtol=loss_tolerance, atol=1e-6), name
-    assert gradients.keys() == reference.keys()
-    compared = 0
-    for name, gradient in reference.items():
+@pytest.fixture(scope="module")
+def reference() -> tuple[dict, dict]:
+    return losses_and_gradients(build(PYTORCH))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_loss_and_every_gradient(reference, checkpointing):
+    losses, gradients = reference
+    found_losses, found = losses_and_gradients(build(MEGAFOLD, checkpointing=checkpointing))
+    assert found_losses.keys() == losses.keys()
+    for name, value in losses.items():
+        assert torch.allclose(found_losses[name], value, rtol=1e-5, atol=1e-6), name
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
         if gradient is None:
-            assert gradients[name] is None, name
-            continue
-        size = gradient.norm()
-        if size <= least:
-            continue
-        compared += 1
-        assert (gradients[name] - gradient).norm() <= tolerance * size, name
-    assert compared > 0.9 * sum(g is not None for g in reference.values())
-
-
-def test_loss_and_every_gradient():
-    compare(1e-4, 1e-2, least=1e-6)
-
-
-def test_loss_and_gradients_with_checkpointing():
-    compare(1e-4, 1e-2, least=1e-6, checkpointing="block")
+            assert found[name] is None, name
+        elif name.endswith((".pair_bias.layer_norm.bias", "averaging.layer_norm_z.bias")):
+            # Shifts all logits of a row, which has no effect.
+            assert max(gradient.norm(), found[name].norm()) < 1e-6, name
+        else:
+            assert gradient.norm() > 0, name
+            assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 def test_trains_on():
