@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
-
 from baselines.af3.model import AlphaFold3
+from baselines.compilation import compile_units, strict_compilation
+from baselines.factors import Flag
 from baselines.systems import PyTorchVariant
 from baselines.workload import FixedCropWorkload, build_workload
 from megafold_bench.errors import UserError
@@ -16,6 +18,7 @@ from optimized.patch import Report, apply
 from optimized.recipes import OPS
 
 ALL = "all"
+COMPILE = Flag(False)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class MegaFoldVariant(PyTorchVariant):
     """The step of `pytorch`, its model changed by `optimized.apply` and nothing else.
 
     Same weights, input, random choices, losses, precision policy, checkpointing and optimiser. The option
-    ``ops`` names the operators to use, separated by commas, for ablation; ``all`` by default.
+    ``ops`` names the operators to use, separated by commas, for ablation; ``all`` by default. With the option
+    ``compile`` the patched blocks are compiled as `inductor` compiles them; off by default.
     """
 
     name: str = "megafold"
@@ -42,9 +46,16 @@ class MegaFoldVariant(PyTorchVariant):
         return eager
 
     def resolve(self, options: Mapping[str, Scalar], seq_len: int) -> dict[str, Scalar]:
-        """The factors of `pytorch`, and ``ops`` in a fixed order. Raises `UserError`."""
-        rest = {name: value for name, value in options.items() if name != "ops"}
-        return {**super().resolve(rest, seq_len), "ops": _canonical(options.get("ops"))}
+        """The factors of `pytorch`, ``ops`` in a fixed order and ``compile``. Raises `UserError`."""
+        own = ("ops", "compile")
+        rest = {name: value for name, value in options.items() if name not in own}
+        wish = options.get("compile")
+        compiled = COMPILE.default if wish is None else COMPILE.parse("compile", wish)
+        return {
+            **super().resolve(rest, seq_len),
+            "ops": _canonical(options.get("ops")),
+            "compile": compiled,
+        }
 
     def build(self, factors: Mapping[str, Scalar], seq_len: int, seed: int, device: str) -> FixedCropWorkload:
         """As `pytorch`, patched before checkpointing.
@@ -55,8 +66,11 @@ class MegaFoldVariant(PyTorchVariant):
 
         def patch(model: AlphaFold3) -> None:
             reports.append(apply(model, _names(factors["ops"])))
+            if factors["compile"]:
+                compile_units(model.checkpoint_units())
 
-        workload = build_workload(factors, seq_len, seed, device, prepare=patch)
+        around = strict_compilation if factors["compile"] else nullcontext
+        workload = build_workload(factors, seq_len, seed, device, prepare=patch, around_step=around)
         facts = {**workload.facts, "fused_operators": reports[0].summary()}
         return replace(workload, facts=facts)
 

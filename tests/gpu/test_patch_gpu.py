@@ -30,8 +30,8 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 LENGTHS = pytest.mark.parametrize("n", [64, 77])
-MARGIN = 1.3
-"""How much further from float32 than the baseline one tensor may be: errors of rounding scatter."""
+MARGIN, MEDIAN_MARGIN = 1.6, 1.1
+"""How much further from float32 than the baseline's one tensor, and their median, may be: rounding scatters."""
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +67,16 @@ def in_bf16(m: nn.Module, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 def assert_no_further(
     found: dict[str, Tensor], baseline: dict[str, Tensor], exact: dict[str, Tensor], least: float = 1e-3
 ) -> None:
-    """Each tensor at most `MARGIN` times as far from `exact` as the baseline's, or `least` of its norm."""
+    """As near to `exact` as the baseline, tensor by tensor (or within `least` of its norm) and in the median."""
     assert found.keys() == baseline.keys() == exact.keys()
+    ratios = []
     for name, value in exact.items():
-        if SHIFTS.search(name) or "averaging.layer_norm_z.bias" in name:
+        if SHIFTS.search(name):
             continue
         error, allowed = ((x[name] - value).norm() / value.norm() for x in (found, baseline))
         assert error <= max(MARGIN * allowed, least), f"{name}: {error:.2e}, baseline {allowed:.2e}"
+        ratios.append(error / allowed)
+    assert torch.stack(ratios).median() <= MEDIAN_MARGIN
 
 
 @LENGTHS
@@ -212,23 +215,18 @@ def test_step_in_float32(exact_step):
 
 
 def test_step_in_bf16(exact_step):
-    """One number over all gradients, because single small ones scatter; and the losses."""
+    """The median over all gradients, because small ones scatter; and the losses."""
     losses, exact, _ = exact_step
     theirs_losses, theirs, _ = step(PYTORCH, "bf16")
     found_losses, found, workload = step(MEGAFOLD, "bf16")
     assert found.keys() == theirs.keys() == exact.keys()
 
     def distance(gradients: dict) -> Tensor:
-        errors = torch.stack([(gradients[n] - g).norm() / g.norm() for n, g in exact.items() if not_shift(n)])
-        return errors.median()
+        errors = [(gradients[n] - g).norm() / g.norm() for n, g in exact.items() if not SHIFTS.search(n)]
+        return torch.stack(errors).median()
 
-    assert distance(found) <= 1.15 * distance(theirs)
+    assert distance(found) <= MEDIAN_MARGIN * distance(theirs)
     for name, value in losses.items():
         allowed = 2 * (theirs_losses[name] - value).abs() + 2e-2 * value.abs() + 1e-4
         assert (found_losses[name] - value).abs() <= allowed, name
     assert not workload.facts["fused_operators"]["fallbacks"]
-
-
-def not_shift(name: str) -> bool:
-    """Whether the gradient of this parameter is more than rounding."""
-    return not SHIFTS.search(name)

@@ -174,6 +174,21 @@ def test_replaced_forwards_are_left():
     assert "on the instance" in reason
 
 
+def test_subclasses_without_a_forward_are_replaced():
+    class Named(Transition):
+        """As wrappers that add behaviour by subclassing do."""
+
+        note = "kept"
+
+    named, plain = Named(C_Z, 4), Transition(C_Z, 4)
+    randomise(named)
+    plain.load_state_dict(named.state_dict())
+    assert apply(named).counts() == {"transition": 1}
+    assert isinstance(named, Named) and isinstance(named, modules.Transition) and named.note == "kept"
+    inputs = [randn(N, C_Z)]
+    assert_same(run(named, inputs, lambda m, x: m(x)), run(plain, inputs, lambda m, x: m(x)), 2e-5)
+
+
 def test_errors_of_the_user():
     with pytest.raises(UserError, match="unknown operator 'softmax': choose from triangle_multiplication"):
         apply(block(), ["softmax"])

@@ -10,7 +10,7 @@ from baselines.systems import PYTORCH, PyTorchVariant
 from baselines.workload import FixedCropWorkload
 from megafold_bench.errors import UserError
 from megafold_bench.variants import Variant
-from optimized.recipes import OPS
+from optimized.recipes import OPS, Fused
 from optimized.variant import MEGAFOLD
 from tests.optimized.drop_in import definitions_on_the_cpu  # noqa: F401
 
@@ -84,6 +84,16 @@ def test_contract_and_options():
     assert MEGAFOLD.resolve({**TINY, "ops": ",".join(reversed(OPS))}, TOKENS)["ops"] == "all"
     chosen = MEGAFOLD.resolve({**TINY, "ops": "transition, triangle_attention"}, TOKENS)
     assert chosen["ops"] == "triangle_attention,transition"
-    assert {k: v for k, v in chosen.items() if k != "ops"} == PYTORCH.resolve(TINY, TOKENS)
+    assert chosen["compile"] is False
+    assert {k: v for k, v in chosen.items() if k not in ("ops", "compile")} == PYTORCH.resolve(TINY, TOKENS)
+    assert MEGAFOLD.resolve({**TINY, "compile": "true"}, TOKENS)["compile"] is True
     with pytest.raises(UserError, match="unknown operator 'softmax'"):
         MEGAFOLD.resolve({**TINY, "ops": "softmax"}, TOKENS)
+
+
+def test_compiled_blocks_are_patched_blocks():
+    """What compiles is tested with the blocks themselves; here, that both happen to every block."""
+    model = build(MEGAFOLD, compile=True).session.model
+    for name, unit in model.checkpoint_units():
+        assert "forward" in vars(unit), name
+    assert isinstance(model.pairformer.blocks[0].pair.tri_att_end, Fused)
