@@ -44,4 +44,3 @@ def summarise_model(preset_name: str, tokens: int) -> dict[str, Any]:
         "flops_of_forward": forward,
         "flops_of_step": training_flops(forward, step),
     }
-

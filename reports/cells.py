@@ -168,7 +168,9 @@ def _median_of(records: Sequence[Record], name: str) -> float | None:
     pooled: list[float] = []
     for record in records:
         if outcome_of(record).is_ok:
-            pooled += [v for v in ((record.get("time") or {}).get("samples") or {}).get(name) or [] if v is not None]
+            pooled += [
+                v for v in ((record.get("time") or {}).get("samples") or {}).get(name) or [] if v is not None
+            ]
     return float(np.median(pooled)) if pooled else None
 
 
@@ -293,8 +295,12 @@ def as_frame(found: Iterable[Cell]) -> pd.DataFrame:
         time = cell.time
         rows.append(
             {
-                "series": cell.series, "variant": cell.variant, "seq_len_tokens": cell.seq_len,
-                "tier": cell.tier, "outcome": cell.outcome.value, "outcome_detail": cell.detail,
+                "series": cell.series,
+                "variant": cell.variant,
+                "seq_len_tokens": cell.seq_len,
+                "tier": cell.tier,
+                "outcome": cell.outcome.value,
+                "outcome_detail": cell.detail,
                 "step_time_median_s": time.median if time else None,
                 "step_time_ci95_lo_s": time.interval.lo if time else None,
                 "step_time_ci95_hi_s": time.interval.hi if time else None,
@@ -302,11 +308,15 @@ def as_frame(found: Iterable[Cell]) -> pd.DataFrame:
                 "step_time_q3_s": time.q3 if time else None,
                 "n_processes": len(time.processes) if time else 0,
                 "n_steps": time.n_steps if time else 0,
-                "gpu_step_time_median_s": cell.gpu_time_s, "data_wait_median_s": cell.data_wait_s,
-                "throughput_tokens_per_s": cell.tokens_per_s, "energy_per_step_j": cell.energy_j,
+                "gpu_step_time_median_s": cell.gpu_time_s,
+                "data_wait_median_s": cell.data_wait_s,
+                "throughput_tokens_per_s": cell.tokens_per_s,
+                "energy_per_step_j": cell.energy_j,
                 "energy_method": cell.energy_method,
-                **cell.memory, "peak_memory_spread_bytes": cell.memory_spread_bytes,
-                "capacity_bytes": cell.capacity_bytes, "flags": ";".join(cell.flags),
+                **cell.memory,
+                "peak_memory_spread_bytes": cell.memory_spread_bytes,
+                "capacity_bytes": cell.capacity_bytes,
+                "flags": ";".join(cell.flags),
             }  # fmt: skip
         )
     return pd.DataFrame(rows)

@@ -223,7 +223,11 @@ def _matches(a: Run, b: Run, by: str) -> tuple[list[tuple[str, _Group, _Group]],
     found, alone = [], []
     lonely: dict[tuple[str, str], list[int]] = {}
     for second in theirs:
-        near = [g for g in ours if g.seq_len == second.seq_len and (by == "variant" or g.variant == second.variant)]
+        near = [
+            g
+            for g in ours
+            if g.seq_len == second.seq_len and (by == "variant" or g.variant == second.variant)
+        ]
         first = next((g for g in near if not g.disagreement(second, by)), None)
         label = f"{second.variant} at {second.seq_len}"
         if first is not None:
@@ -270,7 +274,8 @@ def _memory_change(a: int | None, b: int | None) -> tuple[float | None, str]:
 def _pairs(matches: Sequence[tuple[str, _Group, _Group]], threshold: float) -> list[Pair]:
     sides = [(name, cell_of(a.variant, a.records), cell_of(b.variant, b.records)) for name, a, b in matches]
     ratios = [
-        ratio_of_medians(a.time.processes, b.time.processes) if a.time and b.time else None for _, a, b in sides
+        ratio_of_medians(a.time.processes, b.time.processes) if a.time and b.time else None
+        for _, a, b in sides
     ]
     p_values = {
         i: p_value(ratio, Sizes.of(a.time, b.time))
@@ -315,7 +320,11 @@ def _factor_differences(matches: Sequence[tuple[str, _Group, _Group]]) -> list[t
     for _, a, b in matches:
         first, second = a.records[0], b.records[0]
         left = {**first["factors"], **(first["factors"].get("workload") or {}), **(first.get("facts") or {})}
-        right = {**second["factors"], **(second["factors"].get("workload") or {}), **(second.get("facts") or {})}
+        right = {
+            **second["factors"],
+            **(second["factors"].get("workload") or {}),
+            **(second.get("facts") or {}),
+        }
         for name in sorted((set(left) | set(right)) - {"workload", "phase"}):
             if isinstance(left.get(name), dict | list) or left.get(name) == right.get(name):
                 continue
@@ -355,7 +364,11 @@ def compare(
             raise UserError(f"{run.path} has no record yet: nothing to compare")
     matches, unmatched = _matches(a, b, by)
     if not matches:
-        why = unmatched[0] if unmatched else f"{b.name} has no variant other than {a.records[0]['factors']['variant']}"
+        why = (
+            unmatched[0]
+            if unmatched
+            else f"{b.name} has no variant other than {a.records[0]['factors']['variant']}"
+        )
         raise UserError(f"{a.name} and {b.name} share no point to compare by {by}: {why}")
     # A threshold to fail at that is finer than the usual one asks for finer changes to be called.
     threshold = threshold if fail_above is None else min(threshold, fail_above)

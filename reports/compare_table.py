@@ -32,7 +32,9 @@ def verdict(pair: Pair) -> str:
         same = pair.a.outcome is pair.b.outcome
         return f"both {pair.b.outcome.value}" if same else f"{pair.a.outcome.value}, {pair.b.outcome.value}"
     called = pair.time_change in ("more", "less")
-    return _WORDS[pair.time_change] + (" (within-run)" if called and pair.time and pair.time.within_run else "")
+    return _WORDS[pair.time_change] + (
+        " (within-run)" if called and pair.time and pair.time.within_run else ""
+    )
 
 
 def _points(comparison: Comparison, narrow: bool) -> Table:
@@ -74,7 +76,9 @@ def _cells(comparison: Comparison, pair: Pair, narrow: bool) -> list[str | Text]
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Differences first, then the points, each series over all lengths, boundaries, and the verdict."""
     out = console or Console()
-    say = lambda text, style="": out.print(escape(text), style=style, highlight=False, soft_wrap=not out.is_terminal)  # noqa: E731
+    say = lambda text, style="": out.print(
+        escape(text), style=style, highlight=False, soft_wrap=not out.is_terminal
+    )  # noqa: E731
     say(f"A = {comparison.name_a}, B = {comparison.name_b}, by {comparison.by}; ratios are B/A", "bold")
     if comparison.differences:
         say("What differs:")
@@ -83,7 +87,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     out.print(_points(comparison, out.width < NARROW_COLUMNS))
     for overall in comparison.overall:
         ratio = overall.ratio
-        say(f"{overall.name}, {overall.n_points} lengths: {ratio_text(ratio.estimate, ratio.lo, ratio.hi)}, {_WORDS[overall.change]}")
+        say(
+            f"{overall.name}, {overall.n_points} lengths: {ratio_text(ratio.estimate, ratio.lo, ratio.hi)}, {_WORDS[overall.change]}"
+        )
     for boundary in comparison.boundaries:
         say(f"boundary of {boundary.name}: A {boundary.a.text()}; B {boundary.b.text()}")
     for sentence in comparison.unmatched:

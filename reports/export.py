@@ -43,7 +43,10 @@ def export_run(run_dir: Path, fmt: str = "csv", out: Path | None = None) -> Path
         return write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     stem = "" if out is None else f"{path.stem}_"
     beside = {"points": points, "samples": samples(run)}
-    targets = {path: trials(run), **{path.with_name(f"{stem}{name}{path.suffix}"): f for name, f in beside.items()}}
+    targets = {
+        path: trials(run),
+        **{path.with_name(f"{stem}{name}{path.suffix}"): f for name, f in beside.items()},
+    }
     for target, frame in targets.items():
         if fmt == "csv":
             write_text(target, frame.to_csv(index=False))
@@ -58,7 +61,7 @@ def _write_parquet(frame: pd.DataFrame, path: Path) -> None:
         name for name in frame.columns
         if frame[name].dtype == object and len({type(v) for v in frame[name].dropna()}) > 1
     ]  # fmt: skip
-    as_text = frame.astype({name: "string" for name in mixed})
+    as_text = frame.astype(dict.fromkeys(mixed, "string"))
     try:
         as_text.to_parquet(path, index=False)
     except OSError as error:

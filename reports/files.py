@@ -14,7 +14,9 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}; name another with --out") from error
+        raise UserError(
+            f"cannot make the folder {path}: {error.strerror}; name another with --out"
+        ) from error
     return path
 
 

@@ -60,13 +60,18 @@ def _summary(part: _Part) -> Markup:
         ("device", provenance.device or DASH),
         ("variants", ", ".join(by_series(part.cells))),
         ("lengths", f"{min(lengths)} to {max(lengths)} tokens" if lengths else DASH),
-        ("trials", f"{len(run.records)} (" + ", ".join(f"{n} {name}" for name, n in counts.most_common()) + ")"),
+        (
+            "trials",
+            f"{len(run.records)} (" + ", ".join(f"{n} {name}" for name, n in counts.most_common()) + ")",
+        ),
         ("measuring took", duration_text(sum(record.get("wall_s") or 0 for record in run.records))),
         ("begun", run.manifest.get("created_at") or DASH),
         ("measured with", provenance.caption()),
     ]
     sentences = [f"{boundary.series}: {boundary.text()}." for boundary in boundaries(part.cells)]
-    return join([table(("", ""), facts, words=2), tag("ul", *(tag("li", sentence) for sentence in sentences))])
+    return join(
+        [table(("", ""), facts, words=2), tag("ul", *(tag("li", sentence) for sentence in sentences))]
+    )
 
 
 def _boundary(part: _Part) -> Markup:
@@ -111,13 +116,34 @@ def _time(part: _Part) -> Markup:
 def _memory(part: _Part) -> Markup:
     rows = []
     for cell in sorted(part.cells, key=lambda cell: cell.seq_len):
-        fields = ("allocated_peak_bytes", "reserved_peak_bytes", "device_used_peak_bytes", "non_torch_bytes", "host_rss_peak_bytes")
+        fields = (
+            "allocated_peak_bytes",
+            "reserved_peak_bytes",
+            "device_used_peak_bytes",
+            "non_torch_bytes",
+            "host_rss_peak_bytes",
+        )
         rows.append((
             cell.series, _outcome(cell), cell.seq_len, *(bytes_text(cell.memory.get(field)) for field in fields),
             bytes_text(cell.memory_spread_bytes),
         ))  # fmt: skip
-    headings = ("series", "outcome", "tokens", "allocated", "reserved", "device", "outside PyTorch", "host", "spread")
-    return join([tag("div", figure(part.drawings["memory"], part.anchor), class_="figures"), table(headings, rows, words=2)])
+    headings = (
+        "series",
+        "outcome",
+        "tokens",
+        "allocated",
+        "reserved",
+        "device",
+        "outside PyTorch",
+        "host",
+        "spread",
+    )
+    return join(
+        [
+            tag("div", figure(part.drawings["memory"], part.anchor), class_="figures"),
+            table(headings, rows, words=2),
+        ]
+    )
 
 
 def _energy(part: _Part) -> Markup:
@@ -132,11 +158,16 @@ def _energy(part: _Part) -> Markup:
     reasons = {
         reason
         for record in part.run.records
-        for source in (record.get("unavailable") or {}, (record.get("telemetry") or {}).get("unavailable") or {})
+        for source in (
+            record.get("unavailable") or {},
+            (record.get("telemetry") or {}).get("unavailable") or {},
+        )
         for name, reason in source.items()
         if "energy" in name or name == "telemetry"
     }
-    return tag("p", "No energy was measured: " + ("; ".join(sorted(reasons)) or "the records give no reason") + ".")
+    return tag(
+        "p", "No energy was measured: " + ("; ".join(sorted(reasons)) or "the records give no reason") + "."
+    )
 
 
 def _comparison(comparison: Comparison) -> Markup:
@@ -154,10 +185,20 @@ def _comparison(comparison: Comparison) -> Markup:
         tag("h3", f"{comparison.name_b} against {comparison.name_a}, by {comparison.by}"),
         tag("p", summary(comparison) + " Ratios are B over A: above 1, B is slower or larger."),
         tag("div", figure(comparison_drawing(comparison), prefix), class_="figures"),
-        table(("point", "verdict", "time A", "time B", "time B/A [95 %]", "memory B/A", "energy B/A"), rows, words=2),
+        table(
+            ("point", "verdict", "time A", "time B", "time B/A [95 %]", "memory B/A", "energy B/A"),
+            rows,
+            words=2,
+        ),
     ]
     if comparison.differences:
-        pieces.append(tag("details", tag("summary", "What else differs"), table(("what", "A", "B"), comparison.differences, words=3)))
+        pieces.append(
+            tag(
+                "details",
+                tag("summary", "What else differs"),
+                table(("what", "A", "B"), comparison.differences, words=3),
+            )
+        )
     if comparison.unmatched:
         items = tag("ul", *(tag("li", sentence) for sentence in comparison.unmatched))
         pieces.append(tag("details", tag("summary", "Points not compared"), items))
@@ -167,7 +208,10 @@ def _comparison(comparison: Comparison) -> Markup:
 def _comparisons(parts: Sequence[_Part]) -> Markup:
     """The first run against each other one; with one run, its first variant against the others."""
     first = parts[0].run
-    wanted = [(part.run, "gpu" if part.run.provenance.device != first.provenance.device else "run") for part in parts[1:]]
+    wanted = [
+        (part.run, "gpu" if part.run.provenance.device != first.provenance.device else "run")
+        for part in parts[1:]
+    ]
     if not wanted and len({cell.variant for cell in parts[0].cells}) > 1:
         wanted = [(first, "variant")]
     pieces = []
@@ -186,7 +230,11 @@ def _quality(part: _Part) -> Markup:
          ", ".join(f"{cell.series} {cell.seq_len}" for cell in part.cells if flag in cell.flags))
         for flag in flags
     ]  # fmt: skip
-    pieces = [table(("flag", "meaning", "points"), rows, words=3) if rows else tag("p", "No point carries a quality flag.")]
+    pieces = [
+        table(("flag", "meaning", "points"), rows, words=3)
+        if rows
+        else tag("p", "No point carries a quality flag.")
+    ]
     pieces += [tag("p", f"Warning while reading: {warning}", class_="warn") for warning in part.run.warnings]
     shown = set()
     for record in part.run.records:
@@ -216,8 +264,13 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _environment(part: _Part) -> Markup:
     worker = next((r["provenance"] for r in reversed(part.run.records) if r.get("provenance")), {})
     pieces = []
-    for title, facts in (("the machine", part.run.manifest.get("environment") or {}), ("the measured process", worker)):
-        pieces.append(tag("details", tag("summary", f"Of {title}"), table(("fact", "value"), _flat(facts), words=2)))
+    for title, facts in (
+        ("the machine", part.run.manifest.get("environment") or {}),
+        ("the measured process", worker),
+    ):
+        pieces.append(
+            tag("details", tag("summary", f"Of {title}"), table(("fact", "value"), _flat(facts), words=2))
+        )
     return join([tag("p", part.run.provenance.caption()), *pieces])
 
 
@@ -271,9 +324,13 @@ def write_report(run_dirs: Sequence[Path], path: Path, published: bool = False) 
     names = ", ".join(part.run.name for part in parts)
     fixtures = [tag("div", f"{p.run.name}: FIXTURE, not measured. {p.run.provenance.fixture}", class_="banner")
                 for p in parts if p.run.provenance.fixture]  # fmt: skip
-    header = tag("header", tag("h1", "AF3 training measured"), tag("p", f"Runs: {names}", class_="faint"), *fixtures)
+    header = tag(
+        "header", tag("h1", "AF3 training measured"), tag("p", f"Runs: {names}", class_="faint"), *fixtures
+    )
     links = (tag("li", tag("a", title, href=f"#{slug(title.lower())}")) for title, _ in sections)
-    bodies = (tag("section", tag("h2", title), content, id=slug(title.lower())) for title, content in sections)
+    bodies = (
+        tag("section", tag("h2", title), content, id=slug(title.lower())) for title, content in sections
+    )
     body = join([header, tag("nav", tag("ul", *links), aria_label="Contents"), tag("main", *bodies)])
     make_folder(path.parent)
     return write_text(path, page(f"AF3 training: {names}", body))

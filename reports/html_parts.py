@@ -30,7 +30,10 @@ def text(value: object) -> Markup:
 
 def tag(name: str, *content: object, **attributes: str) -> Markup:
     """One element; an attribute's trailing underscore is dropped (``class_``)."""
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value, quote=True)}"' for key, value in attributes.items())
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value, quote=True)}"'
+        for key, value in attributes.items()
+    )
     return Markup(f"<{name}{given}>{''.join(text(part) for part in content)}</{name}>")
 
 
@@ -41,9 +44,12 @@ def join(parts: Iterable[object]) -> Markup:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> Markup:
     """A table whose first `words` columns are words and whose other columns are numbers, right-aligned."""
-    head = tag("tr", *(tag("th", h, scope="col", class_="w" if i < words else "n") for i, h in enumerate(headings)))
+    head = tag(
+        "tr", *(tag("th", h, scope="col", class_="w" if i < words else "n") for i, h in enumerate(headings))
+    )
     body = [
-        tag("tr", *(tag("td", cell, class_="w" if i < words else "n") for i, cell in enumerate(row))) for row in rows
+        tag("tr", *(tag("td", cell, class_="w" if i < words else "n") for i, cell in enumerate(row)))
+        for row in rows
     ]
     # Focusable, so that a wide table can be scrolled from the keyboard.
     kind = "prose" if words == len(headings) else "numbers"
@@ -65,7 +71,9 @@ def _variable(colour: str) -> str:
 
 def colour_variables(dark: bool) -> str:
     """CSS declarations of every colour that figures use, for a light or a dark page."""
-    pairs = [(c, _DARK[c] if dark else c) for c in _DARK] + [(c, _dark(c) if dark else c) for c in SERIES_COLOURS]
+    pairs = [(c, _DARK[c] if dark else c) for c in _DARK] + [
+        (c, _dark(c) if dark else c) for c in SERIES_COLOURS
+    ]
     return "".join(f"{_variable(colour)}:{value};" for colour, value in dict(pairs).items())
 
 
@@ -81,7 +89,9 @@ def inline_svg(drawing: Drawing, prefix: str) -> Markup:
     opening, rest = source.split(">", 1)
     opening = re.sub(r' (width|height|version|xmlns:xlink)="[^"]*"', "", opening).replace("xlink:", "")
     label = tag("title", drawing.title) + tag("desc", drawing.caption)
-    return Markup(f'{opening} role="img" aria-label="{escape(drawing.title)}">{label}{rest.replace("xlink:href", "href")}')
+    return Markup(
+        f'{opening} role="img" aria-label="{escape(drawing.title)}">{label}{rest.replace("xlink:href", "href")}'
+    )
 
 
 def figure(drawing: Drawing, prefix: str) -> Markup:

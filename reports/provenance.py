@@ -23,7 +23,13 @@ _PATHS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu.model", "cpu.name"),
     "fixture": ("fixture",),
 }
-_CPU_PATHS = {"device": ("device_name", "cpu.model", "cpu.name"), "vendor": (), "driver": (), "uuid": (), "toolkit": ()}
+_CPU_PATHS = {
+    "device": ("device_name", "cpu.model", "cpu.name"),
+    "vendor": (),
+    "driver": (),
+    "uuid": (),
+    "toolkit": (),
+}
 
 
 def _lookup(tree: Any, path: str) -> Any:

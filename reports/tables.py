@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from rich.console import Console
@@ -86,10 +85,10 @@ def _table(found: list[Cell], numbers: dict[str, int], narrow: bool) -> Table:
 def _progress(run: Run) -> str:
     """What is still to come, where the manifest says how many trials were planned."""
     spec = run.manifest.get("spec") or {}
-    parts = [len(spec.get("variants") or ()), len(spec.get("seq_lens") or ()), spec.get("repeats") or 0]
-    planned = 2 * math.prod(parts) or None  # a time and a memory trial of each
+    points = len(spec.get("variants") or ()) * len(spec.get("seq_lens") or ())
+    planned = points * ((spec.get("repeats") or 0) + 1)  # each repeat times; memory is measured once
     done = len(run.records)
-    if planned is None or done >= planned:
+    if done >= planned:
         return f"{done} trials"
     return f"{done} of {planned} trials so far"
 
@@ -122,7 +121,10 @@ def _footnotes(out: Console, found: list[Cell], numbers: dict[str, int]) -> None
         )
     if any(cell.time and cell.time.interval.within_run for cell in found):
         notes.append("Points with one process have a within-run interval: run-to-run variation is not in it.")
-    notes += [f"[{number}] {flag}: {FLAG_MEANING.get(flag, 'set by the measurement')}" for flag, number in numbers.items()]
+    notes += [
+        f"[{number}] {flag}: {FLAG_MEANING.get(flag, 'set by the measurement')}"
+        for flag, number in numbers.items()
+    ]
     for cell in found:
         if not cell.outcome.is_ok and cell.detail:
             notes.append(f"{cell.series} at {cell.seq_len}: {cell.detail}")

@@ -67,7 +67,7 @@ class TemplateEmbedder(nn.Module):
         """
         dtype = compute_dtype(self.linear_z.weight)
         positions = positions.masked_fill(~mask.unsqueeze(-1), 0.0)
-        beta, frame = mask[:, _CB], mask[:, [_N, _CA, _C]].all(-1)
+        beta, frame = mask[:, _CB], mask[:, : _C + 1].all(-1)
         beta_pair = (beta[:, None] & beta[None, :] & same_chain).unsqueeze(-1).to(dtype)
         frame_pair = (frame[:, None] & frame[None, :] & same_chain).unsqueeze(-1).to(dtype)
         vectors = unit_vectors(positions[:, _N], positions[:, _CA], positions[:, _C]).to(dtype)

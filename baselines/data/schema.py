@@ -55,8 +55,14 @@ FEATURES: dict[str, Feature] = {
     "asym_id": Feature(("N",), torch.int32, "chain instance, from 0, unique in the complex"),
     "entity_id": Feature(("N",), torch.int32, "distinct sequence or molecule, from 0"),
     "sym_id": Feature(("N",), torch.int32, "copy of the entity the chain is, from 0"),
-    "token_bonds": Feature(("E", 2), torch.int64, "bonded token pairs (i < j) that AF3 encodes: within and to ligands"),
-    "representative_atom": Feature(("N",), torch.int64, "atom of the distogram: CB (CA in glycine), C4 or C2 of the base, the atom itself"),
+    "token_bonds": Feature(
+        ("E", 2), torch.int64, "bonded token pairs (i < j) that AF3 encodes: within and to ligands"
+    ),
+    "representative_atom": Feature(
+        ("N",),
+        torch.int64,
+        "atom of the distogram: CB (CA in glycine), C4 or C2 of the base, the atom itself",
+    ),
     "center_atom": Feature(("N",), torch.int64, "CA, C1' or the atom itself"),
     "frame_atoms": Feature(("N", 3), torch.int64, "the three atoms of the token's frame, origin second"),
     "frame_mask": Feature(("N",), torch.bool, "the frame exists, is resolved and is not degenerate"),
@@ -64,25 +70,39 @@ FEATURES: dict[str, Feature] = {
     "atom_mask": Feature(("A",), torch.bool, "False on padding"),
     "atom_to_token": Feature(("A",), torch.int64, "token of the atom; padding points at the last token"),
     "atom_within_token": Feature(("A",), torch.uint8, "position of the atom in its token, < 24"),
-    "ref_pos": Feature(("A", 3), torch.float32, "reference conformer in Å, randomly rotated and translated per ref_space_uid"),
+    "ref_pos": Feature(
+        ("A", 3), torch.float32, "reference conformer in Å, randomly rotated and translated per ref_space_uid"
+    ),
     "ref_element": Feature(("A",), torch.uint8, "atomic number, < 128"),
     "ref_charge": Feature(("A",), torch.float32, "formal charge in e"),
     "ref_atom_name": Feature(("A", 4), torch.uint8, "ord(c) - 32 of the padded atom name, < 64"),
-    "ref_space_uid": Feature(("A",), torch.int32, "residue or ligand instance whose conformer the atom belongs to"),
+    "ref_space_uid": Feature(
+        ("A",), torch.int32, "residue or ligand instance whose conformer the atom belongs to"
+    ),
     # alignment
     "msa": Feature(("S", "N"), torch.uint8, "index into RESTYPES; row 0 is the query"),
     "msa_deletions": Feature(("S", "N"), torch.uint8, "residues deleted before this column, capped at 255"),
     "msa_mask": Feature(("S", "N"), torch.bool, "False where the row has no sequence for the token's chain"),
-    "profile": Feature(("N", NUM_RESTYPES), torch.float32, "frequencies of residue types over the full alignment"),
+    "profile": Feature(
+        ("N", NUM_RESTYPES), torch.float32, "frequencies of residue types over the full alignment"
+    ),
     "deletion_mean": Feature(("N",), torch.float32, "mean deletion count over the full alignment"),
     # templates
-    "template_restype": Feature(("T", "N"), torch.uint8, "residue type of the aligned template residue, GAP if none"),
+    "template_restype": Feature(
+        ("T", "N"), torch.uint8, "residue type of the aligned template residue, GAP if none"
+    ),
     "template_positions": Feature(("T", "N", 4, 3), torch.float32, "N, CA, C, CB (CA in glycine) in Å"),
     "template_mask": Feature(("T", "N", 4), torch.bool, "the atom is resolved in the template"),
     # labels
-    "label_positions": Feature(("K", "A", 3), torch.float32, "Å; row k is the atom's counterpart in the copy with sym_id k"),
+    "label_positions": Feature(
+        ("K", "A", 3), torch.float32, "Å; row k is the atom's counterpart in the copy with sym_id k"
+    ),
     "label_mask": Feature(("K", "A"), torch.bool, "the counterpart exists and is resolved"),
-    "atom_permutations": Feature(("P", "A"), torch.int64, "atom taking a's place under a symmetry of its residue; row 0 is the identity"),
+    "atom_permutations": Feature(
+        ("P", "A"),
+        torch.int64,
+        "atom taking a's place under a symmetry of its residue; row 0 is the identity",
+    ),
     "resolution": Feature((), torch.float32, "Å; NaN where the method has none"),
 }
 

@@ -41,7 +41,14 @@ def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping
             signature[argument] = "fp32" if argument == "eps" else "i32"
     aligned = tuple(n for n, t in signature.items() if t.startswith("*") or (t == "i32" and n != "splits"))
     return KernelCase(
-        name, kernel, signature, constants, config.num_warps, config.num_stages, aligned=aligned
+        name,
+        kernel,
+        signature,
+        constants,
+        config.num_warps,
+        config.num_stages,
+        config.max_registers,
+        aligned,
     )
 
 

@@ -57,8 +57,9 @@ def checked(config: Config) -> Config:
     """`config` itself; ValueError where its warps outnumber its rows.
 
     From 64 rows on, Hopper multiplies in warp groups of 64 rows. With fewer than 16 rows a warp, two groups
-    compute the same rows: twice the matrix work, and enough matrix descriptors live at once that the machine
-    code the compiler made of one such shape (64 rows, 32 wide, 8 warps) read outside its shared memory.
+    compute the same rows: twice the matrix work for nothing. Triton 3.6 also made one such shape (the
+    transition's weight gradient, 64 rows, 32 wide, 8 warps) end in an illegal memory access on an H200, though
+    every address in its PTX lies inside its buffers.
     """
     rows = config.constants["BM"]
     if 64 <= rows < 16 * config.num_warps:

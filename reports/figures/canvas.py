@@ -51,7 +51,9 @@ def wrap_caption(caption: str) -> list[str]:
     return lines or [""]
 
 
-def new_figure(title: str, caption: str, labels: Sequence[str], plot_height_in: float = 1.75) -> tuple[Figure, Axes]:
+def new_figure(
+    title: str, caption: str, labels: Sequence[str], plot_height_in: float = 1.75
+) -> tuple[Figure, Axes]:
     """One pair of axes at column width. `labels` are the texts that will stand right of them."""
     lines = wrap_caption(caption)
     caption_in = 0.085 * len(lines) + 0.05
@@ -173,7 +175,11 @@ def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
         if isinstance(text, Text) and text.get_text().strip() and text.get_visible() and text not in hidden
     ]
     frame = figure.bbox.padded(0.5)
-    outside_frame = [(name, "the edge") for name, box in boxes if not frame.containsx(box.x0) or not frame.containsx(box.x1)]
+    outside_frame = [
+        (name, "the edge")
+        for name, box in boxes
+        if not frame.containsx(box.x0) or not frame.containsx(box.x1)
+    ]
     return outside_frame + [
         (a, b)
         for i, (a, first) in enumerate(boxes)

@@ -49,7 +49,9 @@ def _figure(comparison: Comparison, caption: str) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", color=GRID)
         axes.spines["left"].set_visible(False)
-        axes.axvspan(1 - comparison.threshold, 1 + comparison.threshold, color=GRID, alpha=0.6, zorder=0, linewidth=0)
+        axes.axvspan(
+            1 - comparison.threshold, 1 + comparison.threshold, color=GRID, alpha=0.6, zorder=0, linewidth=0
+        )
         axes.axvline(1, color=INK, linewidth=0.6, zorder=1)
         panels.append(axes)
     _draw(comparison, *panels)
@@ -65,7 +67,13 @@ def _draw(comparison: Comparison, time_axes: Axes, memory_axes: Axes) -> None:
         look = styles[pair.b.variant]
         if pair.time is not None:
             filled = pair.time_change in ("more", "less")
-            time_axes.plot([pair.time.lo, pair.time.hi], [row, row], color=look.colour, linewidth=1.2, solid_capstyle="butt")
+            time_axes.plot(
+                [pair.time.lo, pair.time.hi],
+                [row, row],
+                color=look.colour,
+                linewidth=1.2,
+                solid_capstyle="butt",
+            )
             time_axes.plot([pair.time.estimate], [row], linestyle="none", marker=look.marker, markeredgecolor=look.colour,
                            markerfacecolor=look.colour if filled else PAPER, zorder=3,
                            gid=slug(f"{'change' if filled else 'same'}-{pair.name}"))  # fmt: skip

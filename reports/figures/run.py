@@ -116,7 +116,10 @@ def memory_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[Publish
     """Peak memory against length, with the capacity that ends it."""
     on_device = any(cell.on_device for cell in found)
     overlays = [Overlay(s.label, s.allocated_peak_bytes) for s in chosen if s.allocated_peak_bytes]
-    highest = max([e.value for e in map(peak, found) if e] + [v for o in overlays for v in o.values.values()], default=0.0)
+    highest = max(
+        [e.value for e in map(peak, found) if e] + [v for o in overlays for v in o.values.values()],
+        default=0.0,
+    )
     capacities = sorted({cell.capacity_bytes for cell in found if cell.capacity_bytes}) if on_device else []
     oom = any(cell.outcome.is_memory for cell in found)
     shown = [c for c in capacities if oom or highest >= CAPACITY_SHOWN_FROM * c]
@@ -134,11 +137,15 @@ def memory_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[Publish
     else:
         text += " Resident memory of the process; maximum over repeats."
     text += _note_on_flags(found) + _note_on_published([s for s in chosen if s.allocated_peak_bytes])
-    data = _data(found, MEMORY_COLUMNS, _published_rows(chosen, "allocated_peak_bytes", "allocated_peak_bytes"))
+    data = _data(
+        found, MEMORY_COLUMNS, _published_rows(chosen, "allocated_peak_bytes", "allocated_peak_bytes")
+    )
     return Drawing("memory", quantity.title, text, line_figure(quantity, found, text), data)
 
 
-def throughput_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[PublishedSeries] = ()) -> Drawing:
+def throughput_drawing(
+    found: Sequence[Cell], caption: str, chosen: Sequence[PublishedSeries] = ()
+) -> Drawing:
     """Tokens per second against length."""
     overlays = [Overlay(s.label, {n: n / t for n, t in s.step_time_s.items()}) for s in chosen]
     highest = max((e.value for e in map(throughput, found) if e), default=0.0)
@@ -147,7 +154,13 @@ def throughput_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[Pub
     text = caption + "." + _note_on_statistics(found) + _note_on_flags(found) + _note_on_published(chosen)
     extra = pd.DataFrame(
         [
-            {"series": o.label, "seq_len_tokens": n, "tier": "published", "throughput_tokens_per_s": v, "source": SOURCE}
+            {
+                "series": o.label,
+                "seq_len_tokens": n,
+                "tier": "published",
+                "throughput_tokens_per_s": v,
+                "source": SOURCE,
+            }
             for o in overlays
             for n, v in o.values.items()
         ]
@@ -158,7 +171,10 @@ def throughput_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[Pub
 
 def distribution_drawing(found: Sequence[Cell], caption: str) -> Drawing:
     """Every step of every point."""
-    text = caption + ". A dot for each step in the order run, process after process; bar: quartiles. Nothing is left out."
+    text = (
+        caption
+        + ". A dot for each step in the order run, process after process; bar: quartiles. Nothing is left out."
+    )
     rows = [
         {"series": c.series, "seq_len_tokens": c.seq_len, "process": p, "step": s, "step_time_s": value}
         for c in found

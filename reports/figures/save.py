@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from reports.figures.style import styled
 from reports.files import make_folder, write_bytes, write_text
 
-_METADATA: dict[str, dict[str, None | str]] = {
+_METADATA: dict[str, dict[str, str | None]] = {
     "svg": {"Date": None, "Creator": "megafold-bench"},
     "pdf": {"CreationDate": None, "Creator": "megafold-bench", "Producer": None},
     "png": {"Software": None},
@@ -44,5 +44,7 @@ def render(drawing: Drawing, fmt: str) -> bytes:
 def save(drawing: Drawing, folder: Path) -> list[Path]:
     """Write the three formats and the CSV into `folder`. The SVG comes first, the CSV last."""
     make_folder(folder)
-    paths = [write_bytes(folder / f"{drawing.name}.{fmt}", render(drawing, fmt)) for fmt in ("svg", "pdf", "png")]
+    paths = [
+        write_bytes(folder / f"{drawing.name}.{fmt}", render(drawing, fmt)) for fmt in ("svg", "pdf", "png")
+    ]
     return [*paths, write_text(folder / f"{drawing.name}.csv", drawing.data.to_csv(index=False))]

@@ -24,7 +24,7 @@ def test_defaults_of_the_af3_preset(monkeypatch: pytest.MonkeyPatch):
         "attention": "sdpa",
         "crop": "spatial",
         "warmup_steps": 1000,
-        "ema": False,
+        "ema": True,
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baselines.af3.config import AF3Config, preset
+from baselines.af3.config import preset
 from baselines.af3.model import AlphaFold3
 from baselines.losses.labels import own_labels
 from baselines.losses.weights import STAGES

@@ -68,7 +68,12 @@ def _scale(variant: str, table: dict[str, float]) -> float:
 
 def provenance(spec: Spec) -> dict[str, Any]:
     """Of a record."""
-    facts = {"python": "3.12.3", "torch": "2.13.0", "triton": "3.6.0", "fixture": "made up by the tests of reports"}
+    facts = {
+        "python": "3.12.3",
+        "torch": "2.13.0",
+        "triton": "3.6.0",
+        "fixture": "made up by the tests of reports",
+    }
     return facts if spec.device == "cpu" else {**facts, "device_name": spec.machine["name"]}
 
 

@@ -42,7 +42,9 @@ def test_five_per_cent_slower_is_found_with_the_right_sign(make, seed):
     assert comparison.failed
     assert len(comparison.changes) >= 5
     assert {pair.time_change for pair in comparison.changes} == {"more"}
-    assert all(o.ratio.lo > 1.03 and o.ratio.estimate == pytest.approx(1.05, abs=0.01) for o in comparison.overall)
+    assert all(
+        o.ratio.lo > 1.03 and o.ratio.estimate == pytest.approx(1.05, abs=0.01) for o in comparison.overall
+    )
     assert "slower by" in printed(comparison)
     back = compare(b, a, fail_above=0.03)
     assert {pair.time_change for pair in back.changes} == {"less"} and not back.failed
@@ -95,7 +97,13 @@ def test_a_factor_only_one_variant_has_does_not_keep_them_apart(make):
 
 def test_a_point_that_no_longer_runs_fails_the_comparison(make):
     a = make("nvidia", **TWO)
-    b = make("nvidia", name="broken", seed=5, fails={"megafold": (512, "oom_device"), "pytorch": (4096, "ok")}, **TWO)
+    b = make(
+        "nvidia",
+        name="broken",
+        seed=5,
+        fails={"megafold": (512, "oom_device"), "pytorch": (4096, "ok")},
+        **TWO,
+    )
     comparison = compare(a, b, fail_above=0.05)
     assert comparison.failures == ("megafold 512: ok became oom_device",)
     pair = next(p for p in comparison.boundaries if p.name == "megafold")
@@ -140,7 +148,9 @@ def test_one_process_is_said_to_be_within_run(make):
     assert "slower (within-run)" in text and "miss run-to-run variation" in text
 
 
-@pytest.mark.parametrize(("t", "freedom"), [(12.7062, 1), (4.30265, 2), (3.18245, 3), (2.77645, 4), (2.30600, 8), (1.98397, 100)])
+@pytest.mark.parametrize(
+    ("t", "freedom"), [(12.7062, 1), (4.30265, 2), (3.18245, 3), (2.77645, 4), (2.30600, 8), (1.98397, 100)]
+)
 def test_student_table(t, freedom):
     assert student_p(t, freedom) == pytest.approx(0.05, abs=1e-5)
 

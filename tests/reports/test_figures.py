@@ -25,7 +25,11 @@ def test_files_of_every_format_with_a_csv_beside(make):
     run = make("nvidia", **QUICK)
     paths = plot_run(run)
     names = {path.name for path in paths}
-    assert names == {f"{f}.{e}" for f in ("time", "memory", "throughput", "distribution") for e in ("svg", "pdf", "png", "csv")}
+    assert names == {
+        f"{f}.{e}"
+        for f in ("time", "memory", "throughput", "distribution")
+        for e in ("svg", "pdf", "png", "csv")
+    }
     assert (run / "figures" / "time.png").read_bytes().startswith(b"\x89PNG")
     pdf = (run / "figures" / "time.pdf").read_bytes()
     assert pdf.startswith(b"%PDF")
@@ -80,7 +84,9 @@ def test_axes_start_at_zero_and_hold_every_value(make):
     for name in ("time", "memory", "throughput"):
         axes = figures[name].figure.axes[0]
         low, high = axes.get_ylim()
-        values = [y for line in axes.lines if line.get_transform() == axes.transData for y in line.get_ydata()]
+        values = [
+            y for line in axes.lines if line.get_transform() == axes.transData for y in line.get_ydata()
+        ]
         assert low == 0 and max(values) < high
         assert axes.get_xscale() == "log"
         assert list(axes.get_xticks()) == [256, 384, 512, 640, 768, 1024]
@@ -119,7 +125,9 @@ def test_a_point_under_pressure_is_not_joined_to_the_curve(make):
             record["outcome"]["status"] = "ok_pressure"
     (run / "results.jsonl").write_text("\n".join(map(json.dumps, records)))
     figure = drawn(run)["time"].figure
-    curve = next(line for line in figure.axes[0].lines if len(line.get_xdata()) > 1 and line.get_linewidth() > 1)
+    curve = next(
+        line for line in figure.axes[0].lines if len(line.get_xdata()) > 1 and line.get_linewidth() > 1
+    )
     assert list(curve.get_xdata()) == [256, 384]
     assert 'id="flagged-pytorch-512"' in render(drawn(run)["time"], "svg").decode()
 
@@ -138,8 +146,12 @@ def test_published_series_are_labelled_and_of_their_own_tier(make):
 
 def test_published_ratios_are_those_of_the_paper():
     h200 = {s.system: s for s in SERIES if s.device == "H200"}
-    assert h200["PyTorch"].allocated_peak_bytes[512] / h200["MegaFold"].allocated_peak_bytes[512] == pytest.approx(1.229, abs=1e-3)
-    assert h200["PyTorch"].step_time_s[512] / h200["MegaFold"].step_time_s[512] == pytest.approx(1.73, abs=0.01)
+    assert h200["PyTorch"].allocated_peak_bytes[512] / h200["MegaFold"].allocated_peak_bytes[
+        512
+    ] == pytest.approx(1.229, abs=1e-3)
+    assert h200["PyTorch"].step_time_s[512] / h200["MegaFold"].step_time_s[512] == pytest.approx(
+        1.73, abs=0.01
+    )
 
 
 def test_looks_are_fixed_and_all_different():

@@ -111,7 +111,11 @@ def test_series_of_one_variant_are_told_apart_by_what_varies(make):
 
 def test_boundary_from_records(make):
     found = {b.series: b for b in boundaries(cells(load_run(make("nvidia", repeats=1, steps=6)).records))}
-    assert (found["pytorch"].max_ok, found["pytorch"].min_fail, found["pytorch"].monotone) == (768, 1024, True)
+    assert (found["pytorch"].max_ok, found["pytorch"].min_fail, found["pytorch"].monotone) == (
+        768,
+        1024,
+        True,
+    )
     assert (found["megafold"].max_ok, found["megafold"].min_fail) == (1024, None)
     assert found["pytorch"].text() == "768 fits, 1024 does not"
 

@@ -68,7 +68,17 @@ def test_one_file_that_asks_for_nothing(make, tmp_path, kinds):
     outside = set(re.findall(r"https?://[^\s\"'<>)]+", source)) - {"http://www.w3.org/2000/svg"}
     assert outside == set()
     assert "@import" not in source and "prefers-color-scheme:dark" in source
-    for section in ("summary", "boundary", "time", "memory", "energy", "comparison", "quality", "environment", "how-to-reproduce"):
+    for section in (
+        "summary",
+        "boundary",
+        "time",
+        "memory",
+        "energy",
+        "comparison",
+        "quality",
+        "environment",
+        "how-to-reproduce",
+    ):
         assert section in checker.ids
 
 
@@ -111,7 +121,9 @@ def test_figures_follow_the_page(make, tmp_path):
 
 
 def test_runs_without_anything_in_common_say_so(make, tmp_path):
-    path = write_report([make("single", **QUICK), make("failed", lengths=(8192,), **QUICK)], tmp_path / "report.html")
+    path = write_report(
+        [make("single", **QUICK), make("failed", lengths=(8192,), **QUICK)], tmp_path / "report.html"
+    )
     assert "share no point to compare" in path.read_text()
 
 
@@ -132,12 +144,21 @@ def test_user_errors(make, tmp_path):
 
 
 def test_markup_is_not_escaped_twice():
-    assert tag("p", tag("b", "a & b"), " < c", class_='x"') == '<p class="x&quot;"><b>a &amp; b</b> &lt; c</p>'
+    assert (
+        tag("p", tag("b", "a & b"), " < c", class_='x"') == '<p class="x&quot;"><b>a &amp; b</b> &lt; c</p>'
+    )
     assert isinstance(text("x"), Markup)
 
 
 def test_it_opens_in_a_browser(make, tmp_path):
-    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    browser = next(
+        (
+            found
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
     if browser is None:
         pytest.skip("no chromium on this machine")
     page = write_report([make("nvidia", **QUICK)], tmp_path / "report.html")

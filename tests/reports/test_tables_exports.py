@@ -70,7 +70,9 @@ def test_csv_holds_the_records_numbers(make):
     read = pd.read_csv(path)
     frame = load(run)
     assert list(read["trial_id"]) == list(frame["trial_id"])
-    pd.testing.assert_series_equal(read["time.step_time_s.median"], frame["time.step_time_s.median"], check_exact=True)
+    pd.testing.assert_series_equal(
+        read["time.step_time_s.median"], frame["time.step_time_s.median"], check_exact=True
+    )
     assert len(pd.read_csv(path.with_name("points.csv"))) == 4
     assert len(pd.read_csv(path.with_name("samples.csv"))) == 12 * (20 * 3 + 2)
 
@@ -83,7 +85,9 @@ def test_csv_into_a_named_file(make, tmp_path):
 def test_json_holds_the_whole_records(make):
     run = make("point")
     content = json.loads(export_run(run, "json").read_text())
-    assert content["trials"] == [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert content["trials"] == [
+        json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()
+    ]
     assert content["points"][0]["outcome"] == "ok"
 
 
@@ -91,7 +95,9 @@ def test_parquet_round_trips(make):
     pytest.importorskip("pyarrow")
     run = make("cpu", lengths=(32,), repeats=1)
     read = pd.read_parquet(export_run(run, "parquet"))
-    assert list(read["time.step_time_s.median"].dropna()) == list(load(run)["time.step_time_s.median"].dropna())
+    assert list(read["time.step_time_s.median"].dropna()) == list(
+        load(run)["time.step_time_s.median"].dropna()
+    )
 
 
 def test_parquet_without_pyarrow_names_the_extra(make, monkeypatch):

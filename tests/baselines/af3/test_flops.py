@@ -8,6 +8,7 @@ from baselines.af3.config import AF3Config, preset
 from baselines.af3.flops import (
     ProblemSize,
     StepFactors,
+    _count_parts,
     forward_flops,
     meta_features,
     parameters_by_part,
@@ -20,21 +21,19 @@ TERA = 1e12
 
 @pytest.fixture(scope="module")
 def af3_384():
-    """The published configuration at the initial crop, scaled up from one block of each stack."""
-    full = preset("af3")
-    size = ProblemSize(tokens=384, atoms=3456, msa_rows=1024, templates=4)
+    """The published configuration at the initial crop."""
+    return forward_flops(preset("af3"), ProblemSize(tokens=384, atoms=3456, msa_rows=1024, templates=4))
 
-    def blocks(pairformer, msa, token):
-        return dataclasses.replace(
-            full,
-            pairformer=dataclasses.replace(full.pairformer, blocks=pairformer),
-            msa=dataclasses.replace(full.msa, blocks=msa),
-            diffusion=dataclasses.replace(full.diffusion, blocks=token),
-        )
 
-    one, two = forward_flops(blocks(1, 1, 4), size), forward_flops(blocks(2, 2, 8), size)
-    times = {"pairformer": 47, "msa": 3, "diffusion_call": 5, "diffusion_sample": 5}
-    return {name: one[name] + times.get(name, 0) * (two[name] - one[name]) for name in one}
+def test_deep_stacks_continue_in_a_straight_line():
+    tiny, size = preset("tiny"), ProblemSize(tokens=24, atoms=192, msa_rows=8, templates=2)
+    deep = dataclasses.replace(
+        tiny,
+        msa=dataclasses.replace(tiny.msa, blocks=3),
+        pairformer=dataclasses.replace(tiny.pairformer, blocks=4),
+        diffusion=dataclasses.replace(tiny.diffusion, blocks=3 * tiny.diffusion.super_block),
+    )
+    assert forward_flops(deep, size) == _count_parts(deep, size)
 
 
 def test_meta_features_satisfy_the_schema():

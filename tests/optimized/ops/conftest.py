@@ -7,6 +7,6 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-from interpreter_fixes import mend_interpreter  # noqa: E402
+from interpreter_fixes import mend_interpreter
 
 mend_interpreter()
