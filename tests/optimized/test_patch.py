@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import optimized
 from baselines.af3.config import PairConfig, PairformerConfig, preset
@@ -17,6 +18,7 @@ from baselines.checkpointing import checkpoint_units
 from baselines.compilation import compile_units
 from megafold_bench.errors import UserError
 from optimized import modules
+from optimized.ops.support import Supported
 from optimized.patch import apply
 from optimized.recipes import OPS
 from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
@@ -210,3 +212,36 @@ def test_pair_block_of_the_template_embedder():
     }
     inputs = [randn(5, 5, 64)]
     assert_same(run(patched, inputs, lambda m, z: m(z)), run(expected, inputs, lambda m, z: m(z)), 2e-5)
+
+
+def kept_bytes(module: nn.Module, n: int) -> int:
+    """Bytes a bf16 step keeps for its backward pass, parameters apart; nothing is computed."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, FakeTensor):
+            kept[id(x.untyped_storage())] = x.untyped_storage()
+        return x
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        s = torch.empty(n, C_S, requires_grad=True)
+        z = torch.empty(n, n, C_Z, dtype=torch.bfloat16, requires_grad=True)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            out = module(s, z)
+        assert [(o.shape, o.dtype) for o in out] == [(s.shape, s.dtype), (z.shape, z.dtype)]
+        sum(o.float().sum() for o in out).backward()
+        assert z.grad is not None and z.grad.shape == z.shape
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_shapes_and_memory_without_computing(monkeypatch):
+    """With the kernels' fake implementations, as memory prediction runs them."""
+    for op in ("attention.operator", "transition.op", "triangle_multiplication.op", "layer_norm_linear.op"):
+        monkeypatch.setattr(f"optimized.ops.{op}.triton_support", lambda *tensors: Supported(True))
+    patched = block(dropout=0.0)
+    report = apply(patched)
+    assert kept_bytes(patched, 64) < 0.4 * kept_bytes(block(dropout=0.0), 64)
+    assert not report.fallbacks.counts
