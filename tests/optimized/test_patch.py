@@ -239,9 +239,38 @@ def kept_bytes(module: nn.Module, n: int) -> int:
 
 def test_shapes_and_memory_without_computing(monkeypatch):
     """With the kernels' fake implementations, as memory prediction runs them."""
-    for op in ("attention.operator", "transition.op", "triangle_multiplication.op", "layer_norm_linear.op"):
-        monkeypatch.setattr(f"optimized.ops.{op}.triton_support", lambda *tensors: Supported(True))
+    pretend_kernels(monkeypatch)
     patched = block(dropout=0.0)
     report = apply(patched)
     assert kept_bytes(patched, 64) < 0.4 * kept_bytes(block(dropout=0.0), 64)
     assert not report.fallbacks.counts
+
+
+def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
+    """As `torch.compile` sees it where the kernels apply: no graph break, and every operator as a node."""
+    pretend_kernels(monkeypatch)
+    torch._dynamo.reset()
+    patched, nodes = block(dropout=0.0), []
+    apply(patched)
+
+    def record(graph: torch.fx.GraphModule, _: list[torch.Tensor]):
+        nodes.extend(str(n.target) for n in graph.graph.nodes if "megafold_bench" in str(n.target))
+        return lambda *tensors: [
+            n.meta["example_value"] for n in graph.graph.find_nodes(op="output")[0].args[0]
+        ]
+
+    compiled = torch.compile(type(patched).forward, backend=record, fullgraph=True, dynamic=False)
+    compiled(patched, *INPUTS, torch.arange(N) < N - 2)
+    assert [n.removeprefix("megafold_bench.").removesuffix(".default") for n in nodes] == [
+        *["triangle_multiplication"] * 2,
+        *["layer_norm_linear", "pair_attention"] * 2,
+        "transition",
+        "pair_attention",
+        "transition",
+    ]
+
+
+def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the operators choose their kernels, which nothing here runs."""
+    for op in ("attention.operator", "transition.op", "triangle_multiplication.op", "layer_norm_linear.op"):
+        monkeypatch.setattr(f"optimized.ops.{op}.triton_support", lambda *tensors: Supported(True))
