@@ -441,7 +441,7 @@ def export(
     format_: Annotated[str, typer.Option("--format", help="csv, json or parquet.")] = "csv",
     out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
 ) -> None:
-    """All records in one flat file."""
+    """All records in one flat file; csv and parquet get one of points and one of samples beside it."""
     if format_ not in ("csv", "json", "parquet"):
         raise UserError(f"--format {format_}: choose csv, json or parquet")
     _require_run(run)
@@ -488,7 +488,8 @@ def doctor() -> None:
 def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The reference.")],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="What is compared with it.")],
-    by: Annotated[str, typer.Option(help="What the runs differ in: variant or gpu.")] = "variant",
+    by: Annotated[str, typer.Option(help="What differs: run, variant or gpu.")] = "run",
+    out: Annotated[Path | None, typer.Option(help="Folder for the figure and the CSV.")] = None,
     fail_above: Annotated[str | None, typer.Option(help="Exit with 1 if slower by more, as 5%.")] = None,
 ) -> None:
     """The same points of two runs side by side: ratios with intervals."""
@@ -499,6 +500,9 @@ def compare(
 
     comparison = compare_runs(run_a, run_b, by=by, fail_above=threshold)
     comparison.print(_console())
+    if out is not None:
+        for path in comparison.write(out):
+            typer.echo(str(path))
     if comparison.failed:
         raise typer.Exit(1)
 
@@ -517,13 +521,14 @@ def _fraction(text: str) -> float:
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
     html: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    published: Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")] = False,
 ) -> None:
     """One self-contained HTML file: summary, boundary, time, memory, environment, how to reproduce."""
     for run in runs:
         _require_run(run)
     from reports.html import write_report
 
-    write_report(runs, html)
+    write_report(runs, html, published=published)
     typer.echo(str(html))
 
 

@@ -13,8 +13,9 @@ import pandas as pd
 
 from megafold_bench.outcomes import Outcome
 from megafold_bench.records import Record
-from megafold_bench.statistics import Interval, hierarchical_interval, outliers
+from megafold_bench.statistics import Interval, hierarchical_interval
 from reports.energy import step_energy
+from reports.fields import group, time_samples
 from reports.units import bytes_text
 
 # Factors that may set series apart beside the variant. Length, phase, repeats and counts do not.
@@ -153,8 +154,7 @@ def _part(name: str, value: Any) -> str:
 def _times(records: Sequence[Record]) -> Times | None:
     processes = []
     for record in records:
-        steps = ((record.get("time") or {}).get("samples") or {}).get("step_time_s") or []
-        finite = tuple(float(step) for step in steps if step is not None)
+        finite = tuple(time_samples(record))
         if finite and outcome_of(record).is_ok:
             processes.append(finite)
     if not processes:
@@ -168,16 +168,14 @@ def _median_of(records: Sequence[Record], name: str) -> float | None:
     pooled: list[float] = []
     for record in records:
         if outcome_of(record).is_ok:
-            pooled += [
-                v for v in ((record.get("time") or {}).get("samples") or {}).get(name) or [] if v is not None
-            ]
+            pooled += time_samples(record, name)
     return float(np.median(pooled)) if pooled else None
 
 
 def _tokens_per_s(records: Sequence[Record], times: Times | None) -> float | None:
     """Tokens of a step, as the record counted them, over the median of all processes."""
     for record in records:
-        time = record.get("time") or {}
+        time = group(record, "time")
         rate, summary = time.get("throughput_tokens_per_s"), time.get("step_time_s") or {}
         if times is not None and rate and summary.get("median"):
             return float(rate * summary["median"] / times.median)
@@ -214,16 +212,17 @@ def _capacity(records: Sequence[Record]) -> int | None:
     emulated = records[0]["factors"].get("capacity_emulated_bytes")
     if emulated:
         return emulated
-    totals = [(record.get("memory") or {}).get("device_total_bytes") for record in records]
+    totals = [group(record, "memory").get("device_total_bytes") for record in records]
     return max((total for total in totals if total), default=None)
 
 
-def _flags(records: Sequence[Record], times: Times | None, memory: Mapping[str, int | None], spread: int | None) -> tuple[str, ...]:  # fmt: skip
+def _flags(
+    records: Sequence[Record], memory: Mapping[str, int | None], spread: int | None
+) -> tuple[str, ...]:
+    """The records' own flags, and those that only show over several records."""  # fmt: skip
     flags = {flag for record in records for flag in record.get("quality") or []}
-    if any(((record.get("telemetry") or {}).get("throttle_fraction") or 0) > 0.05 for record in records):
+    if any((group(record, "telemetry").get("throttle_fraction") or 0) > 0.05 for record in records):
         flags.add("throttled")
-    if times is not None and any(outliers(process) for process in times.processes):
-        flags.add("outliers")
     if memory.get("alloc_retries"):
         flags.add("allocator_retries")
     if len({outcome_of(record).is_ok for record in records if outcome_of(record) not in NOT_RUN}) > 1:
@@ -260,7 +259,7 @@ def cell_of(series: str, records: Sequence[Record]) -> Cell:
         capacity_bytes=_capacity(records),
         energy_j=float(np.median([e.joules for e in energies])) if energies else None,
         energy_method="/".join(sorted({e.method for e in energies})),
-        flags=_flags(records, times, memory, spread),
+        flags=_flags(records, memory, spread),
     )
 
 
@@ -317,6 +316,6 @@ def as_frame(found: Iterable[Cell]) -> pd.DataFrame:
                 "peak_memory_spread_bytes": cell.memory_spread_bytes,
                 "capacity_bytes": cell.capacity_bytes,
                 "flags": ";".join(cell.flags),
-            }  # fmt: skip
+            }
         )
     return pd.DataFrame(rows)

@@ -214,9 +214,11 @@ def _matches(a: Run, b: Run, by: str) -> tuple[list[tuple[str, _Group, _Group]],
     """Named pairs of groups, and sentences on the points that found no partner."""
     ours, theirs = _groups(a, by), _groups(b, by)
     if by == "variant":
-        if not ours:
-            return [], []
         reference = ours[0].variant
+        if all(group.variant == reference for group in theirs):
+            raise UserError(
+                f"--by variant: {b.name} has no variant other than {reference}; leave --by out to compare runs"
+            )
         ours = [group for group in ours if group.variant == reference]
         theirs = [group for group in theirs if group.variant != reference]
     several = len({json.dumps(_common(g), sort_keys=True) for g in (*ours, *theirs)}) > 1
@@ -364,12 +366,7 @@ def compare(
             raise UserError(f"{run.path} has no record yet: nothing to compare")
     matches, unmatched = _matches(a, b, by)
     if not matches:
-        why = (
-            unmatched[0]
-            if unmatched
-            else f"{b.name} has no variant other than {a.records[0]['factors']['variant']}"
-        )
-        raise UserError(f"{a.name} and {b.name} share no point to compare by {by}: {why}")
+        raise UserError(f"{a.name} and {b.name} share no point to compare by {by}: {unmatched[0]}")
     # A threshold to fail at that is finer than the usual one asks for finer changes to be called.
     threshold = threshold if fail_above is None else min(threshold, fail_above)
     pairs = _pairs(matches, threshold)

@@ -76,9 +76,10 @@ def _cells(comparison: Comparison, pair: Pair, narrow: bool) -> list[str | Text]
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Differences first, then the points, each series over all lengths, boundaries, and the verdict."""
     out = console or Console()
-    say = lambda text, style="": out.print(
-        escape(text), style=style, highlight=False, soft_wrap=not out.is_terminal
-    )  # noqa: E731
+
+    def say(text: str, style: str = "") -> None:
+        out.print(escape(text), style=style, highlight=False, soft_wrap=not out.is_terminal)
+
     say(f"A = {comparison.name_a}, B = {comparison.name_b}, by {comparison.by}; ratios are B/A", "bold")
     if comparison.differences:
         say("What differs:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megafold_bench.records import Record
+from reports.fields import group, time_samples
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ def step_energy(record: Record) -> StepEnergy | None:
     """
     if record["factors"]["phase"] != "time":
         return None
-    energy = (record.get("telemetry") or {}).get("energy") or {}
+    energy = group(record, "telemetry").get("energy") or {}
     joules, method = energy.get("energy_j"), energy.get("method") or ""
-    steps = len(((record.get("time") or {}).get("samples") or {}).get("step_time_s") or [])
+    steps = len(time_samples(record))
     if joules is None or not steps or (method == "counter" and energy.get("valid") is False):
         return None
     return StepEnergy(joules / steps, method)

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from megafold_bench.records import RESULTS_NAME, Manifest, Record, latest, read_manifest, read_results
+from reports.fields import group
 from reports.provenance import Provenance
 
 LONG_FIELDS = frozenset({"samples", "warmup_samples", "losses", "ranks", "log_tail"})
@@ -34,7 +35,9 @@ class Run:
     @property
     def provenance(self) -> Provenance:
         """Where the run was measured: of its newest record that has any, with the manifest behind it."""
-        newest = next((r["provenance"] for r in reversed(self.records) if r.get("provenance")), {})
+        newest: Mapping[str, Any] = next(
+            (r["provenance"] for r in reversed(self.records) if r.get("provenance")), {}
+        )
         spec = self.manifest.get("spec") or {}
         asked = spec.get("device") or (spec.get("base") or {}).get("device")
         device = self.records[0]["factors"]["device"] if self.records else asked
@@ -94,9 +97,9 @@ def samples(run: Run) -> pd.DataFrame:
     """Every raw time sample: one row per trial, quantity and step, in order, warm-up steps marked."""
     rows = []
     for record in run.records:
-        time = record.get("time") or {}
-        for warmup, group in ((True, "warmup_samples"), (False, "samples")):
-            for name, values in (time.get(group) or {}).items():
+        time = group(record, "time")
+        for warmup, kept in ((True, "warmup_samples"), (False, "samples")):
+            for name, values in (time.get(kept) or {}).items():
                 for step, value in enumerate(values):
                     rows.append((record["trial_id"], record["factors"]["variant"],
                                  record["factors"]["seq_len_tokens"], name, warmup, step, value))  # fmt: skip

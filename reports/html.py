@@ -107,7 +107,7 @@ def _time(part: _Part) -> Markup:
             f"{speed:.2f}×" if speed else DASH, seconds_text(cell.gpu_time_s), seconds_text(cell.data_wait_s),
             significant(cell.tokens_per_s) if cell.tokens_per_s else DASH, _marks(cell),
         ))  # fmt: skip
-    headings = ("series", "outcome", "tokens", "median step", "95 % interval", "processes × steps", "speed-up",
+    headings = ("series", "outcome", "tokens", "median step", "95 % interval", "samples", "speed-up",
                 "GPU time", "data wait", "tokens/s", "flags")  # fmt: skip
     drawings = [figure(part.drawings[name], part.anchor) for name in ("time", "throughput", "distribution")]
     return join([tag("div", *drawings, class_="figures"), table(headings, rows, words=2)])
@@ -165,6 +165,8 @@ def _energy(part: _Part) -> Markup:
         for name, reason in source.items()
         if "energy" in name or name == "telemetry"
     }
+    energies = ((record.get("telemetry") or {}).get("energy") or {} for record in part.run.records)
+    reasons |= {energy["reason"] for energy in energies if energy.get("reason")}
     return tag(
         "p", "No energy was measured: " + ("; ".join(sorted(reasons)) or "the records give no reason") + "."
     )
@@ -262,7 +264,9 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _environment(part: _Part) -> Markup:
-    worker = next((r["provenance"] for r in reversed(part.run.records) if r.get("provenance")), {})
+    worker: Mapping[str, Any] = next(
+        (r["provenance"] for r in reversed(part.run.records) if r.get("provenance")), {}
+    )
     pieces = []
     for title, facts in (
         ("the machine", part.run.manifest.get("environment") or {}),
@@ -293,7 +297,7 @@ def _reproduce(part: _Part) -> Markup:
 _SECTIONS: tuple[tuple[str, str, Callable[[_Part], Markup]], ...] = (
     ("Summary", "", _summary),
     ("Boundary", "The longest sequence that trained and the shortest that did not, from all trials of the run.", _boundary),
-    ("Time", "Medians over all steps of all processes, with 95 % hierarchical bootstrap intervals. The speed-up is against the first series.", _time),
+    ("Time", "Medians over all steps of all processes, with 95 % hierarchical bootstrap intervals; samples are processes × steps. The speed-up is against the first series.", _time),
     ("Memory", "Peaks of processes that measured nothing else, the largest over repeats.", _memory),
     ("Energy", "Of one training step, over the steady steps.", _energy),
     ("Quality", "Nothing is dropped: what asks for care is marked, in figures by hollow markers.", _quality),

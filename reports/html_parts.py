@@ -106,14 +106,14 @@ STYLE = """
 --bad:#ff8fa8;--good:#6fd6a0;--warn:#f0bd60;@DARK@}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main,header,nav{max-width:62rem;margin:0 auto;padding:0 1.25rem}
+main,header,nav{max-width:68rem;margin:0 auto;padding:0 1.25rem}
 header{padding-top:2rem}h1{font-size:1.6rem;margin:0 0 .25rem}
 h2{font-size:1.2rem;margin:2.4rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--line)}
 h3{font-size:1rem;margin:1.4rem 0 .4rem}p{margin:.4rem 0;max-width:46rem}.faint{color:var(--faint);font-size:.9rem}
 nav ul{list-style:none;padding:0;margin:1rem 0;display:flex;flex-wrap:wrap;gap:.25rem 1rem}a{color:inherit}
 .banner{border:1px solid var(--warn);color:var(--warn);border-radius:4px;padding:.5rem .8rem;margin:1rem 0}
 .scroll{overflow-x:auto;margin:.6rem 0}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
-th,td{padding:.22rem .9rem .22rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+th,td{padding:.22rem .8rem .22rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{font-weight:600;white-space:nowrap}.n{text-align:right}.numbers td{white-space:nowrap}.prose td{overflow-wrap:anywhere}.prose td:first-child{white-space:nowrap}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1.2rem}
 figure{margin:0;max-width:34rem}figure svg{width:100%;height:auto;display:block}

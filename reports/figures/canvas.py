@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +20,7 @@ CAPTION_IN = COLUMN_IN - 0.1
 LONGEST_WORD = 60
 LEFT_IN, TOP_IN, AXIS_IN = 0.49, 0.24, 0.34
 LABEL_GAP_PT = 5.0
+LABEL_IN = 1.15
 
 
 def slug(text: str) -> str:
@@ -32,6 +34,16 @@ def text_size_in(text: str, points: float) -> tuple[float, float]:
     canvas = FigureCanvasAgg(figure)
     box = figure.text(0, 0, text, fontsize=points).get_window_extent(canvas.get_renderer())
     return box.width / 72, box.height / 72
+
+
+def elided(name: str, points: float = 6, room_in: float = LABEL_IN) -> str:
+    """`name`, its middle replaced by an ellipsis if it would not fit beside the axes."""
+    keep = len(name)
+    shown = name
+    while text_size_in(shown, points)[0] > room_in and keep > 4:
+        keep -= 1
+        shown = name[: keep // 2] + "…" + name[len(name) - (keep - keep // 2) :]
+    return shown
 
 
 def wrap_caption(caption: str) -> list[str]:
@@ -57,8 +69,8 @@ def new_figure(
     """One pair of axes at column width. `labels` are the texts that will stand right of them."""
     lines = wrap_caption(caption)
     caption_in = 0.085 * len(lines) + 0.05
-    label_in = max((text_size_in(label, 6)[0] for label in labels), default=0.0)
-    right_in = min(label_in + LABEL_GAP_PT / 72 + 0.06, 1.3)
+    label_in = max((text_size_in(elided(label), 6)[0] for label in labels), default=0.0)
+    right_in = label_in + LABEL_GAP_PT / 72 + 0.06
     plot_height_in = max(plot_height_in, 0.125 * len(labels) + 0.2)
     height = TOP_IN + plot_height_in + AXIS_IN + caption_in
     figure = Figure(figsize=(COLUMN_IN, height))
@@ -148,7 +160,7 @@ def label_series(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> N
     for (name, x, y, colour), place, label_y in zip(ends, places, ys, strict=True):
         moved = abs(label_y - place[1]) > 1.5 * point or frame.x1 - place[0] > 14 * point
         axes.annotate(
-            name, (x, y), textcoords="axes fraction",
+            elided(name), (x, y), textcoords="axes fraction",
             xytext=(1 + LABEL_GAP_PT * point / frame.width, (label_y - frame.y0) / frame.height),
             fontsize=6, color=colour, va="center", ha="left", annotation_clip=False, gid=slug(f"label-{name}"),
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2.5,
@@ -189,7 +201,7 @@ def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
     ]
 
 
-def marker_style(look: Look, hollow: bool, paper: str) -> dict[str, object]:
+def marker_style(look: Look, hollow: bool, paper: str) -> dict[str, Any]:
     """Keyword arguments of a marker: filled, or hollow where the point is doubtful."""
     return {
         "marker": look.marker,

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
 from reports.compare import Comparison, Pair
-from reports.figures.canvas import CAPTION_PT, slug, text_size_in, wrap_caption
+from reports.figures.canvas import CAPTION_PT, elided, slug, text_size_in, wrap_caption
 from reports.figures.save import Drawing
 from reports.figures.style import COLUMN_IN, FAINT, GRID, INK, PAPER, looks, styled
 
@@ -30,7 +30,7 @@ def comparison_drawing(comparison: Comparison) -> Drawing:
 def _figure(comparison: Comparison, caption: str) -> Figure:
     pairs = comparison.pairs
     lines = wrap_caption(caption)
-    left = min(max(text_size_in(pair.name, 6)[0] for pair in pairs) + 0.12, 1.5)
+    left = min(max(text_size_in(elided(pair.name), 6)[0] for pair in pairs) + 0.12, 1.5)
     plot, below, above = ROW_IN * len(pairs) + 0.1, 0.085 * len(lines) + 0.36, 0.3
     height = above + plot + below
     figure = Figure(figsize=(COLUMN_IN, height))
@@ -44,7 +44,7 @@ def _figure(comparison: Comparison, caption: str) -> Figure:
         axes = figure.add_axes((x / COLUMN_IN, below / height, width / COLUMN_IN, plot / height))
         axes.set_title(title, fontsize=6.5)
         axes.set_ylim(len(pairs) - 0.4, -0.6)
-        axes.set_yticks(list(rows), [pair.name for pair in pairs] if column == 0 else [])
+        axes.set_yticks(list(rows), [elided(pair.name) for pair in pairs] if column == 0 else [])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", color=GRID)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from reports.cells import Cell, by_series
-from reports.figures.canvas import LABEL_GAP_PT, ink_label, new_figure
+from reports.figures.canvas import LABEL_GAP_PT, elided, ink_label, new_figure
 from reports.figures.style import FAINT, INK, looks
 
 FEW_STEPS = 30
@@ -47,7 +47,7 @@ def distribution_figure(found: Sequence[Cell], caption: str) -> Figure:
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.tick_params(axis="x", length=0)
     for rank, name in enumerate(series):
-        axes.annotate(name, (1, 1), xycoords="axes fraction", xytext=(LABEL_GAP_PT, -4 - 8 * rank),
+        axes.annotate(elided(name), (1, 1), xycoords="axes fraction", xytext=(LABEL_GAP_PT, -4 - 8 * rank),
                       textcoords="offset points", fontsize=6, color=styles[name].colour, va="center",
                       annotation_clip=False)  # fmt: skip
     return figure

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import blended_transform_factory
 
 from reports.cells import NOT_RUN, Cell
-from reports.figures.canvas import slug, text_size_in
+from reports.figures.canvas import elided, slug, text_size_in
 from reports.figures.style import PAPER, Look
 
 LANE_PT = 8.0
@@ -42,7 +42,9 @@ def first_failures(groups: Mapping[str, Sequence[Cell]]) -> list[Failure]:
         first = failed[0]
         memory = first.outcome.is_memory
         longest_ok = max((cell.seq_len for cell in group if cell.outcome.is_ok), default=0)
-        text = f"{series}: " + ("out of memory" if memory else first.outcome.value.replace("_", " "))
+        text = f"{elided(series, 5.5)}: " + (
+            "out of memory" if memory else first.outcome.value.replace("_", " ")
+        )
         found.append(Failure(series, first.seq_len, memory, text, longest_ok < first.seq_len))
     return found
 

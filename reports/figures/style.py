@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -68,7 +69,7 @@ def looks(series: Sequence[str]) -> dict[str, Look]:
     return chosen
 
 
-RC = {
+RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 6.5,
     "axes.labelsize": 6.5,
@@ -110,6 +111,7 @@ RC = {
     "svg.fonttype": "path",
     "svg.hashsalt": "megafold-bench",
     "axes.unicode_minus": True,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
 
 

@@ -6,14 +6,17 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megafold_bench import statistics
 from megafold_bench.points import canonical_id
 from megafold_bench.statistics import summarise
+from reports import cells, compare
 
 GIB = 1 << 30
 LENGTHS = (256, 384, 512, 640, 768)
@@ -210,6 +213,15 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         return make_run(tmp_path, spec)
 
     return _make
+
+
+@pytest.fixture(autouse=True)
+def _fewer_resamples(monkeypatch):
+    """The interval's last digit is not what these tests look at; the time they take is."""
+    monkeypatch.setattr(
+        cells, "hierarchical_interval", partial(statistics.hierarchical_interval, resamples=150)
+    )
+    monkeypatch.setattr(compare, "ratio_of_medians", partial(statistics.ratio_of_medians, resamples=300))
 
 
 @pytest.fixture(autouse=True)

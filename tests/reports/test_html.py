@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -134,6 +135,15 @@ def test_a_torn_run_warns(make, tmp_path):
     assert "is torn" in write_report([run], tmp_path / "report.html").read_text()
 
 
+def test_missing_energy_says_why(make, tmp_path):
+    run = make("cpu", lengths=(32,), **QUICK)
+    reason = "energy counter: fewer than two samples"
+    energy = json.dumps({"energy": {"energy_j": None, "method": "none", "valid": False, "reason": reason}})
+    path = run / "results.jsonl"
+    path.write_text(path.read_text().replace('"telemetry": null', f'"telemetry": {energy}'))
+    assert f"No energy was measured: {reason}." in write_report([run], tmp_path / "report.html").read_text()
+
+
 def test_user_errors(make, tmp_path):
     with pytest.raises(UserError, match="no run named"):
         write_report([], tmp_path / "r.html")
@@ -161,7 +171,7 @@ def test_it_opens_in_a_browser(make, tmp_path):
     )
     if browser is None:
         pytest.skip("no chromium on this machine")
-    page = write_report([make("nvidia", **QUICK)], tmp_path / "report.html")
+    page = write_report([make("single", **QUICK)], tmp_path / "report.html")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
              f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=1000,2000"]  # fmt: skip
     done = subprocess.run(

@@ -105,7 +105,7 @@ def test_bfloat16_autocast_keeps_the_residual_streams_in_bfloat16(make_model, ti
         with torch.autocast("cpu", torch.bfloat16):
             half = run(model, features)
     trunk = [name for name in dtypes if name.startswith(("template", "msa", "pairformer", "confidence"))]
-    assert len(trunk) == 5
+    assert len(trunk) == 6
     for name in trunk:
         args, out = dtypes[name]
         out = out if isinstance(out, tuple) else (out,)
@@ -235,7 +235,7 @@ def test_random_augmentation_is_rigid(features):
 
 def test_checkpoint_units_are_the_repeated_blocks(tiny, tiny_config):
     names = [name for name, _ in tiny.checkpoint_units()]
-    assert len(names) == len(set(names)) == 3 * 1 + 1 + 1 + 2 + 2 + 1
+    assert len(names) == len(set(names)) == 3 * 1 + 1 + 2 + 2 + 2 + 1
     assert all(tiny.get_submodule(name) is unit for name, unit in tiny.checkpoint_units())
 
 
