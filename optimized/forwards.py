@@ -1,0 +1,176 @@
+"""The updates of AF3 on fused operators, for the modules of any library: layouts, masks, bookkeeping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimized.ops import attention as attention_op
+from optimized.ops import layer_norm_linear as norm_linear_op
+from optimized.ops import transition as transition_op
+from optimized.ops import triangle_multiplication as multiplication_op
+from optimized.ops.triangle_multiplication import TriangleWeights
+from optimized.recipes import Fallbacks
+
+
+class TriangleAttentionWeights(NamedTuple):
+    """Parameters of one triangle attention; c channels, h heads of width d, no projection biases."""
+
+    norm_weight: Tensor
+    """`[c]`"""
+    norm_bias: Tensor
+    """`[c]`"""
+    q: Tensor
+    """`[h·d, c]`, and so are k, v and g."""
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    """The output gate."""
+    bias: Tensor
+    """`[h, c]`"""
+
+
+class Orientation(NamedTuple):
+    """Which way triangle attention runs over z."""
+
+    columns: bool
+    """Attend along the columns (ending node) instead of the rows."""
+    flipped: bool
+    """Query i and key k of a row read the bias at (k, i) instead of (i, k)."""
+
+
+def keep(mask: Tensor | None) -> Tensor | None:
+    """A mask of zeros and ones, of any dtype, as a boolean one."""
+    return mask if mask is None or mask.dtype == torch.bool else mask != 0
+
+
+def triangle_attention(
+    z: Tensor,
+    weights: TriangleAttentionWeights,
+    heads: int,
+    way: Orientation,
+    out: Callable[[Tensor], Tensor],
+    mask: Tensor | None,
+    eps: float,
+    fallbacks: Fallbacks,
+) -> Tensor:
+    """Triangle attention (AF3 Algorithms 14 and 15) on z [*, N, N, c], without the residual.
+
+    `mask` [*, N, N] says which keys z_ij take part, True = keep; `out` is the output projection. LayerNorm and
+    the five projections read z once. A z that is a transposed view is not copied: the attention runs over its
+    other axis. A row without any key gives zero.
+    """
+    if z.stride(-3) < z.stride(-2):
+        turned = Orientation(not way.columns, not way.flipped)
+        mask = None if mask is None else mask.transpose(-1, -2)
+        update = triangle_attention(z.transpose(-3, -2), weights, heads, turned, out, mask, eps, fallbacks)
+        return update.transpose(-3, -2)
+    norm, projections = weights[:2], list(weights[2:6])
+    verdict = norm_linear_op.supported(z, *norm, projections, weights.bias)
+    fallbacks.check("layer_norm_linear", verdict)
+    q, k, v, g, bias = norm_linear_op.layer_norm_linear(z, *norm, projections, weights.bias, eps)
+    q, k, v = (_to_rows(x, heads, way.columns) for x in (q, k, v))
+    bias = bias.movedim(0, -3)
+    if way.flipped:
+        bias = bias.transpose(-1, -2)
+    if mask is not None and way.columns:
+        mask = mask.transpose(-1, -2)
+    x = _attention(q, k, v, bias.unsqueeze(-4), mask, "triangle_attention", fallbacks)
+    return out(_from_rows(x, way.columns) * torch.sigmoid(g))
+
+
+def _to_rows(x: Tensor, heads: int, columns: bool) -> Tensor:
+    """[*, I, J, heads·d] to [*, rows, heads, length, d], a view."""
+    x = x.unflatten(-1, (heads, -1))
+    return (x.transpose(-4, -3) if columns else x).transpose(-3, -2)
+
+
+def _from_rows(x: Tensor, columns: bool) -> Tensor:
+    """The inverse of `_to_rows`."""
+    x = x.transpose(-3, -2)
+    return (x.transpose(-4, -3) if columns else x).flatten(-2)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, name: str, fallbacks: Fallbacks
+) -> Tensor:
+    fallbacks.check(name, attention_op.supported(q, k, v, bias, mask))
+    return attention_op.attention(q, k, v, bias, mask)
+
+
+def shared_bias_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, fallbacks: Fallbacks
+) -> Tensor:
+    """Attention of any number of samples with pair bias (AF3 Algorithm 24, lines 9 and 10).
+
+    q [*, L, H, d], k and v [*, K, H, d]; bias [*', H, L, K] and mask [*'', K] (True = keep) broadcast to the
+    leading axes of q. The trailing leading axes along which the bias does not vary share it, without a copy.
+    Returns [*, L, H·d].
+    """
+    lead = q.shape[:-3]
+    bias = bias[(None,) * (len(lead) + 3 - bias.dim())]
+    own = len(lead)
+    while own and bias.shape[own - 1] == 1:
+        own -= 1
+    rows = math.prod(lead[own:])
+    q, k, v = (x.reshape(*lead[:own], rows, *x.shape[-3:]).transpose(-3, -2) for x in (q, k, v))
+    pairs = bias.shape[-3:]
+    bias = bias.reshape(*bias.shape[:own], *pairs).expand(*lead[:own], *pairs).unsqueeze(-4)
+    if mask is not None:
+        mask = mask.expand(*lead, mask.shape[-1]).reshape(*lead[:own], rows, mask.shape[-1])
+    x = _attention(q, k, v, bias, mask, "attention_pair_bias", fallbacks)
+    x = x.transpose(-3, -2)
+    return x.reshape(*lead, *x.shape[-3:]).flatten(-2)
+
+
+def triangle_multiplication(
+    z: Tensor,
+    weights: TriangleWeights,
+    outgoing: bool,
+    mask: Tensor | None,
+    eps: float,
+    fallbacks: Fallbacks,
+) -> Tensor:
+    """Triangle multiplication (AF3 Algorithms 12 and 13) on z [*, N, N, c], without the residual.
+
+    `mask` [*, N, N], True = keep. The operator takes one structure, so a batch is taken one by one.
+    """
+    lead = z.shape[:-3]
+    if not lead:
+        fallbacks.check("triangle_multiplication", multiplication_op.supported(z, weights, mask))
+        return multiplication_op.triangle_multiplication(z, weights, outgoing, mask, eps)
+    structures = z.flatten(0, len(lead) - 1).unbind(0)
+    masks: tuple[Tensor | None, ...] = (None,) * len(structures)
+    if mask is not None:
+        masks = mask.expand(z.shape[:-1]).reshape(-1, *mask.shape[-2:]).unbind(0)
+    updates = [
+        triangle_multiplication(one, weights, outgoing, m, eps, fallbacks)
+        for one, m in zip(structures, masks, strict=True)
+    ]
+    together = updates[0].unsqueeze(0) if len(updates) == 1 else torch.stack(updates)
+    return together.unflatten(0, lead)
+
+
+class TransitionWeights(NamedTuple):
+    """Parameters of one transition; c channels, h hidden channels, no biases."""
+
+    norm_weight: Tensor
+    """`[c]`"""
+    norm_bias: Tensor
+    """`[c]`"""
+    a: Tensor
+    """`[h, c]`, the branch through swish."""
+    b: Tensor
+    """`[h, c]`"""
+    out: Tensor
+    """`[c, h]`"""
+
+
+def transition(x: Tensor, weights: TransitionWeights, eps: float, fallbacks: Fallbacks) -> Tensor:
+    """Transition (AF3 Algorithm 11) on x [..., c], without the residual."""
+    fallbacks.check("transition", transition_op.supported(x, *weights))
+    return transition_op.transition(x, *weights, eps)

@@ -1,0 +1,205 @@
+"""Boltz 2.2: its modules on fused operators.
+
+All are batched. Masks are floats, 1 = keep; its triangle products, in float32 without autocast, are taken in
+the operand's dtype with float32 accumulation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from optimized import forwards
+from optimized.forwards import Orientation, TransitionWeights, TriangleAttentionWeights, keep
+from optimized.ops.triangle_multiplication import TriangleWeights
+from optimized.recipes import Fused, Recipe, affine, first, head_size, width, without_bias
+
+
+class _TriangleMultiplication(Fused):
+    outgoing: bool
+    norm_in: Any
+    norm_out: Any
+    p_in: Any
+    g_in: Any
+    p_out: Any
+    g_out: Any
+
+    def forward(self, x: Tensor, mask: Tensor, use_kernels: bool = False) -> Tensor:
+        """The update of x [B, N, N, c], without the residual; mask [B, N, N]."""
+        a_p, b_p = self.p_in.weight.chunk(2)
+        a_g, b_g = self.g_in.weight.chunk(2)
+        weights = TriangleWeights(
+            self.norm_in.weight, self.norm_in.bias, a_p, a_g, b_p, b_g,
+            self.norm_out.weight, self.norm_out.bias, self.p_out.weight, self.g_out.weight,
+        )  # fmt: skip
+        return forwards.triangle_multiplication(
+            x, weights, self.outgoing, keep(mask), self.norm_in.eps, self.fallbacks
+        )
+
+
+class Outgoing(_TriangleMultiplication):
+    """Triangle multiplication, outgoing edges; the fused input projections hold a, then b."""
+
+    outgoing = True
+
+
+class Incoming(_TriangleMultiplication):
+    """Triangle multiplication, incoming edges; the fused input projections hold a, then b."""
+
+    outgoing = False
+
+
+class TriangleAttention(Fused):
+    """Triangle attention; the ending node reads the bias transposed with the input."""
+
+    starting: bool
+    no_heads: int
+    layer_norm: Any
+    linear: Any
+    mha: Any
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, chunk_size: int | None = None, use_kernels: bool = False
+    ) -> Tensor:
+        """The update of x [*, N, N, c], without the residual; mask [*, N, N]."""
+        mha = self.mha
+        weights = TriangleAttentionWeights(
+            self.layer_norm.weight, self.layer_norm.bias, mha.linear_q.weight, mha.linear_k.weight,
+            mha.linear_v.weight, mha.linear_g.weight, self.linear.weight,
+        )  # fmt: skip
+        way = Orientation(columns=not self.starting, flipped=not self.starting)
+        return forwards.triangle_attention(
+            x, weights, self.no_heads, way, mha.linear_o, keep(mask), self.layer_norm.eps, self.fallbacks
+        )
+
+
+class Transition(Fused):
+    """Transition."""
+
+    norm: Any
+    fc1: Any
+    fc2: Any
+    fc3: Any
+
+    def forward(self, x: Tensor, chunk_size: int | None = None) -> Tensor:
+        """The update of x [..., c], without the residual."""
+        weights = TransitionWeights(
+            self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
+        )
+        return forwards.transition(x, weights, self.norm.eps, self.fallbacks)
+
+
+class _PairBias(Fused):
+    num_heads: int
+    proj_q: Any
+    proj_k: Any
+    proj_v: Any
+    proj_g: Any
+    proj_o: Any
+
+    def _attend(self, s: Tensor, k_in: Tensor, bias: Tensor, mask: Tensor, multiplicity: int) -> Tensor:
+        """s [B·M, L, c], k_in [B·M, K, c], bias [B, H, L, K], mask [B·M, K]; M samples share a bias."""
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1)).unflatten(0, (-1, multiplicity))
+
+        q, k, v = split(self.proj_q(s)), split(self.proj_k(k_in)), split(self.proj_v(k_in))
+        kept = keep(mask.expand(s.shape[0], -1).unflatten(0, (-1, multiplicity)))
+        o = forwards.shared_bias_attention(q, k, v, bias.unsqueeze(1), kept, self.fallbacks)
+        return self.proj_o(self.proj_g(s).sigmoid() * o.flatten(0, 1))
+
+
+class AttentionPairBias(_PairBias):
+    """Attention with pair bias of Boltz-2 (`attentionv2`)."""
+
+    proj_z: Any
+
+    def forward(self, s: Tensor, z: Tensor, mask: Tensor, k_in: Tensor, multiplicity: int = 1) -> Tensor:
+        """The update of s [B·M, L, c]; z [B, L, K, c_z] or, without a projection of its own, [B, L, K, H]."""
+        return self._attend(s, k_in, self.proj_z(z), mask, multiplicity)
+
+
+class FirstAttentionPairBias(_PairBias):
+    """Attention with pair bias of Boltz-1 (`attention`), which normalises s itself."""
+
+    proj_z: Any
+    initial_norm: bool
+    norm_s: Any
+
+    def forward(
+        self,
+        s: Tensor,
+        z: Tensor,
+        mask: Tensor,
+        multiplicity: int = 1,
+        to_keys: Any = None,
+        model_cache: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The update of s [B·M, L, c]; the projected z [B, L, K, c_z] is kept in `model_cache` if there is one."""
+        if self.initial_norm:
+            s = self.norm_s(s)
+        k_in = s
+        if to_keys is not None:
+            k_in, mask = to_keys(s), to_keys(mask.unsqueeze(-1)).squeeze(-1)
+        bias = None if model_cache is None else model_cache.get("z")
+        if bias is None:
+            bias = self.proj_z(z)
+            if model_cache is not None:
+                model_cache["z"] = bias
+        return self._attend(s, k_in, bias, mask, multiplicity)
+
+
+def _check_multiplication(m: Any) -> str:
+    linears = (m.p_in, m.g_in, m.p_out, m.g_out)
+    return first(
+        affine(m.norm_in, m.norm_out),
+        without_bias(linears),
+        width("triangle_multiplication", m.p_out.in_features),
+    )
+
+
+def _check_attention(m: Any) -> str:
+    if m.mha.linear_g is None:
+        return "attention without a gate"
+    linears = (m.linear, m.mha.linear_q, m.mha.linear_k, m.mha.linear_v, m.mha.linear_g)
+    return first(
+        affine(m.layer_norm),
+        without_bias(linears),
+        head_size(m.mha.linear_q.out_features, m.no_heads),
+        width("triangle_attention", m.linear.in_features),
+    )
+
+
+def _check_transition(m: Any) -> str:
+    if m.fc3.out_features != m.fc1.in_features:
+        return f"a transition from {m.fc1.in_features} to {m.fc3.out_features} channels"
+    return first(affine(m.norm), without_bias((m.fc1, m.fc2, m.fc3)), width("transition", m.fc1.in_features))
+
+
+def _check_pair_bias(m: Any) -> str:
+    return head_size(m.proj_q.out_features, m.num_heads)
+
+
+_LAYERS = "boltz.model.layers."
+_TRIANGLE = f"{_LAYERS}triangular_attention.attention.TriangleAttention"
+RECIPES = {
+    f"{_LAYERS}triangular_mult.TriangleMultiplicationOutgoing": Recipe(
+        "triangle_multiplication", Outgoing, _check_multiplication
+    ),
+    f"{_LAYERS}triangular_mult.TriangleMultiplicationIncoming": Recipe(
+        "triangle_multiplication", Incoming, _check_multiplication
+    ),
+    _TRIANGLE: Recipe("triangle_attention", TriangleAttention, _check_attention),
+    f"{_LAYERS}transition.Transition": Recipe("transition", Transition, _check_transition),
+    f"{_LAYERS}attentionv2.AttentionPairBias": Recipe(
+        "attention_pair_bias", AttentionPairBias, _check_pair_bias
+    ),
+    f"{_LAYERS}attention.AttentionPairBias": Recipe(
+        "attention_pair_bias", FirstAttentionPairBias, _check_pair_bias
+    ),
+}
+WITHOUT_OPERATOR = {
+    f"{_LAYERS}outer_product_mean.OuterProductMean": "outer product mean",
+    f"{_LAYERS}pair_averaging.PairWeightedAveraging": "pair-weighted averaging",
+}

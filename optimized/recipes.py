@@ -1,0 +1,119 @@
+"""How one class of modules is replaced: which operator, which forward, and what it must look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimized.ops.attention.operator import HEAD_DIMS
+from optimized.ops.layer_norm_linear import op as layer_norm_linear_op
+from optimized.ops.support import Supported
+from optimized.ops.transition import op as transition_op
+from optimized.ops.triangle_multiplication import op as triangle_multiplication_op
+
+OPS = ("triangle_multiplication", "triangle_attention", "transition", "attention_pair_bias")
+"""The operators that can be switched one by one."""
+
+
+class Fallbacks:
+    """Calls that ran a definition instead of a kernel: ``"operator: reason"`` to their number.
+
+    A compiled function counts once, when it is traced: the verdict is then part of the compiled code.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    @torch.compiler.assume_constant_result
+    def note(self, op: str, reason: str) -> None:
+        """Count one call of `op` that no kernel takes."""
+        key = f"{op}: {reason}"
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    def check(self, op: str, verdict: Supported) -> None:
+        """Count the call unless a kernel takes it."""
+        if not verdict.ok:
+            self.note(op, verdict.reason)
+
+
+class Fused:
+    """Mixin of every replacement. `fallbacks` collects why its operators fell back, if they did."""
+
+    fallbacks: Fallbacks
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fallbacks = Fallbacks()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The replacement of one class: `mixin` overrides its forward; `check` says what does not fit, or nothing."""
+
+    op: str
+    mixin: type[Fused]
+    check: Callable[[Any], str]
+
+
+def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+    """`original` with the forward of `mixin`: same parameters, same constructor, an instance of both.
+
+    The same class for the same arguments, so that compiled functions guarded by class are compiled once.
+    """
+    derive: Any = _derive
+    return mixin if issubclass(mixin, original) else derive(mixin, original)
+
+
+@cache
+def _derive(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+    def reduce(self: nn.Module) -> tuple[Any, ...]:
+        return _revive, (mixin, original), dict(self.__dict__)
+
+    body = {"__module__": mixin.__module__, "__reduce__": reduce, "__doc__": mixin.__doc__}
+    metaclass: Any = type(original)
+    return metaclass(f"Fused{original.__name__}", (mixin, original), body)
+
+
+def _revive(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
+    """An empty instance, for copying and unpickling: the class has no name that could be imported."""
+    made = fused_class(mixin, original)
+    return made.__new__(made)
+
+
+def affine(*norms: Any) -> str:
+    """What keeps these layer norms out of the operators: they need scale, offset and the same epsilon."""
+    if any(n.weight is None or n.bias is None for n in norms):
+        return "a layer norm without scale or offset"
+    eps = {n.eps for n in norms}
+    return "" if len(eps) == 1 else f"layer norms with different eps: {', '.join(map(str, sorted(eps)))}"
+
+
+def without_bias(linears: Iterable[Any]) -> str:
+    """What keeps these projections out of the operators: a bias."""
+    return "a projection with a bias" if any(p.bias is not None for p in linears) else ""
+
+
+def head_size(channels: int, heads: int) -> str:
+    """Whether the attention kernels know this head size."""
+    size = channels // heads
+    return "" if size in HEAD_DIMS else f"head size {size} is not one of {', '.join(map(str, HEAD_DIMS))}"
+
+
+def width(op: str, channels: int) -> str:
+    """Whether the kernels of `op` hold this many channels."""
+    limits = {
+        "triangle_multiplication": triangle_multiplication_op.MAX_CHANNELS,
+        "triangle_attention": layer_norm_linear_op.MAX_CHANNELS,
+        "transition": transition_op.MAX_CHANNELS,
+    }
+    return "" if channels <= limits[op] else f"{channels} channels; the kernels hold at most {limits[op]}"
+
+
+def first(*reasons: str) -> str:
+    """The first reason that is not empty."""
+    return next((reason for reason in reasons if reason), "")

@@ -1,0 +1,276 @@
+"""`optimized.apply` on the baseline: what it replaces, what it leaves valid, and with what it can be combined."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import optimized
+from baselines.af3.config import PairConfig, PairformerConfig, preset
+from baselines.af3.model import AlphaFold3
+from baselines.af3.pairformer import PairBlock, PairformerBlock
+from baselines.af3.primitives import Transition
+from baselines.checkpointing import checkpoint_units
+from baselines.compilation import compile_units
+from megafold_bench.errors import UserError
+from optimized import modules
+from optimized.ops.support import Supported
+from optimized.patch import apply
+from optimized.recipes import OPS
+from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
+
+N, C_Z, C_S = 9, 16, 32
+PAIR = PairConfig(triangle_hidden=16, attention_heads=2, attention_width=8, dropout=0.25)
+INPUTS = [randn(N, C_S), randn(N, N, C_Z, seed=2)]
+
+
+def block(**pair) -> PairformerBlock:
+    config = PairformerConfig(single_heads=4, pair=PairConfig(**{**vars(PAIR), **pair}))
+    made = PairformerBlock(C_S, C_Z, config, "sdpa")
+    randomise(made)
+    return made
+
+
+def call(m: nn.Module, s: torch.Tensor, z: torch.Tensor):
+    torch.manual_seed(0)  # the dropout masks
+    return m(s, z)
+
+
+def test_package_exports_apply():
+    assert optimized.apply is apply
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = optimized.nothing
+
+
+def test_whole_model():
+    with torch.device("meta"):
+        model = AlphaFold3(preset("af3"))
+    names = [n for n, _ in model.named_parameters()]
+    report = apply(model)
+    blocks = 48 + 4 + 2 + 4  # pairformer, MSA, template, confidence
+    assert report.counts() == {
+        "triangle_multiplication": 2 * blocks,
+        "triangle_attention": 2 * blocks,
+        "transition": blocks + 48 + 4 + 3 + 4,  # single tracks, MSA rows, diffusion conditioning
+        "attention_pair_bias": 48 + 4 + 24,
+    }
+    assert [n for n, _ in model.named_parameters()] == names
+    assert report.reasons() == {
+        "OuterProductMean: no fused operator for outer product mean": 4,
+        "PairWeightedAveraging: no fused operator for pair-weighted averaging": 3,
+        "ConditionedTransition: no fused operator for conditioned transition": 24 + 9,
+        "AtomAttention: no fused operator for windowed attention": 9,
+    }
+    assert "triangle_attention: 116 replaced" in str(report)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_each_operator_alone(op):
+    expected = run(block(), INPUTS, call)
+    patched = block()
+    report = apply(patched, [op])
+    assert report.counts().keys() == {op}
+    assert all(r.reason.endswith("was not asked for") for r in report.left)
+    assert_same(run(patched, INPUTS, call), expected, 2e-5)
+    assert op in {key.partition(":")[0] for key in report.fallbacks.counts}
+
+
+def test_dropout_and_residuals_are_the_blocks_own():
+    expected, again = run(block(), INPUTS, call), block()
+    apply(again)
+    assert again.training
+    assert_same(run(again, INPUTS, call), expected, 2e-5)
+
+
+def test_parameters_state_and_optimiser_stay():
+    patched = block()
+    optimiser = torch.optim.Adam(patched.parameters())
+    parameters, state = dict(patched.named_parameters()), copy.deepcopy(patched.state_dict())
+    report = apply(patched)
+    assert all(p is parameters[n] for n, p in patched.named_parameters())
+    assert patched.state_dict().keys() == state.keys()
+    assert isinstance(patched.single_transition, Transition)
+    before = patched.pair.tri_att_end.linear_q.weight.detach().clone()
+    run(patched, INPUTS, call)
+    optimiser.step()
+    assert not torch.equal(patched.pair.tri_att_end.linear_q.weight, before)
+    fresh = block()
+    fresh.load_state_dict(patched.state_dict(), strict=True)
+    assert_same(run(fresh, INPUTS, call), run(patched, INPUTS, call), 2e-5)
+    report.undo()
+    assert type(patched.single_transition) is Transition
+    assert all("fallbacks" not in vars(m) for m in patched.modules())
+    assert_same(run(patched, INPUTS, call), run(fresh, INPUTS, call), 0.0)
+
+
+def test_applying_in_two_parts():
+    patched = block()
+    apply(patched, ["transition"])
+    second = apply(patched)
+    assert second.counts().keys() == set(OPS) - {"transition"}
+    assert "Transition: already replaced" in second.reasons()
+
+
+def test_copies():
+    patched = block()
+    apply(patched)
+    for other in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        assert isinstance(other.pair.tri_mul_in, modules.TriangleMultiplication)
+        assert_same(run(other, INPUTS, call), run(patched, INPUTS, call), 0.0)
+    stream = io.BytesIO()
+    torch.save(patched.state_dict(), stream)
+    stream.seek(0)
+    block().load_state_dict(torch.load(stream, weights_only=True), strict=True)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["patched-first", "checkpointed-first"])
+def test_with_checkpointing(first):
+    expected, patched = run(block(), INPUTS, call), block()
+    if first:
+        apply(patched)
+    checkpoint_units([("block", patched)])
+    if not first:
+        apply(patched)
+    assert_same(run(patched, INPUTS, call), expected, 2e-5)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["patched-first", "compiled-first"])
+def test_with_compilation(first, monkeypatch):
+    """Whole blocks compile without a graph break; the reason for the definition is noted while tracing."""
+    torch._dynamo.reset()
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="aot_eager", **options))
+    expected, patched = run(block(dropout=0.0), INPUTS, call), block(dropout=0.0)
+    if first:
+        report = apply(patched)
+    compile_units([("block", patched)])
+    if not first:
+        run(patched, INPUTS, call)
+        report = apply(patched)
+    assert_same(run(patched, INPUTS, call), expected, 2e-5)
+    assert {key.partition(":")[0] for key in report.fallbacks.counts} >= set(OPS)
+
+
+def test_what_does_not_fit_is_left():
+    odd = block(attention_width=12)
+    report = apply(odd)
+    assert "triangle_attention" not in report.counts()
+    assert "TriangleAttention: head size 12 is not one of 8, 16, 24, 32, 48, 64" in report.reasons()
+    wide = Transition(768, 2)
+    assert apply(wide).reasons() == {"Transition: 768 channels; the kernels hold at most 512": 1}
+
+
+def test_replaced_forwards_are_left():
+    class Louder(Transition):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    assert apply(Louder(C_Z, 4)).reasons() == {"Transition: Louder has a forward of its own": 1}
+    wrapped = Transition(C_Z, 4)
+    wrapped.forward = wrapped.forward
+    (reason,) = apply(wrapped).reasons()
+    assert "on the instance" in reason
+
+
+def test_subclasses_without_a_forward_are_replaced():
+    class Named(Transition):
+        """As wrappers that add behaviour by subclassing do."""
+
+        note = "kept"
+
+    named, plain = Named(C_Z, 4), Transition(C_Z, 4)
+    randomise(named)
+    plain.load_state_dict(named.state_dict())
+    assert apply(named).counts() == {"transition": 1}
+    assert isinstance(named, Named) and isinstance(named, modules.Transition) and named.note == "kept"
+    inputs = [randn(N, C_Z)]
+    assert_same(run(named, inputs, lambda m, x: m(x)), run(plain, inputs, lambda m, x: m(x)), 2e-5)
+
+
+def test_errors_of_the_user():
+    with pytest.raises(UserError, match="unknown operator 'softmax': choose from triangle_multiplication"):
+        apply(block(), ["softmax"])
+    with pytest.raises(UserError, match="Linear has no module"):
+        apply(nn.Linear(2, 2))
+
+
+def test_pair_block_of_the_template_embedder():
+    """Width 64 and a hidden width of its own."""
+    config = PairConfig(
+        triangle_hidden=64, attention_heads=4, attention_width=16, transition_n=2, dropout=0.0
+    )
+    expected = randomise(PairBlock(64, config, "sdpa"))
+    patched = copy.deepcopy(expected)
+    assert apply(patched).counts() == {
+        "triangle_multiplication": 2,
+        "triangle_attention": 2,
+        "transition": 1,
+    }
+    inputs = [randn(5, 5, 64)]
+    assert_same(run(patched, inputs, lambda m, z: m(z)), run(expected, inputs, lambda m, z: m(z)), 2e-5)
+
+
+def kept_bytes(module: nn.Module, n: int) -> int:
+    """Bytes a bf16 step keeps for its backward pass, parameters apart; nothing is computed."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, FakeTensor):
+            kept[id(x.untyped_storage())] = x.untyped_storage()
+        return x
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        s = torch.empty(n, C_S, requires_grad=True)
+        z = torch.empty(n, n, C_Z, dtype=torch.bfloat16, requires_grad=True)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            out = module(s, z)
+        assert [(o.shape, o.dtype) for o in out] == [(s.shape, s.dtype), (z.shape, z.dtype)]
+        sum(o.float().sum() for o in out).backward()
+        assert z.grad is not None and z.grad.shape == z.shape
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_shapes_and_memory_without_computing(monkeypatch):
+    """With the kernels' fake implementations, as memory prediction runs them."""
+    pretend_kernels(monkeypatch)
+    patched = block(dropout=0.0)
+    report = apply(patched)
+    assert kept_bytes(patched, 64) < 0.4 * kept_bytes(block(dropout=0.0), 64)
+    assert not report.fallbacks.counts
+
+
+def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
+    """As `torch.compile` sees it where the kernels apply: no graph break, and every operator as a node."""
+    pretend_kernels(monkeypatch)
+    torch._dynamo.reset()
+    patched, nodes = block(dropout=0.0), []
+    apply(patched)
+
+    def record(graph: torch.fx.GraphModule, _: list[torch.Tensor]):
+        nodes.extend(str(n.target) for n in graph.graph.nodes if "megafold_bench" in str(n.target))
+        return lambda *tensors: [
+            n.meta["example_value"] for n in graph.graph.find_nodes(op="output")[0].args[0]
+        ]
+
+    compiled = torch.compile(type(patched).forward, backend=record, fullgraph=True, dynamic=False)
+    compiled(patched, *INPUTS, torch.arange(N) < N - 2)
+    assert [n.removeprefix("megafold_bench.").removesuffix(".default") for n in nodes] == [
+        *["triangle_multiplication"] * 2,
+        *["layer_norm_linear", "pair_attention"] * 2,
+        "transition",
+        "pair_attention",
+        "transition",
+    ]
+
+
+def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the operators choose their kernels, which nothing here runs."""
+    for op in ("attention.operator", "transition.op", "triangle_multiplication.op", "layer_norm_linear.op"):
+        monkeypatch.setattr(f"optimized.ops.{op}.triton_support", lambda *tensors: Supported(True))
