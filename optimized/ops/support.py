@@ -15,8 +15,12 @@ class Supported(NamedTuple):
     reason: str = ""
 
 
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
-    """Whether Triton runs in its CPU interpreter (TRITON_INTERPRET=1), so that CPU tensors reach kernels."""
+    """Whether Triton runs in its CPU interpreter (TRITON_INTERPRET=1), so that CPU tensors reach kernels.
+
+    A constant of the process, so that `torch.compile` need not look into Triton's settings.
+    """
     try:
         from triton import knobs
     except ImportError:
