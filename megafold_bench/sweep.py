@@ -46,13 +46,13 @@ class SweepSpec:
 
     def __post_init__(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"--device {self.device}: choose cpu or cuda")
         if not self.variants:
             raise UserError("no variant named: give at least one to --variants")
         twice = sorted({name for name in self.variants if self.variants.count(name) > 1})
         if twice:
             raise UserError(f"variant {twice[0]!r} is named twice in --variants: name it once")
-        if self.device not in ("cpu", "cuda"):
-            raise UserError(f"--device {self.device}: choose cpu or cuda")
         for name, least in (("steps", 1), ("warmup", 1), ("repeats", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")

@@ -87,7 +87,7 @@ def test_nothing_to_resume(tmp_path):
 
 
 def test_second_sweep_is_told_who_holds_the_folder(tmp_path):
-    with open_run(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on .*pytest"):
+    with open_run(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on .+"):
         open_run(tmp_path, resume=True)
     open_run(tmp_path, resume=True).close()
 

@@ -49,8 +49,13 @@ def test_a_running_sweep_shows_what_is_there(make):
     run = make("cpu")
     path = run / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-300])
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["spec"]["seq_lens"] += [192, 256, 384, 512]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    spec = manifest["spec"]
+    planned = len(spec["variants"]) * len(spec["seq_lens"]) * (spec["repeats"] + 1)
     text = shown(run)
-    assert "47 of 48 trials so far" in text
+    assert f"47 of {planned} trials so far" in text
     assert "torn" in text
     path.write_text("")
     assert "No trial has ended yet" in shown(run)
