@@ -497,11 +497,15 @@ def compare(
     for run in (run_a, run_b):
         _require_run(run)
     from reports.compare import compare as compare_runs
+    from reports.compare_table import print_comparison
 
     comparison = compare_runs(run_a, run_b, by=by, fail_above=threshold)
-    comparison.print(_console())
+    print_comparison(comparison, _console())
     if out is not None:
-        for path in comparison.write(out):
+        from reports.figures.comparison import comparison_drawing
+        from reports.figures.save import save
+
+        for path in save(comparison_drawing(comparison), out):
             typer.echo(str(path))
     if comparison.failed:
         raise typer.Exit(1)

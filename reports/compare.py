@@ -26,7 +26,7 @@ from reports.frame import Run, load_run
 from reports.significance import NORMAL_95, Sizes, log_sigma, p_value
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 BY = ("run", "variant", "gpu")
 SIGNIFICANCE = 0.05
@@ -137,19 +137,6 @@ class Comparison:
     def frame(self) -> pd.DataFrame:
         """One row a point: both sides' values and their ratios."""
         return pd.DataFrame([_row(pair) for pair in self.pairs])
-
-    def print(self, console: Console | None = None) -> None:
-        """The tables, on a terminal or in a pipe."""
-        from reports.compare_table import print_comparison
-
-        print_comparison(self, console)
-
-    def write(self, folder: Path) -> list[Path]:
-        """``compare.svg``, ``.pdf``, ``.png`` and ``.csv`` in `folder`."""
-        from reports.figures.comparison import comparison_drawing
-        from reports.figures.save import save
-
-        return save(comparison_drawing(self), folder)
 
 
 def _row(pair: Pair) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from rich.console import Console
 from megafold_bench.errors import UserError
 from megafold_bench.statistics import Interval, holm, is_change, ratio_of_medians
 from reports.compare import compare
+from reports.compare_table import print_comparison
 from reports.figures.canvas import overlapping_texts
 from reports.figures.comparison import comparison_drawing
+from reports.figures.save import save
 from reports.significance import Sizes, p_value, student_p
 
 TWO = {"variants": ("pytorch", "megafold"), "lengths": (256, 384, 512)}
@@ -18,7 +20,7 @@ TWO = {"variants": ("pytorch", "megafold"), "lengths": (256, 384, 512)}
 
 def printed(comparison, width=140):
     out = io.StringIO()
-    comparison.print(Console(file=out, width=width))
+    print_comparison(comparison, Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -166,7 +168,7 @@ def test_p_value_follows_the_interval():
 def test_files(make, tmp_path):
     run = make("nvidia", **TWO)
     comparison = compare(run, run, by="variant")
-    paths = comparison.write(tmp_path / "out")
+    paths = save(comparison_drawing(comparison), tmp_path / "out")
     assert [path.name for path in paths] == ["compare.svg", "compare.pdf", "compare.png", "compare.csv"]
     read = pd.read_csv(paths[-1])
     assert list(read["time_ratio"]) == [pair.time.estimate for pair in comparison.pairs]
