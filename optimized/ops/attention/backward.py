@@ -8,11 +8,12 @@ Three kernels rebuild p from q, k, bias and lse:
 
 - `grad_kv_kernel` owns a key tile of ROWS rows and runs over queries (4 products per tile, 1 exponential);
 - `grad_bias_kernel` owns a (query, key) tile of one head and runs over rows, so that the bias tile and the sum
-  over rows stay in registers (2 products, 1 exponential). With EMIT_DQ it also writes its share of dq, one plane per
-  key tile, which `fold_kernel` adds in a fixed order (3 products);
-- `grad_q_kernel` owns a query tile of ROWS rows and runs over keys (3 products, 1 exponential), used without EMIT_DQ.
+  over rows stay in registers (2 products, 1 exponential);
+- `grad_q_kernel` owns a query tile of ROWS rows and runs over keys (3 products, 1 exponential).
 
 The rows are split over SPLITS programs of `grad_bias_kernel`, each with its own fp32 plane of dbias, folded in order.
+Letting the bias kernel emit dq too, one plane per key tile, saves a reconstruction but was slower on an H200 (3.8
+against 3.2 ms at 768 tokens): the planes cost more than the products.
 """
 
 # ruff: noqa: ANN001, ANN201, E741, RUF005 (Triton compiles these functions: an annotation would mean a constant,
@@ -24,69 +25,90 @@ import triton.language as tl
 from optimized.ops.attention.forward import (
     LENGTHS,
     LOG2E,
-    keep_keys,
-    key_weights,
-    load_bias,
+    head_of,
+    in_units,
     powers,
     strides_of,
-    tile_pointers,
+    tile_offsets,
+    token,
+)
+from optimized.ops.attention.packing import (
+    column_position,
+    load_columns,
+    load_packed,
+    packed_pointers,
+    spread,
+    unpacked,
 )
 
-COMMON = (*LENGTHS, *strides_of("q", "k", "v", "g"), "bias_b", "bias_h", "bias_s")
+COMMON = (*LENGTHS, *strides_of("q", "k", "v", "g"))
 
 
 @triton.jit
-def statistics_row(b, row, h, R, H, LQ):
-    """Start of one row and head in LSE2 and DELTA, [B, R, H, LQ rounded up to 128]."""
-    return ((b * R + row) * H + h) * (tl.cdiv(LQ, 128) * 128)
+def statistics_row(b, row, h, R, H, LQ, TILE: tl.constexpr):
+    """Start of one row and head in LSE2 and DELTA, [B, R, H, LQ rounded up to TILE]."""
+    return ((b * R + row) * H + h) * (tl.cdiv(LQ, TILE) * TILE)
+
+
+@triton.jit
+def bias_head(BIAS, b, h, H, LX, LY, TILE: tl.constexpr):
+    """Start of one head of a packed bias with rows LX and columns LY."""
+    return BIAS + (b * H + h) * (tl.cdiv(LX, TILE) * (TILE // 16)) * (tl.cdiv(LY, TILE) * (TILE // 16)) * 256
+
+
+@triton.jit
+def multiply_add(a, b, acc, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """acc + a b; when EXACT the tile is summed by itself first, which rounds less than one long chain."""
+    if EXACT:
+        return acc + tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["R", "H", "LQ", *strides_of("o", "g")])
 def statistics_kernel(
     O, G, LSE, DLSE, LSE2, DELTA, R, H, LQ, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l,
-    HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BQ: tl.constexpr,
+    HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = lse in the units of `powers`; both fp32.
+    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = lse in the units of `powers`; both fp32, in
+    the order of `column_position`.
 
     Padded queries and rows without keys get LSE2 = +inf, so that their probabilities vanish without a test.
     """
     EXACT: tl.constexpr = O.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(LQ, BQ)
-    qi = (pid // H % tiles).to(tl.int32) * BQ + tl.arange(0, BQ)
+    tiles = tl.cdiv(LQ, TILE)
+    q0 = (pid // H % tiles).to(tl.int32) * TILE
+    qi = q0 + tl.arange(0, TILE)
     h = pid % H
     row = pid // H // tiles % R
     b = pid // H // tiles // R
     d = tl.arange(0, BLOCK_D)
     inside = (qi < LQ)[:, None] & (d < D)[None, :]
-    o = tl.load(
-        tile_pointers(O + (b * o_b + row * o_r + h * o_h) * 8, qi, o_l, d, WIDE), mask=inside, other=0.0
-    )
-    g = tl.load(
-        tile_pointers(G + (b * g_b + row * g_r + h * g_h) * 8, qi, g_l, d, WIDE), mask=inside, other=0.0
-    )
+    ob = token(head_of(O, b, row, h, o_b, o_r, o_h), q0, o_l)
+    gb = token(head_of(G, b, row, h, g_b, g_r, g_h), q0, g_l)
+    o = tl.load(ob + tile_offsets(o_l, d, TILE), mask=inside, other=0.0)
+    g = tl.load(gb + tile_offsets(g_l, d, TILE), mask=inside, other=0.0)
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     source = ((b * R + row) * H + h) * LQ + qi
     lse = tl.load(LSE + source, mask=qi < LQ, other=float("-inf"))
     if HAS_DLSE:
         delta -= tl.load(DLSE + source, mask=qi < LQ, other=0.0)
-    target = statistics_row(b, row, h, R, H, LQ) + qi
+    target = statistics_row(b, row, h, R, H, LQ, TILE) + column_position(qi)
     tl.store(LSE2 + target, tl.where(lse == float("-inf"), float("inf"), lse if EXACT else lse * LOG2E))
     tl.store(DELTA + target, delta)
 
 
-@triton.jit(do_not_specialize=[*COMMON, "keep_b", "keep_r", *strides_of("dk", "dv")])
+@triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dk", "dv")])
 def grad_kv_kernel(
-    Q, K, V, G, BIAS, KEEP, LSE2, DELTA, DK, DV, R, H, LQ, LK,
+    Q, K, V, G, FLIPPED, MASK, LSE2, DELTA, DK, DV, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
-    dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l,
-    bias_b, bias_h, bias_s, keep_b, keep_r, scale, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l, mask_b, mask_r, scale, unit_scale,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_BIAS: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a key tile for ROWS rows. Scores are built transposed, [k, q], so that p^T feeds the products;
-    BIAS is [B, H, K, Q] here, queries contiguous.
+    FLIPPED is the packed transposed bias.
 
     A masked key touches only its own row of dk and dv here: those rows are zeroed at the end.
     """
@@ -97,10 +119,14 @@ def grad_kv_kernel(
     first = (pid // tiles) % groups * ROWS
     h = (pid // tiles // groups) % H
     b = pid // tiles // groups // H
-    ki = (pid % tiles).to(tl.int32) * BK + tl.arange(0, BK)
+    k0 = (pid % tiles).to(tl.int32) * BK
+    ki = k0 + tl.arange(0, BK)
     d = tl.arange(0, BLOCK_D)
     k_mask = (ki < LK)[:, None] & (d < D)[None, :]
-    bb = BIAS + (b * bias_b + h * bias_h) * 8
+    q_offsets = tile_offsets(q_l, d, BQ)
+    g_offsets = tile_offsets(g_l, d, BQ)
+    q_blocks = tl.cdiv(LQ, TILE) * (TILE // 16)
+    pointers = packed_pointers(bias_head(FLIPPED, b, h, H, LK, LQ, TILE), k0 // BK, q_blocks, BK, V_BIAS)
 
     ks = ()
     vs = ()
@@ -111,56 +137,69 @@ def grad_kv_kernel(
     stats = ()
     for i in tl.static_range(ROWS):
         row = tl.minimum(first + i, R - 1)
-        kb = K + (b * k_b + row * k_r + h * k_h) * 8
-        vb = V + (b * v_b + row * v_r + h * v_h) * 8
-        ks = ks + (tl.load(tile_pointers(kb, ki, k_l, d, WIDE), mask=k_mask, other=0.0),)
-        vs = vs + (tl.load(tile_pointers(vb, ki, v_l, d, WIDE), mask=k_mask, other=0.0),)
+        kb = token(head_of(K, b, row, h, k_b, k_r, k_h), k0, k_l)
+        vb = token(head_of(V, b, row, h, v_b, v_r, v_h), k0, v_l)
+        ks = ks + (tl.load(kb + tile_offsets(k_l, d, BK), mask=k_mask, other=0.0),)
+        vs = vs + (tl.load(vb + tile_offsets(v_l, d, BK), mask=k_mask, other=0.0),)
         dks = dks + (tl.zeros((BK, BLOCK_D), tl.float32),)
         dvs = dvs + (tl.zeros((BK, BLOCK_D), tl.float32),)
-        qbs = qbs + (Q + (b * q_b + row * q_r + h * q_h) * 8,)
-        gbs = gbs + (G + (b * g_b + row * g_r + h * g_h) * 8,)
-        stats = stats + (statistics_row(b, row, h, R, H, LQ),)
+        qbs = qbs + (head_of(Q, b, row, h, q_b, q_r, q_h),)
+        gbs = gbs + (head_of(G, b, row, h, g_b, g_r, g_h),)
+        stats = stats + (statistics_row(b, row, h, R, H, LQ, TILE),)
 
+    if AHEAD:
+        raw = load_packed(pointers, 0, BQ)
     for q0 in tl.range(0, LQ, BQ, num_stages=STAGES):
         qi = q0 + tl.arange(0, BQ)
         inside = (qi < LQ)[:, None] & (d < D)[None, :]
-        bias = load_bias(bb, ki, qi, bias_s, LK, LQ, EXACT)
+        if AHEAD:
+            bias = in_units(unpacked(raw, BK, BQ), EXACT)
+            raw = load_packed(pointers, tl.minimum(q0 // BQ + 1, q_blocks // (BQ // 16) - 1), BQ)
+        else:
+            bias = in_units(unpacked(load_packed(pointers, q0 // BQ, BQ), BK, BQ), EXACT)
         new_dks = ()
         new_dvs = ()
         for i in tl.static_range(ROWS):
-            lse = tl.load(LSE2 + stats[i] + qi)
-            delta = tl.load(DELTA + stats[i] + qi)
-            q = tl.load(tile_pointers(qbs[i], qi, q_l, d, WIDE), mask=inside, other=0.0)
-            g = tl.load(tile_pointers(gbs[i], qi, g_l, d, WIDE), mask=inside, other=0.0)
-            s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION) * unit_scale + bias - lse[None, :]
+            lse = spread(load_columns(LSE2 + stats[i], q0, BK, BQ), BK, BQ)
+            delta = spread(load_columns(DELTA + stats[i], q0, BK, BQ), BK, BQ)
+            q = tl.load(token(qbs[i], q0, q_l) + q_offsets, mask=inside, other=0.0)
+            g = tl.load(token(gbs[i], q0, g_l) + g_offsets, mask=inside, other=0.0)
+            s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION)
             dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
-            p = powers(s, EXACT)
-            new_dvs = new_dvs + (tl.dot(p.to(g.dtype), g, dvs[i], input_precision=PRECISION),)
-            ds = p * (dp - delta[None, :])
-            new_dks = new_dks + (tl.dot(ds.to(q.dtype), q, dks[i], input_precision=PRECISION),)
+            if EXACT:
+                p = powers(s * unit_scale + bias - lse, True)
+            else:
+                p = powers(s * unit_scale + (bias - lse), False)
+            new_dvs = new_dvs + (multiply_add(p.to(g.dtype), g, dvs[i], PRECISION, EXACT),)
+            ds = p * (dp - delta)
+            new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION, EXACT),)
         dks = new_dks
         dvs = new_dvs
 
     for i in tl.static_range(ROWS):
         row = first + i
-        keep = keep_keys(KEEP, b * keep_b + tl.minimum(row, R - 1) * keep_r, ki, LK, HAS_MASK)
+        mask_at = (b * mask_b + tl.minimum(row, R - 1) * mask_r) * 8
         stored = k_mask & (row < R)
-        dk = tl.where(keep[:, None], dks[i] * scale, 0.0).to(DK.dtype.element_ty)
-        dv = tl.where(keep[:, None], dvs[i], 0.0).to(DV.dtype.element_ty)
-        dk_base = DK + (b * dk_b + row * dk_r + h * dk_h) * 8
-        dv_base = DV + (b * dv_b + row * dv_r + h * dv_h) * 8
-        tl.store(tile_pointers(dk_base, ki, dk_l, d, WIDE), dk, mask=stored)
-        tl.store(tile_pointers(dv_base, ki, dv_l, d, WIDE), dv, mask=stored)
+        dk = dks[i] * scale
+        dv = dvs[i]
+        if HAS_MASK:
+            keep = tl.load(MASK + mask_at + column_position(ki)) == 0.0
+            dk = tl.where(keep[:, None], dk, 0.0)
+            dv = tl.where(keep[:, None], dv, 0.0)
+        dk_base = token(head_of(DK, b, row, h, dk_b, dk_r, dk_h), k0, dk_l)
+        dv_base = token(head_of(DV, b, row, h, dv_b, dv_r, dv_h), k0, dv_l)
+        tl.store(dk_base + tile_offsets(dk_l, d, BK), dk.to(DK.dtype.element_ty), mask=stored)
+        tl.store(dv_base + tile_offsets(dv_l, d, BK), dv.to(DV.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=[*COMMON, "weights_b", "weights_r", *strides_of("dq")])
+@triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dq")])
 def grad_q_kernel(
-    Q, K, V, G, BIAS, WEIGHTS, LSE2, DELTA, DQ, R, H, LQ, LK,
+    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
-    bias_b, bias_h, bias_s, weights_b, weights_r, scale, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    mask_b, mask_r, scale, unit_scale,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_BIAS: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile for ROWS rows, running over keys."""
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
@@ -170,10 +209,14 @@ def grad_q_kernel(
     first = (pid // tiles) % groups * ROWS
     h = (pid // tiles // groups) % H
     b = pid // tiles // groups // H
-    qi = (pid % tiles).to(tl.int32) * BQ + tl.arange(0, BQ)
+    q0 = (pid % tiles).to(tl.int32) * BQ
+    qi = q0 + tl.arange(0, BQ)
     d = tl.arange(0, BLOCK_D)
     q_mask = (qi < LQ)[:, None] & (d < D)[None, :]
-    bb = BIAS + (b * bias_b + h * bias_h) * 8
+    k_offsets = tile_offsets(k_l, d, BK)
+    v_offsets = tile_offsets(v_l, d, BK)
+    k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
+    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ, V_BIAS)
 
     qs = ()
     gs = ()
@@ -182,107 +225,114 @@ def grad_q_kernel(
     dqs = ()
     kbs = ()
     vbs = ()
-    weight_rows = ()
+    masks_at = ()
     for i in tl.static_range(ROWS):
         row = tl.minimum(first + i, R - 1)
-        qb = Q + (b * q_b + row * q_r + h * q_h) * 8
-        gb = G + (b * g_b + row * g_r + h * g_h) * 8
-        qs = qs + (tl.load(tile_pointers(qb, qi, q_l, d, WIDE), mask=q_mask, other=0.0),)
-        gs = gs + (tl.load(tile_pointers(gb, qi, g_l, d, WIDE), mask=q_mask, other=0.0),)
-        stats = statistics_row(b, row, h, R, H, LQ) + qi
+        qb = token(head_of(Q, b, row, h, q_b, q_r, q_h), q0, q_l)
+        gb = token(head_of(G, b, row, h, g_b, g_r, g_h), q0, g_l)
+        qs = qs + (tl.load(qb + tile_offsets(q_l, d, BQ), mask=q_mask, other=0.0),)
+        gs = gs + (tl.load(gb + tile_offsets(g_l, d, BQ), mask=q_mask, other=0.0),)
+        stats = statistics_row(b, row, h, R, H, LQ, TILE) + column_position(qi)
         lses = lses + (tl.load(LSE2 + stats),)
         deltas = deltas + (tl.load(DELTA + stats),)
         dqs = dqs + (tl.zeros((BQ, BLOCK_D), tl.float32),)
-        kbs = kbs + (K + (b * k_b + row * k_r + h * k_h) * 8,)
-        vbs = vbs + (V + (b * v_b + row * v_r + h * v_h) * 8,)
-        weight_rows = weight_rows + (b * weights_b + row * weights_r,)
+        kbs = kbs + (head_of(K, b, row, h, k_b, k_r, k_h),)
+        vbs = vbs + (head_of(V, b, row, h, v_b, v_r, v_h),)
+        masks_at = masks_at + ((b * mask_b + row * mask_r) * 8,)
 
+    if AHEAD:
+        raw = load_packed(pointers, 0, BK)
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
         ki = k0 + tl.arange(0, BK)
-        bias = load_bias(bb, qi, ki, bias_s, LQ, LK, EXACT)
         inside = (ki < LK)[:, None] & (d < D)[None, :]
+        if AHEAD:
+            bias = in_units(unpacked(raw, BQ, BK), EXACT)
+            raw = load_packed(pointers, tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1), BK)
+        else:
+            bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK), EXACT)
         new_dqs = ()
         for i in tl.static_range(ROWS):
-            weight = key_weights(WEIGHTS, weight_rows[i], ki, LK, HAS_MASK)
-            k = tl.load(tile_pointers(kbs[i], ki, k_l, d, WIDE), mask=inside, other=0.0)
-            v = tl.load(tile_pointers(vbs[i], ki, v_l, d, WIDE), mask=inside, other=0.0)
-            s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION) * unit_scale + bias - lses[i][:, None]
+            k = tl.load(token(kbs[i], k0, k_l) + k_offsets, mask=inside, other=0.0)
+            v = tl.load(token(vbs[i], k0, v_l) + v_offsets, mask=inside, other=0.0)
+            s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
-            p = tl.where(weight[None, :] != 0.0, powers(s, EXACT), 0.0)
-            ds = p * (dp - deltas[i][:, None])
-            new_dqs = new_dqs + (tl.dot(ds.to(k.dtype), k, dqs[i], input_precision=PRECISION),)
+            if EXACT:
+                s = s * unit_scale + bias - lses[i][:, None]
+            else:
+                s = s * unit_scale + (bias - lses[i][:, None])
+            if HAS_MASK:
+                s += spread(load_columns(MASK + masks_at[i], k0, BQ, BK), BQ, BK)
+            ds = powers(s, EXACT) * (dp - deltas[i][:, None])
+            new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION, EXACT),)
         dqs = new_dqs
 
     for i in tl.static_range(ROWS):
         row = first + i
-        base = DQ + (b * dq_b + row * dq_r + h * dq_h) * 8
+        base = token(head_of(DQ, b, row, h, dq_b, dq_r, dq_h), q0, dq_l)
         dq = (dqs[i] * scale).to(DQ.dtype.element_ty)
-        tl.store(tile_pointers(base, qi, dq_l, d, WIDE), dq, mask=q_mask & (row < R))
+        tl.store(base + tile_offsets(dq_l, d, BQ), dq, mask=q_mask & (row < R))
 
 
-@triton.jit(do_not_specialize=[*COMMON, "weights_r", "part_plane", "splits", "row_start", "row_stop"])
+@triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", "splits"])
 def grad_bias_kernel(
-    Q, K, V, G, BIAS, WEIGHTS, LSE2, DELTA, DBIAS, PARTS, R, H, LQ, LK, splits, row_start, row_stop, part_plane,
-    q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
-    bias_b, bias_h, bias_s, weights_b, weights_r, scale, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, EMIT_DQ: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DBIAS, R, H, LQ, LK, splits,
+    q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, mask_b, mask_r, unit_scale,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_BIAS: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Plane `split` of dbias, DBIAS [splits, H, LQ, LK] fp32 contiguous, over this split's share of the rows.
-
-    Works on one batch entry (batch strides are not used). With EMIT_DQ also plane `key tile` of dq for these rows:
-    PARTS [key tiles, rows, LQ, H, D] contiguous, `part_plane` elements a plane, rows counted from row_start, times
-    `scale`. ACCUMULATE adds to what DBIAS holds from earlier rows.
-    """
+    """Plane `split` of dbias, DBIAS [splits, B, H, LQ, LK] fp32 contiguous, over this split's share of the rows."""
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     q_tiles = tl.cdiv(LQ, BQ)
     k_tiles = tl.cdiv(LK, BK)
-    k_tile = pid % k_tiles
-    qi = (pid // k_tiles % q_tiles).to(tl.int32) * BQ + tl.arange(0, BQ)
+    q0 = (pid // k_tiles % q_tiles).to(tl.int32) * BQ
+    k0 = (pid % k_tiles).to(tl.int32) * BK
+    qi = q0 + tl.arange(0, BQ)
+    ki = k0 + tl.arange(0, BK)
     h = pid // k_tiles // q_tiles % H
-    split = pid // k_tiles // q_tiles // H
-    ki = k_tile.to(tl.int32) * BK + tl.arange(0, BK)
+    split = pid // k_tiles // q_tiles // H % splits
+    b = pid // k_tiles // q_tiles // H // splits
+    batches = tl.num_programs(0) // (k_tiles * q_tiles * H * splits)
     d = tl.arange(0, BLOCK_D)
     q_mask = (qi < LQ)[:, None] & (d < D)[None, :]
     k_mask = (ki < LK)[:, None] & (d < D)[None, :]
-    bias = load_bias(BIAS + h * bias_h * 8, qi, ki, bias_s, LQ, LK, EXACT)
+    q_offsets = tile_offsets(q_l, d, BQ)
+    k_offsets = tile_offsets(k_l, d, BK)
+    v_offsets = tile_offsets(v_l, d, BK)
+    g_offsets = tile_offsets(g_l, d, BQ)
+    k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
+    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ, V_BIAS)
+    bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK), EXACT)
     total = tl.zeros((BQ, BK), tl.float32)
-    wide_zero = tl.full((), 0, tl.int64)
-    share = tl.cdiv(row_stop - row_start, splits)
-    begin = row_start + split.to(tl.int32) * share
-    end = tl.minimum(begin + share, row_stop)
-    q_base = Q + h * q_h * 8
-    k_base = K + h * k_h * 8
-    v_base = V + h * v_h * 8
-    g_base = G + h * g_h * 8
+    share = tl.cdiv(R, splits)
+    begin = split.to(tl.int32) * share
+    end = tl.minimum(begin + share, R)
+    q_base = token(head_of(Q, b, 0, h, q_b, q_r, q_h), q0, q_l)
+    k_base = token(head_of(K, b, 0, h, k_b, k_r, k_h), k0, k_l)
+    v_base = token(head_of(V, b, 0, h, v_b, v_r, v_h), k0, v_l)
+    g_base = token(head_of(G, b, 0, h, g_b, g_r, g_h), q0, g_l)
     for row in tl.range(begin, end, num_stages=STAGES):
-        r = wide_zero + row
-        q = tl.load(tile_pointers(q_base + r * q_r * 8, qi, q_l, d, WIDE), mask=q_mask, other=0.0)
-        k = tl.load(tile_pointers(k_base + r * k_r * 8, ki, k_l, d, WIDE), mask=k_mask, other=0.0)
-        v = tl.load(tile_pointers(v_base + r * v_r * 8, ki, v_l, d, WIDE), mask=k_mask, other=0.0)
-        g = tl.load(tile_pointers(g_base + r * g_r * 8, qi, g_l, d, WIDE), mask=q_mask, other=0.0)
-        stats = statistics_row(0, r, h, R, H, LQ) + qi
-        lse = tl.load(LSE2 + stats)
-        delta = tl.load(DELTA + stats)
-        weight = key_weights(WEIGHTS, r * weights_r, ki, LK, HAS_MASK)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * unit_scale + bias - lse[:, None]
+        q = tl.load(token(q_base, row, q_r) + q_offsets, mask=q_mask, other=0.0)
+        k = tl.load(token(k_base, row, k_r) + k_offsets, mask=k_mask, other=0.0)
+        v = tl.load(token(v_base, row, v_r) + v_offsets, mask=k_mask, other=0.0)
+        g = tl.load(token(g_base, row, g_r) + g_offsets, mask=q_mask, other=0.0)
+        stats = statistics_row(b, row, h, R, H, LQ, TILE)
+        lse = tl.load(LSE2 + stats + column_position(qi))
+        delta = tl.load(DELTA + stats + column_position(qi))
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        p = tl.where(weight[None, :] != 0.0, powers(s, EXACT), 0.0)
-        ds = p * (dp - delta[:, None])
-        total += ds
-        if EMIT_DQ:
-            part = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION) * scale
-            line = ((r - row_start) * LQ + qi) * H + h
-            target = PARTS + k_tile * part_plane + (line * D)[:, None] + d[None, :]
-            tl.store(target, part.to(PARTS.dtype.element_ty), mask=q_mask)
+        if EXACT:
+            s = s * unit_scale + bias - lse[:, None]
+        else:
+            s = s * unit_scale + (bias - lse[:, None])
+        if HAS_MASK:
+            mask_row = MASK + (b * mask_b + (tl.full((), 0, tl.int64) + row) * mask_r) * 8
+            s += spread(load_columns(mask_row, k0, BQ, BK), BQ, BK)
+        total += powers(s, EXACT) * (dp - delta[:, None])
 
-    target = DBIAS + (((split * H + h) * LQ + qi) * LK)[:, None] + ki[None, :]
-    inside = (qi < LQ)[:, None] & (ki < LK)[None, :]
-    if ACCUMULATE:
-        total += tl.load(target, mask=inside, other=0.0)
-    tl.store(target, total, mask=inside)
+    plane = DBIAS + (((split * batches + b) * H + h) * LQ + q0) * LK
+    target = plane + (tl.arange(0, BQ).to(tl.int64) * LK)[:, None] + ki[None, :]
+    tl.store(target, total, mask=(qi < LQ)[:, None] & (ki < LK)[None, :])
 
 
 @triton.jit(do_not_specialize=["planes", "size"])
@@ -295,20 +345,3 @@ def fold_kernel(PARTS, OUT, planes, size, BLOCK: tl.constexpr):
     for p in range(planes):
         total += tl.load(PARTS + p * wide_size + x, mask=inside, other=0.0).to(tl.float32)
     tl.store(OUT + x, total.to(OUT.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["planes", "lines", "H", "LQ", "dq_r", "dq_h", "dq_l"])
-def fold_q_kernel(
-    PARTS, DQ, planes, lines, H, LQ, dq_r, dq_h, dq_l, D: tl.constexpr, BLOCK_D: tl.constexpr, LINES: tl.constexpr
-):  # fmt: skip
-    """dq of `lines` = rows * LQ * H vectors: the planes of PARTS [planes, rows, LQ, H, D] added in order, in fp32."""
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
-    d = tl.arange(0, BLOCK_D)
-    inside = (line < lines)[:, None] & (d < D)[None, :]
-    at = PARTS + (line * D)[:, None] + d[None, :]
-    plane = (tl.full((), 0, tl.int64) + lines) * D
-    total = tl.zeros((LINES, BLOCK_D), tl.float32)
-    for p in range(planes):
-        total += tl.load(at + p * plane, mask=inside, other=0.0).to(tl.float32)
-    offset = (line // H // LQ * dq_r + line // H % LQ * dq_l + line % H * dq_h) * 8
-    tl.store(DQ + offset[:, None] + d[None, :], total.to(DQ.dtype.element_ty), mask=inside)

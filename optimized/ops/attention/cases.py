@@ -7,13 +7,14 @@ import triton
 
 from optimized.ops.attention import backward, forward
 from optimized.ops.attention.launch import Plan, default_plan
+from optimized.ops.attention.packing import TILE
 from optimized.ops.offline import KernelCase
 from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "WEIGHTS")
+FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "MASK")
 FLOATS = ("scale", "unit_scale")
-WIDE_INTS = ("size", "part_plane")
+WIDE_INTS = ("size",)
 
 
 def signature_of(kernel: Any, dtype: str, bias_dtype: str, constants: dict[str, object]) -> dict[str, str]:
@@ -24,10 +25,8 @@ def signature_of(kernel: Any, dtype: str, bias_dtype: str, constants: dict[str, 
             continue
         if name in FLOATS:
             types[name] = "fp32"
-        elif name == "BIAS":
+        elif name in ("BIAS", "FLIPPED"):
             types[name] = f"*{bias_dtype}"
-        elif name == "KEEP":
-            types[name] = "*u8"
         elif name in FP32:
             types[name] = "*fp32"
         elif name.isupper() and name not in forward.LENGTHS:
@@ -53,10 +52,9 @@ def make_case(
         "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "PRECISION": precision,
-        "WIDE": False,
+        "V_BIAS": 4 if bias_dtype == "fp32" else 8,
+        "TILE": TILE,
         "FAST": dtype != "fp16",
-        "EMIT_DQ": False,
-        "ACCUMULATE": False,
         **config.constants,
         **extra,
     }
@@ -73,16 +71,9 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
     cases = [
         make_case(f"{label}.forward", forward.forward_kernel, plan.forward, **options),
         make_case(f"{label}.grad_kv", backward.grad_kv_kernel, plan.grad_kv, **options),
-        make_case(
-            f"{label}.grad_bias",
-            backward.grad_bias_kernel,
-            plan.grad_bias,
-            EMIT_DQ=plan.grad_q is None,
-            **options,
-        ),
+        make_case(f"{label}.grad_bias", backward.grad_bias_kernel, plan.grad_bias, **options),
+        make_case(f"{label}.grad_q", backward.grad_q_kernel, plan.grad_q, **options),
     ]
-    if plan.grad_q is not None:
-        cases.append(make_case(f"{label}.grad_q", backward.grad_q_kernel, plan.grad_q, **options))
     return cases
 
 

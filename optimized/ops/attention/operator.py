@@ -66,7 +66,7 @@ def _forward_op(
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
-    call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision)
+    call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, False)
     launch.launch_forward(call, _five(o), _five(lse[..., None])[..., 0], launch.plan_for(q).forward)
     return o, lse
 
@@ -96,23 +96,15 @@ def _backward_op(
 
     plan = launch.plan_for(q)
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
-    call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision)
+    call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, True)
     do5, o5 = launch.aligned(_five(do)), launch.aligned(_five(o))
     lse4 = lse.reshape(-1, *lse.shape[-3:]).contiguous()
     dlse4 = None if dlse is None else dlse.reshape(lse4.shape).contiguous()
     lse2, delta = launch.launch_statistics(call, o5, do5, lse4, dlse4)
-    dq = torch.empty_like(q)
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
-    dq5, dbias5 = _five(dq), _five(dbias)
-    planes = plan.grad_q is None
-    for b in range(dq5.shape[0]):
-        one = slice(b, b + 1)
-        launch.launch_grad_bias(
-            call.entry(b), do5[one], lse2[one], delta[one], dbias5[one], dq5[one] if planes else None, plan
-        )
-    if plan.grad_q is not None:
-        launch.launch_grad_q(call, do5, lse2, delta, dq5, plan.grad_q)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    launch.launch_grad_bias(call, do5, lse2, delta, _five(dbias), plan.grad_bias)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    launch.launch_grad_q(call, do5, lse2, delta, _five(dq), plan.grad_q)
     launch.launch_grad_kv(call, do5, lse2, delta, _five(dk), _five(dv), plan.grad_kv)
     return dq, dk, dv, dbias
 

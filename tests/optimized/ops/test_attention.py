@@ -167,12 +167,12 @@ def test_repeats_are_bitwise_equal():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("planes", [True, False])
-def test_plans_agree(planes, monkeypatch):
-    """dq from planes of the bias-gradient kernel, in several chunks of rows, or from its own kernel."""
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_plans_agree(ahead, monkeypatch):
+    """Several rows a program, a group of rows that is not full, bias loaded ahead or not."""
     case = make(torch.float32, rows=4, heads=1, queries=20, keys=40)
-    row = Config({"ROWS": 3, "BQ": 16, "BK": 16, "STAGES": 1})
-    plan = launch.Plan(row, row, Config({"BQ": 32, "BK": 16, "STAGES": 1}), None if planes else row, 1)
+    row = Config({"ROWS": 3, "BQ": 16, "BK": 16, "STAGES": 1, "AHEAD": ahead})
+    plan = launch.Plan(row, row, Config({"BQ": 32, "BK": 16, "STAGES": 1}), row)
     monkeypatch.setattr(launch, "plan_for", lambda q: plan)
     check(case, torch.float32)
 

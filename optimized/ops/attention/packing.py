@@ -1,0 +1,140 @@
+"""The pair bias in the order in which a matrix unit holds its results.
+
+A score tile comes out of the matrix unit spread over the registers of a warp in a fixed pattern. A bias tile read in
+plain row order has to be brought into that pattern through shared memory, once for every row of attention that
+shares it, which costs more than the two matrix products at head size 32. So the bias is rewritten once per call:
+
+    PACKED[b, h, x/16, y/16, c, lane, v]   c < 8 // V, lane < 32, v < V values of 16 bytes,
+    lane = 4 * (x mod 8) + (y/2 mod 4),    8 values c*V + v = 4 * (x/8 mod 2) + 2 * (y/8 mod 2) + (y mod 2)
+
+x counts queries and y keys, or the reverse for the kernel that builds transposed scores. This is the accumulator
+pattern of NVIDIA's `mma` and `wgmma`; elsewhere the result is the same and the compiler adds a conversion. Both
+axes are padded to TILE; padded keys hold -inf, so that no kernel has to test for the end of the keys.
+
+Vectors along y that are added to every row of a tile (the key mask, and log-sum-exp and delta where scores are
+transposed) are permuted in the same spirit, `column_position`: a lane reads the four values of 16 columns that it
+needs as one 16-byte vector. Left in plain order the compiler fetches them one by one.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a constant)
+# mypy: disable-error-code="no-untyped-def, no-any-return, operator, assignment"
+import triton
+import triton.language as tl
+
+TILE = 128  # the longest tile of any kernel
+PACK = 64  # tile of the packing kernel
+
+
+@triton.jit
+def packed_pointers(base, x_tile, y_blocks, BX: tl.constexpr, V: tl.constexpr):
+    """Pointers [32, BX/16, 8/V, V] of the first 16 columns of row tile `x_tile` of one head; `y_blocks` blocks a row."""
+    blocks = tl.arange(0, BX // 16) * (y_blocks * 256)
+    lane = tl.arange(0, 32) * V
+    inner = (tl.arange(0, 8 // V) * (32 * V))[:, None] + tl.arange(0, V)[None, :]
+    start = (tl.full((), 0, tl.int64) + x_tile) * (BX // 16 * y_blocks * 256)
+    return base + start + (blocks[None, :, None, None] + lane[:, None, None, None] + inner[None, None, :, :])
+
+
+@triton.jit
+def load_packed(pointers, y_tile, BY: tl.constexpr):
+    """The raw tile [32, BX/16, BY/16, 8/V, V] at columns y_tile * BY."""
+    blocks = tl.arange(0, BY // 16) * 256
+    first = pointers + y_tile * (BY // 16 * 256)
+    return tl.load(first[:, :, None, :, :] + blocks[None, None, :, None, None])
+
+
+@triton.jit
+def unpacked(raw, BX: tl.constexpr, BY: tl.constexpr):
+    """A raw tile as [BX, BY] in fp32; every value stays in its register."""
+    x = tl.reshape(raw, (8, 4, BX // 16, BY // 16, 2, 2, 2))
+    x = tl.permute(x, (2, 4, 0, 3, 5, 1, 6))
+    return tl.reshape(x, (BX, BY)).to(tl.float32)
+
+
+@triton.jit
+def column_position(y):
+    """Where element y of a vector along columns is stored."""
+    return y // 16 * 16 + y // 2 % 4 * 4 + y // 8 % 2 * 2 + y % 2
+
+
+@triton.jit
+def load_columns(base, y0, BX: tl.constexpr, BY: tl.constexpr):
+    """Raw values [32, BX/16, BY/16, 4] of columns y0 to y0 + BY of a permuted fp32 vector, for every lane and row block."""
+    lane = tl.arange(0, 32) % 4 * 4
+    block = tl.arange(0, BY // 16) * 16
+    rows = tl.zeros((1, BX // 16, 1, 1), tl.int32)
+    inner = lane[:, None, None, None] + block[None, None, :, None] + tl.arange(0, 4)[None, None, None, :]
+    return tl.load(base + y0 + (inner + rows))
+
+
+@triton.jit
+def spread(raw, BX: tl.constexpr, BY: tl.constexpr):
+    """What `load_columns` read, as [BX, BY]: every row the same."""
+    x = tl.reshape(raw, (8, 4, BX // 16, BY // 16, 1, 2, 2))
+    x = tl.broadcast_to(x, (8, 4, BX // 16, BY // 16, 2, 2, 2))
+    return tl.reshape(tl.permute(x, (2, 4, 0, 3, 5, 1, 6)), (BX, BY))
+
+
+@triton.jit
+def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, V: tl.constexpr):
+    """Write a square tile [P, P] in packed order."""
+    x = tl.reshape(tile, (P // 16, 2, 8, P // 16, 2, 4, 2))
+    x = tl.permute(x, (2, 5, 0, 3, 1, 4, 6))
+    x = tl.reshape(x, (32, P // 16, P // 16, 8 // V, V))
+    pointers = packed_pointers(base, x_tile, y_blocks, P, V) + y_tile * (P // 16 * 256)
+    blocks = tl.arange(0, P // 16) * 256
+    tl.store(pointers[:, :, None, :, :] + blocks[None, None, :, None, None], x)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "LQ",
+        "LK",
+        "H",
+        "s_b",
+        "s_h",
+        "s_q",
+        "s_k",
+        "keep_rows",
+        "keep_b",
+        "keep_r",
+        "keep_k",
+        "R",
+    ]
+)
+def prepare_kernel(
+    BIAS, PACKED, FLIPPED, KEEP, MASK, LQ, LK, H, s_b, s_h, s_q, s_k, packs, R, keep_b, keep_r, keep_k,
+    BOTH: tl.constexpr, HAS_MASK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Packs BIAS [B, H, LQ, LK] of any strides into PACKED (and, transposed, FLIPPED) and writes the additive mask.
+
+    The first `packs` programs take one tile each; the others write MASK [B, R, LK padded to TILE] fp32, 0 for kept
+    keys and -inf for the rest, from KEEP bytes, KEYS at a time.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    q_tiles = tl.cdiv(LQ, TILE) * (TILE // P)
+    k_tiles = tl.cdiv(LK, TILE) * (TILE // P)
+    if pid < packs:
+        k_tile = (pid % k_tiles).to(tl.int32)
+        q_tile = (pid // k_tiles % q_tiles).to(tl.int32)
+        head = pid // k_tiles // q_tiles
+        qi = q_tile * P + tl.arange(0, P)
+        ki = k_tile * P + tl.arange(0, P)
+        source = BIAS + head // H * s_b + head % H * s_h
+        at = qi.to(tl.int64)[:, None] * s_q + ki.to(tl.int64)[None, :] * s_k
+        tile = tl.load(source + at, mask=(qi < LQ)[:, None] & (ki < LK)[None, :], other=0.0)
+        tile = tl.where((ki < LK)[None, :], tile.to(tl.float32), float("-inf")).to(BIAS.dtype.element_ty)
+        size = head * q_tiles * k_tiles * (P * P)
+        _store_packed(PACKED + size, tile, q_tile, k_tile, k_tiles * (P // 16), P, V)
+        if BOTH:
+            _store_packed(FLIPPED + size, tl.trans(tile), k_tile, q_tile, q_tiles * (P // 16), P, V)
+    elif HAS_MASK:
+        padded = tl.cdiv(LK, TILE) * TILE
+        chunks = tl.cdiv(padded, KEYS)
+        line = (pid - packs) // chunks
+        ki = ((pid - packs) % chunks).to(tl.int32) * KEYS + tl.arange(0, KEYS)
+        source = KEEP + line // R * keep_b + line % R * keep_r
+        keep = tl.load(source + ki.to(tl.int64) * keep_k, mask=ki < LK, other=0) != 0
+        tl.store(
+            MASK + line * padded + column_position(ki), tl.where(keep, 0.0, float("-inf")), mask=ki < padded
+        )
