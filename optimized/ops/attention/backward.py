@@ -103,7 +103,7 @@ def grad_kv_kernel(
     Q, K, V, G, FLIPPED, MASK, LSE2, DELTA, DK, DV, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
     dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l, mask_b, mask_r, scale, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_BIAS: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def grad_kv_kernel(
     q_offsets = tile_offsets(q_l, d, BQ)
     g_offsets = tile_offsets(g_l, d, BQ)
     q_blocks = tl.cdiv(LQ, TILE) * (TILE // 16)
-    pointers = packed_pointers(bias_head(FLIPPED, b, h, H, LK, LQ, TILE), k0 // BK, q_blocks, BK, V_BIAS)
+    pointers = packed_pointers(bias_head(FLIPPED, b, h, H, LK, LQ, TILE), k0 // BK, q_blocks, BK, VECTOR)
 
     ks = ()
     vs = ()
@@ -181,7 +181,7 @@ def grad_kv_kernel(
         mask_at = (b * mask_b + tl.minimum(row, R - 1) * mask_r) * 8
         stored = k_mask & (row < R)
         dk = dks[i] * scale
-        dv = dvs[i]
+        dv = dvs[i]  # type: ignore
         if HAS_MASK:
             keep = tl.load(MASK + mask_at + column_position(ki)) == 0.0
             dk = tl.where(keep[:, None], dk, 0.0)
@@ -197,7 +197,7 @@ def grad_q_kernel(
     Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
     mask_b, mask_r, scale, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_BIAS: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -216,7 +216,7 @@ def grad_q_kernel(
     k_offsets = tile_offsets(k_l, d, BK)
     v_offsets = tile_offsets(v_l, d, BK)
     k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
-    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ, V_BIAS)
+    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ, VECTOR)
 
     qs = ()
     gs = ()
@@ -256,10 +256,11 @@ def grad_q_kernel(
             v = tl.load(token(vbs[i], k0, v_l) + v_offsets, mask=inside, other=0.0)
             s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
-            if EXACT:
-                s = s * unit_scale + bias - lses[i][:, None]
-            else:
-                s = s * unit_scale + (bias - lses[i][:, None])
+            s = (
+                s * unit_scale + bias - lses[i][:, None]
+                if EXACT
+                else s * unit_scale + (bias - lses[i][:, None])
+            )
             if HAS_MASK:
                 s += spread(load_columns(MASK + masks_at[i], k0, BQ, BK), BQ, BK)
             ds = powers(s, EXACT) * (dp - deltas[i][:, None])
@@ -277,7 +278,7 @@ def grad_q_kernel(
 def grad_bias_kernel(
     Q, K, V, G, BIAS, MASK, LSE2, DELTA, DBIAS, R, H, LQ, LK, splits,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, mask_b, mask_r, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_BIAS: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Plane `split` of dbias, DBIAS [splits, B, H, LQ, LK] fp32 contiguous, over this split's share of the rows."""
@@ -301,7 +302,7 @@ def grad_bias_kernel(
     v_offsets = tile_offsets(v_l, d, BK)
     g_offsets = tile_offsets(g_l, d, BQ)
     k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
-    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ, V_BIAS)
+    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ, VECTOR)
     bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK), EXACT)
     total = tl.zeros((BQ, BK), tl.float32)
     share = tl.cdiv(R, splits)
@@ -321,10 +322,7 @@ def grad_bias_kernel(
         delta = tl.load(DELTA + stats + column_position(qi))
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        if EXACT:
-            s = s * unit_scale + bias - lse[:, None]
-        else:
-            s = s * unit_scale + (bias - lse[:, None])
+        s = s * unit_scale + bias - lse[:, None] if EXACT else s * unit_scale + (bias - lse[:, None])
         if HAS_MASK:
             mask_row = MASK + (b * mask_b + (tl.full((), 0, tl.int64) + row) * mask_r) * 8
             s += spread(load_columns(mask_row, k0, BQ, BK), BQ, BK)

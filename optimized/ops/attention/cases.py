@@ -5,16 +5,15 @@ from typing import Any
 import torch
 import triton
 
-from optimized.ops.attention import backward, forward
-from optimized.ops.attention.launch import Plan, default_plan
-from optimized.ops.attention.packing import TILE
+from optimized.ops.attention import backward, forward, packing
+from optimized.ops.attention.launch import FOLD_BLOCK, MASK_KEYS, Plan, default_plan
 from optimized.ops.offline import KernelCase
 from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "MASK")
 FLOATS = ("scale", "unit_scale")
-WIDE_INTS = ("size",)
+WIDE_INTS = ("size", "s_b", "s_h", "s_q", "s_k", "keep_b")
 
 
 def signature_of(kernel: Any, dtype: str, bias_dtype: str, constants: dict[str, object]) -> dict[str, str]:
@@ -25,9 +24,11 @@ def signature_of(kernel: Any, dtype: str, bias_dtype: str, constants: dict[str, 
             continue
         if name in FLOATS:
             types[name] = "fp32"
-        elif name in ("BIAS", "FLIPPED"):
+        elif name in ("BIAS", "FLIPPED", "PACKED"):
             types[name] = f"*{bias_dtype}"
-        elif name in FP32:
+        elif name == "KEEP":
+            types[name] = "*u8"
+        elif name == "PARTS" or name in FP32:
             types[name] = "*fp32"
         elif name.isupper() and name not in forward.LENGTHS:
             types[name] = f"*{dtype}"
@@ -52,8 +53,13 @@ def make_case(
         "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "PRECISION": precision,
-        "V_BIAS": 4 if bias_dtype == "fp32" else 8,
-        "TILE": TILE,
+        "VECTOR": 4 if bias_dtype == "fp32" else 8,
+        "TILE": packing.TILE,
+        "P": packing.PACK,
+        "KEYS": MASK_KEYS,
+        "BLOCK": FOLD_BLOCK,
+        "BOTH": True,
+        "HAS_DLSE": True,
         "FAST": dtype != "fp16",
         **config.constants,
         **extra,
@@ -73,6 +79,9 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
         make_case(f"{label}.grad_kv", backward.grad_kv_kernel, plan.grad_kv, **options),
         make_case(f"{label}.grad_bias", backward.grad_bias_kernel, plan.grad_bias, **options),
         make_case(f"{label}.grad_q", backward.grad_q_kernel, plan.grad_q, **options),
+        make_case(f"{label}.prepare", packing.prepare_kernel, Config(), **options),
+        make_case(f"{label}.statistics", backward.statistics_kernel, Config(), **options),
+        make_case(f"{label}.fold", backward.fold_kernel, Config(), **options),
     ]
     return cases
 

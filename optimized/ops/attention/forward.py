@@ -136,7 +136,7 @@ def _any_key(MASK, mask_at, LK, HAS_MASK: tl.constexpr, TILE: tl.constexpr):
 def forward_kernel(
     Q, K, V, BIAS, MASK, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l, mask_b, mask_r, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_BIAS: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def forward_kernel(
     v_offsets = tile_offsets(v_l, d, BK)
     k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
     bias_head = BIAS + (b * H + h) * (tl.cdiv(LQ, TILE) * (TILE // 16)) * k_blocks * 256
-    pointers = packed_pointers(bias_head, q0 // BQ, k_blocks, BQ, V_BIAS)
+    pointers = packed_pointers(bias_head, q0 // BQ, k_blocks, BQ, VECTOR)
 
     qs = ()
     kbs = ()

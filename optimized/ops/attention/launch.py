@@ -178,7 +178,7 @@ class Call:
             "HAS_MASK": self.has_mask,
             "D": d,
             "BLOCK_D": max(16, triton.next_power_of_2(d)),
-            "V_BIAS": vector_width(self.bias),
+            "VECTOR": vector_width(self.bias),
             "TILE": TILE,
             "PRECISION": self.precision,
         }
@@ -217,7 +217,7 @@ def make_call(
     prepare_kernel[(packs + lines,)](
         bias, packed[0], packed[-1], keep, additive, lq, lk, heads,
         bias.stride(0), bias.stride(2), bias.stride(3), bias.stride(4), packs, rows, *keep_strides,
-        BOTH=backward, HAS_MASK=mask is not None, TILE=TILE, P=PACK, V=vector_width(bias), KEYS=MASK_KEYS,
+        BOTH=backward, HAS_MASK=mask is not None, TILE=TILE, P=PACK, VECTOR=vector_width(bias), KEYS=MASK_KEYS,
     )  # fmt: skip
     return Call(q, k, v, packed[0], packed[-1], additive, scale, precision)
 

@@ -16,7 +16,7 @@ transposed) are permuted in the same spirit, `column_position`: a lane reads the
 needs as one 16-byte vector. Left in plain order the compiler fetches them one by one.
 """
 
-# ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a constant)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton compiles these functions: an annotation would mean a constant)
 # mypy: disable-error-code="no-untyped-def, no-any-return, operator, assignment"
 import triton
 import triton.language as tl
@@ -26,18 +26,18 @@ PACK = 64  # tile of the packing kernel
 
 
 @triton.jit
-def packed_pointers(base, x_tile, y_blocks, BX: tl.constexpr, V: tl.constexpr):
-    """Pointers [32, BX/16, 8/V, V] of the first 16 columns of row tile `x_tile` of one head; `y_blocks` blocks a row."""
+def packed_pointers(base, x_tile, y_blocks, BX: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointers [32, BX/16, 8/VECTOR, VECTOR] of the first 16 columns of row tile `x_tile` of one head; `y_blocks` blocks a row."""
     blocks = tl.arange(0, BX // 16) * (y_blocks * 256)
-    lane = tl.arange(0, 32) * V
-    inner = (tl.arange(0, 8 // V) * (32 * V))[:, None] + tl.arange(0, V)[None, :]
+    lane = tl.arange(0, 32) * VECTOR
+    inner = (tl.arange(0, 8 // VECTOR) * (32 * VECTOR))[:, None] + tl.arange(0, VECTOR)[None, :]
     start = (tl.full((), 0, tl.int64) + x_tile) * (BX // 16 * y_blocks * 256)
     return base + start + (blocks[None, :, None, None] + lane[:, None, None, None] + inner[None, None, :, :])
 
 
 @triton.jit
 def load_packed(pointers, y_tile, BY: tl.constexpr):
-    """The raw tile [32, BX/16, BY/16, 8/V, V] at columns y_tile * BY."""
+    """The raw tile [32, BX/16, BY/16, 8/VECTOR, VECTOR] at columns y_tile * BY."""
     blocks = tl.arange(0, BY // 16) * 256
     first = pointers + y_tile * (BY // 16 * 256)
     return tl.load(first[:, :, None, :, :] + blocks[None, None, :, None, None])
@@ -76,12 +76,12 @@ def spread(raw, BX: tl.constexpr, BY: tl.constexpr):
 
 
 @triton.jit
-def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, V: tl.constexpr):
+def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR: tl.constexpr):
     """Write a square tile [P, P] in packed order."""
     x = tl.reshape(tile, (P // 16, 2, 8, P // 16, 2, 4, 2))
     x = tl.permute(x, (2, 5, 0, 3, 1, 4, 6))
-    x = tl.reshape(x, (32, P // 16, P // 16, 8 // V, V))
-    pointers = packed_pointers(base, x_tile, y_blocks, P, V) + y_tile * (P // 16 * 256)
+    x = tl.reshape(x, (32, P // 16, P // 16, 8 // VECTOR, VECTOR))
+    pointers = packed_pointers(base, x_tile, y_blocks, P, VECTOR) + y_tile * (P // 16 * 256)
     blocks = tl.arange(0, P // 16) * 256
     tl.store(pointers[:, :, None, :, :] + blocks[None, None, :, None, None], x)
 
@@ -104,7 +104,7 @@ def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, V: tl.c
 )
 def prepare_kernel(
     BIAS, PACKED, FLIPPED, KEEP, MASK, LQ, LK, H, s_b, s_h, s_q, s_k, packs, R, keep_b, keep_r, keep_k,
-    BOTH: tl.constexpr, HAS_MASK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr,
+    BOTH: tl.constexpr, HAS_MASK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, VECTOR: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Packs BIAS [B, H, LQ, LK] of any strides into PACKED (and, transposed, FLIPPED) and writes the additive mask.
 
@@ -125,16 +125,15 @@ def prepare_kernel(
         tile = tl.load(source + at, mask=(qi < LQ)[:, None] & (ki < LK)[None, :], other=0.0)
         tile = tl.where((ki < LK)[None, :], tile.to(tl.float32), float("-inf")).to(BIAS.dtype.element_ty)
         size = head * q_tiles * k_tiles * (P * P)
-        _store_packed(PACKED + size, tile, q_tile, k_tile, k_tiles * (P // 16), P, V)
+        _store_packed(PACKED + size, tile, q_tile, k_tile, k_tiles * (P // 16), P, VECTOR)
         if BOTH:
-            _store_packed(FLIPPED + size, tl.trans(tile), k_tile, q_tile, q_tiles * (P // 16), P, V)
+            _store_packed(FLIPPED + size, tl.trans(tile), k_tile, q_tile, q_tiles * (P // 16), P, VECTOR)
     elif HAS_MASK:
         padded = tl.cdiv(LK, TILE) * TILE
         chunks = tl.cdiv(padded, KEYS)
         line = (pid - packs) // chunks
-        ki = ((pid - packs) % chunks).to(tl.int32) * KEYS + tl.arange(0, KEYS)
-        source = KEEP + line // R * keep_b + line % R * keep_r
-        keep = tl.load(source + ki.to(tl.int64) * keep_k, mask=ki < LK, other=0) != 0
-        tl.store(
-            MASK + line * padded + column_position(ki), tl.where(keep, 0.0, float("-inf")), mask=ki < padded
-        )
+        keys = ((pid - packs) % chunks).to(tl.int32) * KEYS + tl.arange(0, KEYS)
+        flags = KEEP + line // R * keep_b + line % R * keep_r + keys.to(tl.int64) * keep_k
+        keep = tl.load(flags, mask=keys < LK, other=0) != 0
+        target = MASK + line * padded + column_position(keys)
+        tl.store(target, tl.where(keep, 0.0, float("-inf")), mask=keys < padded)
