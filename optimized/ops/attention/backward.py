@@ -103,9 +103,9 @@ def grad_kv_kernel(
     Q, K, V, G, FLIPPED, MASK, LSE2, DELTA, DK, DV, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
     dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l, mask_b, mask_r, scale, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a key tile for ROWS rows. Scores are built transposed, [k, q], so that p^T feeds the products;
     FLIPPED is the packed transposed bias.
@@ -113,6 +113,7 @@ def grad_kv_kernel(
     A masked key touches only its own row of dk and dv here: those rows are zeroed at the end.
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
+    TYPE: tl.constexpr = FLIPPED.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LK, BK)
     groups = tl.cdiv(R, ROWS)
@@ -126,7 +127,7 @@ def grad_kv_kernel(
     q_offsets = tile_offsets(q_l, d, BQ)
     g_offsets = tile_offsets(g_l, d, BQ)
     q_blocks = tl.cdiv(LQ, TILE) * (TILE // 16)
-    pointers = packed_pointers(bias_head(FLIPPED, b, h, H, LK, LQ, TILE), k0 // BK, q_blocks, BK, VECTOR)
+    pointers = packed_pointers(bias_head(FLIPPED, b, h, H, LK, LQ, TILE), k0 // BK, q_blocks, BK)
 
     ks = ()
     vs = ()
@@ -147,21 +148,26 @@ def grad_kv_kernel(
         gbs = gbs + (head_of(G, b, row, h, g_b, g_r, g_h),)
         stats = stats + (statistics_row(b, row, h, R, H, LQ, TILE),)
 
-    if AHEAD:
-        raw = load_packed(pointers, 0, BQ)
+    raw = load_packed(pointers, 0, BQ)
+    raw_lses = ()
+    raw_deltas = ()
+    for i in tl.static_range(ROWS):
+        raw_lses = raw_lses + (load_columns(LSE2 + stats[i], 0, BK, BQ),)
+        raw_deltas = raw_deltas + (load_columns(DELTA + stats[i], 0, BK, BQ),)
     for q0 in tl.range(0, LQ, BQ, num_stages=STAGES):
-        qi = q0 + tl.arange(0, BQ)
-        inside = (qi < LQ)[:, None] & (d < D)[None, :]
-        if AHEAD:
-            bias = in_units(unpacked(raw, BK, BQ), EXACT)
-            raw = load_packed(pointers, tl.minimum(q0 // BQ + 1, q_blocks // (BQ // 16) - 1), BQ)
-        else:
-            bias = in_units(unpacked(load_packed(pointers, q0 // BQ, BQ), BK, BQ), EXACT)
+        inside = (q0 + tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
+        bias = in_units(unpacked(raw, BK, BQ, TYPE), EXACT)
+        ahead = tl.minimum(q0 // BQ + 1, q_blocks // (BQ // 16) - 1)
+        raw = load_packed(pointers, ahead, BQ)
+        new_lses = ()
+        new_deltas = ()
         new_dks = ()
         new_dvs = ()
         for i in tl.static_range(ROWS):
-            lse = spread(load_columns(LSE2 + stats[i], q0, BK, BQ), BK, BQ)
-            delta = spread(load_columns(DELTA + stats[i], q0, BK, BQ), BK, BQ)
+            lse = spread(raw_lses[i], BK, BQ)
+            delta = spread(raw_deltas[i], BK, BQ)
+            new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
+            new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
             q = tl.load(token(qbs[i], q0, q_l) + q_offsets, mask=inside, other=0.0)
             g = tl.load(token(gbs[i], q0, g_l) + g_offsets, mask=inside, other=0.0)
             s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION)
@@ -175,6 +181,8 @@ def grad_kv_kernel(
             new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION, EXACT),)
         dks = new_dks
         dvs = new_dvs
+        raw_lses = new_lses
+        raw_deltas = new_deltas
 
     for i in tl.static_range(ROWS):
         row = first + i
@@ -197,12 +205,13 @@ def grad_q_kernel(
     Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
     mask_b, mask_r, scale, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile for ROWS rows, running over keys."""
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
+    TYPE: tl.constexpr = BIAS.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LQ, BQ)
     groups = tl.cdiv(R, ROWS)
@@ -216,7 +225,7 @@ def grad_q_kernel(
     k_offsets = tile_offsets(k_l, d, BK)
     v_offsets = tile_offsets(v_l, d, BK)
     k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
-    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ, VECTOR)
+    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ)
 
     qs = ()
     gs = ()
@@ -240,16 +249,16 @@ def grad_q_kernel(
         vbs = vbs + (head_of(V, b, row, h, v_b, v_r, v_h),)
         masks_at = masks_at + ((b * mask_b + row * mask_r) * 8,)
 
-    if AHEAD:
-        raw = load_packed(pointers, 0, BK)
+    raw = load_packed(pointers, 0, BK)
+    raw_masks = ()
+    for i in tl.static_range(ROWS):
+        raw_masks = raw_masks + (load_columns(MASK + masks_at[i], 0, BQ, BK) if HAS_MASK else 0,)
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
-        ki = k0 + tl.arange(0, BK)
-        inside = (ki < LK)[:, None] & (d < D)[None, :]
-        if AHEAD:
-            bias = in_units(unpacked(raw, BQ, BK), EXACT)
-            raw = load_packed(pointers, tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1), BK)
-        else:
-            bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK), EXACT)
+        inside = (k0 + tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
+        bias = in_units(unpacked(raw, BQ, BK, TYPE), EXACT)
+        ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
+        raw = load_packed(pointers, ahead, BK)
+        new_masks = ()
         new_dqs = ()
         for i in tl.static_range(ROWS):
             k = tl.load(token(kbs[i], k0, k_l) + k_offsets, mask=inside, other=0.0)
@@ -262,10 +271,14 @@ def grad_q_kernel(
                 else s * unit_scale + (bias - lses[i][:, None])
             )
             if HAS_MASK:
-                s += spread(load_columns(MASK + masks_at[i], k0, BQ, BK), BQ, BK)
+                s += spread(raw_masks[i], BQ, BK)
+                new_masks = new_masks + (load_columns(MASK + masks_at[i], ahead * BK, BQ, BK),)
+            else:
+                new_masks = new_masks + (0,)
             ds = powers(s, EXACT) * (dp - deltas[i][:, None])
             new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION, EXACT),)
         dqs = new_dqs
+        raw_masks = new_masks
 
     for i in tl.static_range(ROWS):
         row = first + i
@@ -278,11 +291,12 @@ def grad_q_kernel(
 def grad_bias_kernel(
     Q, K, V, G, BIAS, MASK, LSE2, DELTA, DBIAS, R, H, LQ, LK, splits,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, mask_b, mask_r, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Plane `split` of dbias, DBIAS [splits, B, H, LQ, LK] fp32 contiguous, over this split's share of the rows."""
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
+    TYPE: tl.constexpr = BIAS.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     q_tiles = tl.cdiv(LQ, BQ)
     k_tiles = tl.cdiv(LK, BK)
@@ -302,8 +316,8 @@ def grad_bias_kernel(
     v_offsets = tile_offsets(v_l, d, BK)
     g_offsets = tile_offsets(g_l, d, BQ)
     k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
-    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ, VECTOR)
-    bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK), EXACT)
+    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ)
+    bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK, TYPE), EXACT)
     total = tl.zeros((BQ, BK), tl.float32)
     share = tl.cdiv(R, splits)
     begin = split.to(tl.int32) * share
@@ -312,6 +326,8 @@ def grad_bias_kernel(
     k_base = token(head_of(K, b, 0, h, k_b, k_r, k_h), k0, k_l)
     v_base = token(head_of(V, b, 0, h, v_b, v_r, v_h), k0, v_l)
     g_base = token(head_of(G, b, 0, h, g_b, g_r, g_h), q0, g_l)
+    mask_head = MASK + b * mask_b * 8 + k0
+    raw_mask = load_columns(mask_head, tl.minimum(begin, R - 1) * (mask_r * 8), BQ, BK) if HAS_MASK else 0
     for row in tl.range(begin, end, num_stages=STAGES):
         q = tl.load(token(q_base, row, q_r) + q_offsets, mask=q_mask, other=0.0)
         k = tl.load(token(k_base, row, k_r) + k_offsets, mask=k_mask, other=0.0)
@@ -324,8 +340,8 @@ def grad_bias_kernel(
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         s = s * unit_scale + bias - lse[:, None] if EXACT else s * unit_scale + (bias - lse[:, None])
         if HAS_MASK:
-            mask_row = MASK + (b * mask_b + (tl.full((), 0, tl.int64) + row) * mask_r) * 8
-            s += spread(load_columns(mask_row, k0, BQ, BK), BQ, BK)
+            s += spread(raw_mask, BQ, BK)
+            raw_mask = load_columns(mask_head, tl.minimum(row + 1, R - 1) * (mask_r * 8), BQ, BK)
         total += powers(s, EXACT) * (dp - delta[:, None])
 
     plane = DBIAS + (((split * batches + b) * H + h) * LQ + q0) * LK

@@ -89,7 +89,7 @@ def in_units(bias, EXACT: tl.constexpr):
 def _online_row(
     q, kb, vb, pointers, MASK, mask_at, d, LK, k_l, v_l, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_D: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One row with a running maximum: (accumulator, sum, maximum in the units of `powers`)."""
     acc = tl.zeros((BQ, BLOCK_D), tl.float32)
@@ -100,7 +100,7 @@ def _online_row(
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
         ki = k0 + tl.arange(0, BK)
         inside = (ki < LK)[:, None] & (d < D)[None, :]
-        bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK), EXACT)
+        bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK, TYPE), EXACT)
         k = tl.load(token(kb, k0, k_l) + k_offsets, mask=inside, other=0.0)
         v = tl.load(token(vb, k0, v_l) + v_offsets, mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * unit_scale + bias
@@ -136,15 +136,13 @@ def _any_key(MASK, mask_at, LK, HAS_MASK: tl.constexpr, TILE: tl.constexpr):
 def forward_kernel(
     Q, K, V, BIAS, MASK, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l, mask_b, mask_r, unit_scale,
-    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
+    HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ].
-
-    AHEAD: load the bias of the next step into registers instead of leaving it to the pipeline in shared memory.
-    """
+    """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ]."""
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
+    TYPE: tl.constexpr = BIAS.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LQ, BQ)
     groups = tl.cdiv(R, ROWS)
@@ -160,7 +158,7 @@ def forward_kernel(
     v_offsets = tile_offsets(v_l, d, BK)
     k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
     bias_head = BIAS + (b * H + h) * (tl.cdiv(LQ, TILE) * (TILE // 16)) * k_blocks * 256
-    pointers = packed_pointers(bias_head, q0 // BQ, k_blocks, BQ, VECTOR)
+    pointers = packed_pointers(bias_head, q0 // BQ, k_blocks, BQ)
 
     qs = ()
     kbs = ()
@@ -179,16 +177,16 @@ def forward_kernel(
         totals = totals + (tl.zeros((BQ,), tl.float32),)
 
     if FAST:
-        if AHEAD:
-            raw = load_packed(pointers, 0, BK)
+        raw = load_packed(pointers, 0, BK)
+        raw_masks = ()
+        for i in tl.static_range(ROWS):
+            raw_masks = raw_masks + (load_columns(MASK + masks_at[i], 0, BQ, BK) if HAS_MASK else 0,)
         for k0 in tl.range(0, LK, BK, num_stages=STAGES):
-            ki = k0 + tl.arange(0, BK)
-            inside = (ki < LK)[:, None] & (d < D)[None, :]
-            if AHEAD:
-                bias = in_units(unpacked(raw, BQ, BK), EXACT)
-                raw = load_packed(pointers, tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1), BK)
-            else:
-                bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK), EXACT)
+            inside = (k0 + tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
+            bias = in_units(unpacked(raw, BQ, BK, TYPE), EXACT)
+            ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
+            raw = load_packed(pointers, ahead, BK)
+            new_masks = ()
             new_accs = ()
             new_totals = ()
             for i in tl.static_range(ROWS):
@@ -196,9 +194,11 @@ def forward_kernel(
                 v = tl.load(token(vbs[i], k0, v_l) + v_offsets, mask=inside, other=0.0)
                 s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
                 if HAS_MASK:
-                    s = s * unit_scale + (bias + spread(load_columns(MASK + masks_at[i], k0, BQ, BK), BQ, BK))
+                    s = s * unit_scale + (bias + spread(raw_masks[i], BQ, BK))
+                    new_masks = new_masks + (load_columns(MASK + masks_at[i], ahead * BK, BQ, BK),)
                 else:
                     s = s * unit_scale + bias
+                    new_masks = new_masks + (0,)
                 p = powers(s, EXACT)
                 new_totals = new_totals + (totals[i] + tl.sum(p, 1),)
                 if EXACT:
@@ -207,6 +207,7 @@ def forward_kernel(
                     new_accs = new_accs + (tl.dot(p.to(v.dtype), v, accs[i], input_precision=PRECISION),)
             accs = new_accs
             totals = new_totals
+            raw_masks = new_masks
 
     for i in tl.static_range(ROWS):
         row = first + i
@@ -221,7 +222,7 @@ def forward_kernel(
             if _any_key(MASK, masks_at[i], LK, HAS_MASK, TILE) != 0:
                 acc, total, top = _online_row(
                     qs[i], kbs[i], vbs[i], pointers, MASK, masks_at[i], d, LK, k_l, v_l, unit_scale,
-                    HAS_MASK, D, BQ, BK, BLOCK_D, PRECISION, 1 if FAST else STAGES, EXACT,
+                    HAS_MASK, D, BQ, BK, BLOCK_D, TYPE, PRECISION, 1 if FAST else STAGES, EXACT,
                 )  # fmt: skip
             else:
                 acc = tl.zeros((BQ, BLOCK_D), tl.float32)

@@ -38,9 +38,7 @@ class Plan:
 def _rows(
     rows: int, bq: int, bk: int, warps: int = 4, stages: int = 2, cap: int = 0, ahead: int = 0
 ) -> Config:
-    return Config(
-        {"ROWS": rows, "BQ": bq, "BK": bk, "STAGES": stages, "AHEAD": ahead}, warps, max_registers=cap
-    )
+    return Config({"ROWS": rows, "BQ": bq, "BK": bk, "STAGES": stages}, warps, max_registers=cap)
 
 
 def _tile(bq: int, bk: int, warps: int = 4, stages: int = 2, cap: int = 0) -> Config:
@@ -89,7 +87,7 @@ def architecture(device: torch.device) -> str:
 def plan_for(q: Tensor) -> Plan:
     """The plan for these inputs: measured on this device, shipped for it, or the default."""
     if device_name(q.device) == "cpu":
-        row = _rows(2, 16, 32, stages=1, ahead=1)
+        row = _rows(2, 16, 32, stages=1)
         return Plan(row, row, _tile(16, 32, stages=1), row)
     return _measured_plan(q.dtype, q.shape[-1], length_bucket(q.shape[-2]), q.device)
 
@@ -178,7 +176,6 @@ class Call:
             "HAS_MASK": self.has_mask,
             "D": d,
             "BLOCK_D": max(16, triton.next_power_of_2(d)),
-            "VECTOR": vector_width(self.bias),
             "TILE": TILE,
             "PRECISION": self.precision,
         }

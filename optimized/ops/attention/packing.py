@@ -14,6 +14,8 @@ axes are padded to TILE; padded keys hold -inf, so that no kernel has to test fo
 Vectors along y that are added to every row of a tile (the key mask, and log-sum-exp and delta where scores are
 transposed) are permuted in the same spirit, `column_position`: a lane reads the four values of 16 columns that it
 needs as one 16-byte vector. Left in plain order the compiler fetches them one by one.
+The kernels fetch both one step ahead into registers: led through shared memory by the compiler's pipeline, they
+would take more of its bandwidth than everything else.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton compiles these functions: an annotation would mean a constant)
@@ -26,29 +28,45 @@ PACK = 64  # tile of the packing kernel
 
 
 @triton.jit
-def packed_pointers(base, x_tile, y_blocks, BX: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers [32, BX/16, 8/VECTOR, VECTOR] of the first 16 columns of row tile `x_tile` of one head; `y_blocks` blocks a row."""
-    blocks = tl.arange(0, BX // 16) * (y_blocks * 256)
-    lane = tl.arange(0, 32) * VECTOR
-    inner = (tl.arange(0, 8 // VECTOR) * (32 * VECTOR))[:, None] + tl.arange(0, VECTOR)[None, :]
-    start = (tl.full((), 0, tl.int64) + x_tile) * (BX // 16 * y_blocks * 256)
-    return base + start + (blocks[None, :, None, None] + lane[:, None, None, None] + inner[None, None, :, :])
+def packed_pointers(base, x_tile, y_blocks, BX: tl.constexpr):
+    """Pointers [BX/16, W] of the first 16 columns of row tile `x_tile` of one head; `y_blocks` blocks a row.
+
+    W is 128 pairs of 16-bit values, as 32-bit integers (a pair kept as such takes one register, not two), or 256
+    fp32 values.
+    """
+    if base.dtype.element_ty == tl.float32:
+        W: tl.constexpr = 256
+        start = base
+    else:
+        W: tl.constexpr = 128
+        start = base.to(tl.pointer_type(tl.int32))
+    start += (tl.full((), 0, tl.int64) + x_tile) * (BX // 16 * y_blocks * W)
+    return start + ((tl.arange(0, BX // 16) * (y_blocks * W))[:, None] + tl.arange(0, W)[None, :])
 
 
 @triton.jit
 def load_packed(pointers, y_tile, BY: tl.constexpr):
-    """The raw tile [32, BX/16, BY/16, 8/VECTOR, VECTOR] at columns y_tile * BY."""
-    blocks = tl.arange(0, BY // 16) * 256
-    first = pointers + y_tile * (BY // 16 * 256)
-    return tl.load(first[:, :, None, :, :] + blocks[None, None, :, None, None])
+    """The raw tile [BX/16, BY/16, W] at columns y_tile * BY."""
+    W: tl.constexpr = pointers.shape[1]
+    first = pointers + y_tile * (BY // 16 * W)
+    return tl.load(first[:, None, :] + (tl.arange(0, BY // 16) * W)[None, :, None])
 
 
 @triton.jit
-def unpacked(raw, BX: tl.constexpr, BY: tl.constexpr):
-    """A raw tile as [BX, BY] in fp32; every value stays in its register."""
-    x = tl.reshape(raw, (8, 4, BX // 16, BY // 16, 2, 2, 2))
-    x = tl.permute(x, (2, 4, 0, 3, 5, 1, 6))
-    return tl.reshape(x, (BX, BY)).to(tl.float32)
+def unpacked(raw, BX: tl.constexpr, BY: tl.constexpr, TYPE: tl.constexpr):
+    """A raw tile of a bias of dtype TYPE as [BX, BY] in fp32; every value stays in its register."""
+    if TYPE == tl.float32:
+        x = tl.permute(tl.reshape(raw, (BX // 16, BY // 16, 2, 8, 4, 2, 2)), (0, 2, 3, 1, 5, 4, 6))
+    else:
+        if TYPE == tl.bfloat16:
+            even = (raw << 16).to(tl.float32, bitcast=True)
+            odd = (raw & -65536).to(tl.float32, bitcast=True)
+        else:
+            even = raw.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+            odd = (raw >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+        x = tl.reshape(tl.join(even, odd), (BX // 16, BY // 16, 8, 4, 2, 2, 2))
+        x = tl.permute(x, (0, 4, 2, 1, 5, 3, 6))
+    return tl.reshape(x, (BX, BY))
 
 
 @triton.jit
@@ -59,31 +77,31 @@ def column_position(y):
 
 @triton.jit
 def load_columns(base, y0, BX: tl.constexpr, BY: tl.constexpr):
-    """Raw values [32, BX/16, BY/16, 4] of columns y0 to y0 + BY of a permuted fp32 vector, for every lane and row block."""
-    lane = tl.arange(0, 32) % 4 * 4
-    block = tl.arange(0, BY // 16) * 16
-    rows = tl.zeros((1, BX // 16, 1, 1), tl.int32)
-    inner = lane[:, None, None, None] + block[None, None, :, None] + tl.arange(0, 4)[None, None, None, :]
-    return tl.load(base + y0 + (inner + rows))
+    """Raw values [BX/16, BY/16, 128] of columns y0 to y0 + BY of a permuted fp32 vector, for every lane and row block."""
+    block = (tl.arange(0, BY // 16) * 16)[None, :, None]
+    rows = tl.zeros((BX // 16, 1, 1), tl.int32)
+    return tl.load(base + y0 + (rows + block + (tl.arange(0, 128) % 16)[None, None, :]))
 
 
 @triton.jit
 def spread(raw, BX: tl.constexpr, BY: tl.constexpr):
     """What `load_columns` read, as [BX, BY]: every row the same."""
-    x = tl.reshape(raw, (8, 4, BX // 16, BY // 16, 1, 2, 2))
-    x = tl.broadcast_to(x, (8, 4, BX // 16, BY // 16, 2, 2, 2))
-    return tl.reshape(tl.permute(x, (2, 4, 0, 3, 5, 1, 6)), (BX, BY))
+    x = tl.reshape(raw, (BX // 16, BY // 16, 8, 4, 1, 2, 2))
+    x = tl.broadcast_to(x, (BX // 16, BY // 16, 8, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(x, (0, 4, 2, 1, 5, 3, 6)), (BX, BY))
 
 
 @triton.jit
 def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR: tl.constexpr):
     """Write a square tile [P, P] in packed order."""
     x = tl.reshape(tile, (P // 16, 2, 8, P // 16, 2, 4, 2))
-    x = tl.permute(x, (2, 5, 0, 3, 1, 4, 6))
-    x = tl.reshape(x, (32, P // 16, P // 16, 8 // VECTOR, VECTOR))
-    pointers = packed_pointers(base, x_tile, y_blocks, P, VECTOR) + y_tile * (P // 16 * 256)
-    blocks = tl.arange(0, P // 16) * 256
-    tl.store(pointers[:, :, None, :, :] + blocks[None, None, :, None, None], x)
+    x = tl.permute(x, (0, 3, 2, 5, 1, 4, 6)) if VECTOR == 8 else tl.permute(x, (0, 3, 1, 2, 5, 4, 6))
+    blocks = (x_tile * (P // 16) + tl.arange(0, P // 16))[:, None] * y_blocks
+    blocks += (y_tile * (P // 16) + tl.arange(0, P // 16))[None, :]
+    tl.store(
+        base + (blocks * 256)[:, :, None] + tl.arange(0, 256)[None, None, :],
+        tl.reshape(x, (P // 16, P // 16, 256)),
+    )
 
 
 @triton.jit(
