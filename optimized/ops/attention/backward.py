@@ -27,6 +27,7 @@ from optimized.ops.attention.forward import (
     LOG2E,
     head_of,
     in_units,
+    place,
     powers,
     strides_of,
     tile_offsets,
@@ -100,12 +101,12 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dk", "dv")])
 def grad_kv_kernel(
-    Q, K, V, G, FLIPPED, MASK, LSE2, DELTA, DK, DV, R, H, LQ, LK,
+    Q, K, V, G, FLIPPED, MASK, LSE2, DELTA, DK, DV, B, R, H, LQ, LK, cores,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
     dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l, mask_b, mask_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a key tile for ROWS rows. Scores are built transposed, [k, q], so that p^T feeds the products;
     FLIPPED is the packed transposed bias.
@@ -114,13 +115,11 @@ def grad_kv_kernel(
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = FLIPPED.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(LK, BK)
-    groups = tl.cdiv(R, ROWS)
-    first = (pid // tiles) % groups * ROWS
-    h = (pid // tiles // groups) % H
-    b = pid // tiles // groups // H
-    k0 = (pid % tiles).to(tl.int32) * BK
+    tile, group, h, b = place(tl.cdiv(LK, BK), tl.cdiv(R, ROWS), H, cores, GROUP)
+    if (group * ROWS >= R) | (b >= B):
+        return
+    first = group * ROWS
+    k0 = tile * BK
     ki = k0 + tl.arange(0, BK)
     d = tl.arange(0, BLOCK_D)
     k_mask = (ki < LK)[:, None] & (d < D)[None, :]
@@ -202,23 +201,21 @@ def grad_kv_kernel(
 
 @triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dq")])
 def grad_q_kernel(
-    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, R, H, LQ, LK,
+    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, B, R, H, LQ, LK, cores,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
     mask_b, mask_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile for ROWS rows, running over keys."""
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(LQ, BQ)
-    groups = tl.cdiv(R, ROWS)
-    first = (pid // tiles) % groups * ROWS
-    h = (pid // tiles // groups) % H
-    b = pid // tiles // groups // H
-    q0 = (pid % tiles).to(tl.int32) * BQ
+    tile, group, h, b = place(tl.cdiv(LQ, BQ), tl.cdiv(R, ROWS), H, cores, GROUP)
+    if (group * ROWS >= R) | (b >= B):
+        return
+    first = group * ROWS
+    q0 = tile * BQ
     qi = q0 + tl.arange(0, BQ)
     d = tl.arange(0, BLOCK_D)
     q_mask = (qi < LQ)[:, None] & (d < D)[None, :]
@@ -287,9 +284,9 @@ def grad_q_kernel(
         tl.store(base + tile_offsets(dq_l, d, BQ), dq, mask=q_mask & (row < R))
 
 
-@triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", "splits"])
+@triton.jit(do_not_specialize=[*COMMON[:5], *COMMON[6:], "mask_b", "mask_r", "splits"])
 def grad_bias_kernel(
-    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DBIAS, R, H, LQ, LK, splits,
+    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DBIAS, B, R, H, LQ, LK, splits,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, mask_b, mask_r, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -307,7 +304,6 @@ def grad_bias_kernel(
     h = pid // k_tiles // q_tiles % H
     split = pid // k_tiles // q_tiles // H % splits
     b = pid // k_tiles // q_tiles // H // splits
-    batches = tl.num_programs(0) // (k_tiles * q_tiles * H * splits)
     d = tl.arange(0, BLOCK_D)
     q_mask = (qi < LQ)[:, None] & (d < D)[None, :]
     k_mask = (ki < LK)[:, None] & (d < D)[None, :]
@@ -344,7 +340,7 @@ def grad_bias_kernel(
             raw_mask = load_columns(mask_head, tl.minimum(row + 1, R - 1) * (mask_r * 8), BQ, BK)
         total += powers(s, EXACT) * (dp - delta[:, None])
 
-    plane = DBIAS + (((split * batches + b) * H + h) * LQ + q0) * LK
+    plane = DBIAS + (((split * B + b) * H + h) * LQ + q0) * LK
     target = plane + (tl.arange(0, BQ).to(tl.int64) * LK)[:, None] + ki[None, :]
     tl.store(target, total, mask=(qi < LQ)[:, None] & (ki < LK)[None, :])
 

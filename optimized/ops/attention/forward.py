@@ -29,7 +29,7 @@ LN2_HIGH = tl.constexpr(0.693359375)  # ten bits, so that its products with smal
 LN2_REST = tl.constexpr(0.6931471805599453 - 0.693359375)
 LOWEST_SUM = tl.constexpr(2.0**-80)
 HIGHEST_SUM = tl.constexpr(2.0**80)
-LENGTHS = ("R", "H", "LQ", "LK")
+LENGTHS = ("B", "R", "H", "LQ", "LK", "cores")
 
 
 def strides_of(*names: str) -> tuple[str, ...]:
@@ -47,6 +47,21 @@ def head_of(base, b, row, h, s_b, s_r, s_h):
 def token(base, start, stride):
     """`base` moved to a token; stride in units of 8 elements."""
     return base + (tl.full((), 0, tl.int64) + start) * stride * 8
+
+
+@triton.jit
+def place(tiles, groups, H, cores, GROUP: tl.constexpr):
+    """(tile, row group, head, batch) of this program; the group may lie beyond the last, the batch too.
+
+    Programs that a multiprocessor runs together, `cores` apart in the launch order, get the same tile of the same
+    head and GROUP neighbouring row groups, so that the bias tile they all need comes from its first-level cache.
+    Neighbours in the launch order get neighbouring tiles of the same rows, which share keys and values in L2.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    unit = pid // (cores * GROUP) * cores + pid % cores
+    blocks = tl.cdiv(groups, GROUP)
+    group = unit // tiles % blocks * GROUP + pid % (cores * GROUP) // cores
+    return (unit % tiles).to(tl.int32), group, unit // tiles // blocks % H, unit // tiles // blocks // H
 
 
 @triton.jit
@@ -134,22 +149,20 @@ def _any_key(MASK, mask_at, LK, HAS_MASK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*LENGTHS, *strides_of("q", "k", "v", "o"), "mask_b", "mask_r"])
 def forward_kernel(
-    Q, K, V, BIAS, MASK, O, LSE, R, H, LQ, LK,
+    Q, K, V, BIAS, MASK, O, LSE, B, R, H, LQ, LK, cores,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l, mask_b, mask_r, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ]."""
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(LQ, BQ)
-    groups = tl.cdiv(R, ROWS)
-    first = (pid // tiles) % groups * ROWS
-    h = (pid // tiles // groups) % H
-    b = pid // tiles // groups // H
-    q0 = (pid % tiles).to(tl.int32) * BQ
+    tile, group, h, b = place(tl.cdiv(LQ, BQ), tl.cdiv(R, ROWS), H, cores, GROUP)
+    if (group * ROWS >= R) | (b >= B):
+        return
+    first = group * ROWS
+    q0 = tile * BQ
     qi = q0 + tl.arange(0, BQ)
     d = tl.arange(0, BLOCK_D)
     q_mask = (qi < LQ)[:, None] & (d < D)[None, :]

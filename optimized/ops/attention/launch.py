@@ -36,9 +36,11 @@ class Plan:
 
 
 def _rows(
-    rows: int, bq: int, bk: int, warps: int = 4, stages: int = 2, cap: int = 0, ahead: int = 0
+    rows: int, bq: int, bk: int, warps: int = 4, stages: int = 2, cap: int = 0, group: int = 1
 ) -> Config:
-    return Config({"ROWS": rows, "BQ": bq, "BK": bk, "STAGES": stages}, warps, max_registers=cap)
+    return Config(
+        {"ROWS": rows, "BQ": bq, "BK": bk, "STAGES": stages, "GROUP": group}, warps, max_registers=cap
+    )
 
 
 def _tile(bq: int, bk: int, warps: int = 4, stages: int = 2, cap: int = 0) -> Config:
@@ -87,7 +89,7 @@ def architecture(device: torch.device) -> str:
 def plan_for(q: Tensor) -> Plan:
     """The plan for these inputs: measured on this device, shipped for it, or the default."""
     if device_name(q.device) == "cpu":
-        row = _rows(2, 16, 32, stages=1)
+        row = _rows(2, 16, 32, stages=1, group=2)
         return Plan(row, row, _tile(16, 32, stages=1), row)
     return _measured_plan(q.dtype, q.shape[-1], length_bucket(q.shape[-2]), q.device)
 
@@ -219,13 +221,20 @@ def make_call(
     return Call(q, k, v, packed[0], packed[-1], additive, scale, precision)
 
 
+def placed(call: Call, length: int, block: str, config: Config) -> tuple[tuple[int], tuple[int, ...]]:
+    """Grid and leading integer arguments of the kernels that own tiles of `length` tokens; see `forward.place`."""
+    rows, heads, lq, lk = call.sizes
+    c, batch, slots = config.constants, call.q.shape[0], cores(call.q.device)
+    units = triton.cdiv(length, c[block]) * triton.cdiv(rows, c["ROWS"] * c["GROUP"]) * heads * batch
+    return (triton.cdiv(units, slots) * slots * c["GROUP"],), (batch, rows, heads, lq, lk, slots)
+
+
 def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
     """Fill o [B, R, H, Q, D] and lse [B, R, H, Q]."""
     rows, heads, lq, lk = call.sizes
-    c = config.constants
-    grid = (triton.cdiv(lq, c["BQ"]) * triton.cdiv(rows, c["ROWS"]) * heads * call.q.shape[0],)
+    grid, sizes = placed(call, lq, "BQ", config)
     forward_kernel[grid](
-        call.q, call.k, call.v, call.bias, call.mask, o, lse, rows, heads, lq, lk,
+        call.q, call.k, call.v, call.bias, call.mask, o, lse, *sizes,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(o), *call.mask_strides, call.unit_scale,
         **call.constants, FAST=call.q.dtype != torch.float16, **config.launch(),
     )  # fmt: skip
@@ -251,10 +260,9 @@ def launch_grad_kv(
 ) -> None:
     """Fill dk and dv [B, R, H, K, D]."""
     rows, heads, lq, lk = call.sizes
-    c = config.constants
-    grid = (triton.cdiv(lk, c["BK"]) * triton.cdiv(rows, c["ROWS"]) * heads * call.q.shape[0],)
+    grid, sizes = placed(call, lk, "BK", config)
     grad_kv_kernel[grid](
-        call.q, call.k, call.v, do, call.flipped, call.mask, lse2, delta, dk, dv, rows, heads, lq, lk,
+        call.q, call.k, call.v, do, call.flipped, call.mask, lse2, delta, dk, dv, *sizes,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dk), *strides8(dv),
         *call.mask_strides, call.scale, call.unit_scale, **call.constants, **config.launch(),
     )  # fmt: skip
@@ -263,10 +271,9 @@ def launch_grad_kv(
 def launch_grad_q(call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dq: Tensor, config: Config) -> None:
     """Fill dq [B, R, H, Q, D]."""
     rows, heads, lq, lk = call.sizes
-    c = config.constants
-    grid = (triton.cdiv(lq, c["BQ"]) * triton.cdiv(rows, c["ROWS"]) * heads * call.q.shape[0],)
+    grid, sizes = placed(call, lq, "BQ", config)
     grad_q_kernel[grid](
-        call.q, call.k, call.v, do, call.bias, call.mask, lse2, delta, dq, rows, heads, lq, lk,
+        call.q, call.k, call.v, do, call.bias, call.mask, lse2, delta, dq, *sizes,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dq),
         *call.mask_strides, call.scale, call.unit_scale, **call.constants, **config.launch(),
     )  # fmt: skip
@@ -285,7 +292,7 @@ def launch_grad_bias(
     if not alone:
         planes = torch.empty((splits, *dbias.shape), dtype=torch.float32, device=call.q.device)
     grad_bias_kernel[(tiles * splits,)](
-        call.q, call.k, call.v, do, call.bias, call.mask, lse2, delta, planes, rows, heads, lq, lk, splits,
+        call.q, call.k, call.v, do, call.bias, call.mask, lse2, delta, planes, batch, rows, heads, lq, lk, splits,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *call.mask_strides,
         call.unit_scale, **call.constants, **config.launch(),
     )  # fmt: skip
