@@ -231,8 +231,7 @@ def placed(call: Call, length: int, block: str, config: Config) -> tuple[tuple[i
 
 def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
     """Fill o [B, R, H, Q, D] and lse [B, R, H, Q]."""
-    rows, heads, lq, lk = call.sizes
-    grid, sizes = placed(call, lq, "BQ", config)
+    grid, sizes = placed(call, call.sizes[2], "BQ", config)
     forward_kernel[grid](
         call.q, call.k, call.v, call.bias, call.mask, o, lse, *sizes,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(o), *call.mask_strides, call.unit_scale,
@@ -259,8 +258,7 @@ def launch_grad_kv(
     call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, config: Config
 ) -> None:
     """Fill dk and dv [B, R, H, K, D]."""
-    rows, heads, lq, lk = call.sizes
-    grid, sizes = placed(call, lk, "BK", config)
+    grid, sizes = placed(call, call.sizes[3], "BK", config)
     grad_kv_kernel[grid](
         call.q, call.k, call.v, do, call.flipped, call.mask, lse2, delta, dk, dv, *sizes,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dk), *strides8(dv),
@@ -270,8 +268,7 @@ def launch_grad_kv(
 
 def launch_grad_q(call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dq: Tensor, config: Config) -> None:
     """Fill dq [B, R, H, Q, D]."""
-    rows, heads, lq, lk = call.sizes
-    grid, sizes = placed(call, lq, "BQ", config)
+    grid, sizes = placed(call, call.sizes[2], "BQ", config)
     grad_q_kernel[grid](
         call.q, call.k, call.v, do, call.bias, call.mask, lse2, delta, dq, *sizes,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dq),
