@@ -1,6 +1,6 @@
-"""Host side shared by the fused operators: compute dtype, weight copies, split counts, tile shapes."""
+"""Host side shared by the fused operators: compute dtype, tile shapes, how many programs share a sum."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -19,18 +19,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def in_dtype(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights as contiguous tensors of `dtype`; those that must be converted are copied in one launch."""
-    result = list(weights)
-    slots = [k for k, w in enumerate(weights) if w.dtype != dtype or not w.is_contiguous()]
-    if slots:
-        copies = [torch.empty(weights[k].shape, dtype=dtype, device=weights[k].device) for k in slots]
-        torch._foreach_copy_(copies, [weights[k] for k in slots])
-        for k, copy in zip(slots, copies, strict=True):
-            result[k] = copy
-    return result
-
-
 @cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors or compute units of the device; 4 under the interpreter."""
@@ -39,18 +27,19 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def packed(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Weights `[h, c]` of one shape stacked into one contiguous `[len·h, c]` tensor of `dtype`, in one launch."""
-    height, width = weights[0].shape
-    whole = torch.empty((len(weights) * height, width), dtype=dtype, device=weights[0].device)
-    torch._foreach_copy_(list(whole.split(height)), weights)
-    return whole
+# Programs that leave a partial sum each: enough to fill the largest device a few times, few enough to fold fast.
+SHARES = 1200
 
 
-def unpacked(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Consecutive parts of a vector of gradients, in the shapes and dtypes of `parameters`."""
-    parts = flat.split([p.numel() for p in parameters])
-    return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+def grouped(steps: int) -> tuple[int, int]:
+    """How many programs take `steps` tiles of rows, and how many consecutive tiles each takes."""
+    group = -(-steps // SHARES)
+    return -(-steps // group), group
+
+
+def fast_sigmoid(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the sigmoid may use the hardware's tanh, whose error of 2⁻¹¹ is lost in bf16's 2⁻⁹."""
+    return dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None
 
 
 def checked(config: Config) -> Config:
