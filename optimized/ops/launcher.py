@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from optimized.ops.support import interpreting
 from optimized.ops.tuning import Config
@@ -52,8 +53,6 @@ def launch(
     if interpreting():
         kernel[grid](*arguments, **config.launch(), **sizes)
         return
-    from triton import knobs
-
     device = arguments[0].device.index
     key = (id(kernel), id(config), device, *sizes.values(), *map(_specialised, arguments))
     known = _compiled.get(key)

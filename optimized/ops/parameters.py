@@ -124,8 +124,9 @@ def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         torch._foreach_copy_(list(whole.split(sizes)), [w.reshape(-1) for w in weights])
         return whole
     spare = _MOST - len(weights)
-    grid = (-(-max(sizes) // 2048), len(weights), 1)
-    launch(pack_kernel, grid, _PACK, (*weights, *weights[:1] * spare, whole, *sizes, *[0] * spare))
+    grid = (-(-max(sizes) // _PACK.constants["BLOCK"]), len(weights), 1)
+    pointers = [*weights, *([weights[0]] * spare), whole]
+    launch(pack_kernel, grid, _PACK, (*pointers, *sizes, *([0] * spare)))
     return whole
 
 

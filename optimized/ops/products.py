@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import processors
+from optimized.ops.launching import ceil_div, power_of_two, processors
 from optimized.ops.rows import accumulate
 from optimized.ops.tuning import Config
 
@@ -67,12 +67,12 @@ def products(pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], config:
     """Partial sums `[splits, G·(N0 + N1)]` in fp32 of g0ᵀ·n0 and g1ᵀ·n1, for g `[rows, G]` and n `[rows, N]`."""
     (g0, n0), (g1, n1) = pairs
     rows, outputs = g0.shape
-    chunks = 2 * triton.cdiv(outputs, config.constants["BN"])
-    steps = triton.cdiv(rows, config.constants["BM"])
+    chunks = 2 * ceil_div(outputs, config.constants["BN"])
+    steps = ceil_div(rows, config.constants["BM"])
     splits = max(1, min(2 * processors(g0.device) // chunks, steps))
     widths = (n0.shape[1], n1.shape[1])
     partial = torch.empty((splits, outputs * sum(widths)), dtype=torch.float32, device=g0.device)
-    block = triton.next_power_of_2(max(widths))
+    block = power_of_two(max(widths))
     sizes = {"G": outputs, "N0": widths[0], "N1": widths[1], "BC": block}
     arguments = (g0, n0, g1, n1, partial, rows, splits)
     launch(products_kernel, (chunks, splits, 1), config, arguments, **sizes)

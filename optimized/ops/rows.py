@@ -4,7 +4,7 @@ Tiles are `[rows, columns]` in fp32, padded to a power of two columns; the paddi
 of the statistics. Everything here is inlined into the kernels that call it.
 """
 
-# ruff: noqa: ANN001, ANN201, RET505 (Triton compiles these functions: an annotation would mean a compile-time constant)
+# ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
 # mypy: disable-error-code="no-untyped-def, no-redef, assignment, operator"
 import triton
 import triton.language as tl

@@ -75,7 +75,9 @@ def forward_kernel(
     if HEADS > 0:
         k = tl.arange(0, BS)
         head = tl.load(
-            w_ptr + (T * H + k)[:, None] * C + c[None, :], mask=(k < HEADS)[:, None] & (c < C)[None, :], other=0.0
+            w_ptr + (T * H + k)[:, None] * C + c[None, :],
+            mask=(k < HEADS)[:, None] & (c < C)[None, :],
+            other=0.0,
         )
         s = tl.dot(n, tl.trans(head), input_precision="ieee").to(s_ptr.dtype.element_ty)
         where = s_ptr + k.to(tl.int64)[None, :] * rows + m[:, None]

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import chosen, grouped, processors, tile
+from optimized.ops.launching import ceil_div, chosen, grouped, power_of_two, processors, tile
 from optimized.ops.layer_norm_linear import kernels
 from optimized.ops.parameters import fold, gradient_dtype, pack
 from optimized.ops.tuning import Config
@@ -71,8 +70,8 @@ class Widths:
             "H": self.hidden,
             "HEADS": self.heads,
             "T": self.count,
-            "BC": triton.next_power_of_2(channels),
-            "BS": max(16, triton.next_power_of_2(max(self.heads, 1))),
+            "BC": power_of_two(channels),
+            "BS": max(16, power_of_two(max(self.heads, 1))),
         }
 
 
@@ -90,12 +89,10 @@ def forward(
     """
     rows, channels = x.shape
     config = config or _config("forward", x, w.dtype)
-    outs = [
-        torch.empty((rows, widths.hidden), dtype=w.dtype, device=x.device) for _ in range(widths.count)
-    ]
+    outs = [torch.empty((rows, widths.hidden), dtype=w.dtype, device=x.device) for _ in range(widths.count)]
     narrow = [torch.empty((widths.heads, rows), dtype=w.dtype, device=x.device)] if widths.heads else []
     arguments = (x, *norm, w, *_four(outs, w), *(narrow or [w]), rows, eps)
-    grid = (triton.cdiv(rows, config.constants["BM"]), 1, 1)
+    grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
     launch(kernels.forward_kernel, grid, config, arguments, **widths.blocks(channels))
     return outs + narrow
 
@@ -112,15 +109,13 @@ def input_gradient(
     """dx, n = LN(x) in the weights' dtype, and partial sums of dγ and dβ `[programs, 2c]`."""
     rows, channels = x.shape
     config = config or _config("input_gradient", x, w.dtype)
-    programs, group = grouped(triton.cdiv(rows, config.constants["BM"]))
+    programs, group = grouped(ceil_div(rows, config.constants["BM"]))
     dx = torch.empty_like(x)
     n = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
     shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)
     pointers = (*_four(grads[: widths.count], w), grads[-1], dx, n, shares)
     arguments = (x, *norm, w, *pointers, rows, group, eps)
-    launch(
-        kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **widths.blocks(channels)
-    )
+    launch(kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **widths.blocks(channels))
     return dx, n, shares
 
 
@@ -129,14 +124,14 @@ def weight_gradient(n: Tensor, grads: list[Tensor], config: Config | None = None
     rows, channels = n.shape
     hidden = grads[0].shape[1]
     config = config or _config("weight_gradient", n, n.dtype)
-    if config.constants["BN"] > max(16, triton.next_power_of_2(hidden)):
-        config = _narrowed(config, max(16, triton.next_power_of_2(hidden)))
-    programs = len(grads) * triton.cdiv(hidden, config.constants["BN"])
-    steps = triton.cdiv(rows, config.constants["BM"])
+    if config.constants["BN"] > max(16, power_of_two(hidden)):
+        config = _narrowed(config, max(16, power_of_two(hidden)))
+    programs = len(grads) * ceil_div(hidden, config.constants["BN"])
+    steps = ceil_div(rows, config.constants["BM"])
     splits = max(1, min(2 * processors(n.device) // programs, steps))
     partial = torch.empty((splits, len(grads) * hidden * channels), dtype=torch.float32, device=n.device)
     arguments = (n, *_four(grads, n), partial, rows, splits, grads[0].stride(0), grads[0].stride(1))
-    blocks = {"C": channels, "H": hidden, "T": len(grads), "BC": triton.next_power_of_2(channels)}
+    blocks = {"C": channels, "H": hidden, "T": len(grads), "BC": power_of_two(channels)}
     launch(kernels.weight_gradient_kernel, (programs, splits, 1), config, arguments, **blocks)
     return partial
 

@@ -98,7 +98,7 @@ def _forward(x: Tensor, parameters: list[Tensor], count: int, eps: float, dtype:
     matrices = parameters[2:]
     head = matrices[count] if len(matrices) > count else None
     widths = launch.Widths.of(matrices[:count], head)
-    outs = launch.forward(rows, tuple(parameters[:2]), pack(matrices, dtype), widths, eps)
+    outs = launch.forward(rows, (parameters[0], parameters[1]), pack(matrices, dtype), widths, eps)
     shaped = [y.view(*x.shape[:-1], -1) for y in outs[:count]]
     return shaped + [s.view(-1, *x.shape[:-1]) for s in outs[count:]]
 
@@ -111,7 +111,7 @@ def _backward(
     flat += [g.reshape(-1, rows.shape[0]).contiguous() for g in grads[count:]]
     matrices = parameters[2:]
     head = matrices[count] if len(matrices) > count else None
-    dx, gradients = launch.backward(flat, rows, tuple(parameters[:2]), matrices[:count], head, eps)
+    dx, gradients = launch.backward(flat, rows, (parameters[0], parameters[1]), matrices[:count], head, eps)
     return dx.view(x.shape), gradients
 
 

@@ -1,11 +1,10 @@
 """Launches of the transition kernels: tile shapes, grids and workspaces."""
 
 import torch
-import triton
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import chosen, fast_sigmoid, grouped, processors, tile
+from optimized.ops.launching import ceil_div, chosen, fast_sigmoid, grouped, power_of_two, processors, tile
 from optimized.ops.parameters import fold, gradient_dtype, pack
 from optimized.ops.transition import kernels
 from optimized.ops.tuning import Config
@@ -45,7 +44,7 @@ def _config(kernel: str, x: Tensor, dtype: torch.dtype) -> Config:
 def _sizes(w: Tensor, channels: int, device: torch.device) -> dict[str, int]:
     """Compile-time sizes of the kernels, for packed weights w_a, w_b, w_out of `dtype`."""
     hidden = w.numel() // (3 * channels)
-    block = triton.next_power_of_2(channels)
+    block = power_of_two(channels)
     return {"C": channels, "H": hidden, "BC": block, "FAST": fast_sigmoid(w.dtype, device)}
 
 
@@ -56,7 +55,7 @@ def forward(
     rows, channels = x.shape
     config = config or _config("forward", x, w.dtype)
     out = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
-    grid = (triton.cdiv(rows, config.constants["BM"]), 1, 1)
+    grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
     sizes = _sizes(w, channels, x.device)
     launch(kernels.forward_kernel, grid, config, (x, *norm, w, out, rows, eps), **sizes)
     return out
@@ -68,7 +67,7 @@ def input_gradient(
     """dx, n = LN(x) in the weights' dtype, and the partial sums of dγ and dβ `[programs, 2c]`."""
     rows, channels = x.shape
     config = config or _config("input_gradient", x, w.dtype)
-    programs, group = grouped(triton.cdiv(rows, config.constants["BM"]))
+    programs, group = grouped(ceil_div(rows, config.constants["BM"]))
     dx = torch.empty_like(x)
     n = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
     shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)
@@ -83,8 +82,8 @@ def weight_gradient(n: Tensor, w: Tensor, dy: Tensor, config: Config | None = No
     rows, channels = n.shape
     sizes = _sizes(w, channels, n.device)
     config = config or _config("weight_gradient", n, n.dtype)
-    chunks = triton.cdiv(sizes["H"], config.constants["BN"])
-    splits = max(1, min(processors(n.device) // chunks, triton.cdiv(rows, config.constants["BM"])))
+    chunks = ceil_div(sizes["H"], config.constants["BN"])
+    splits = max(1, min(processors(n.device) // chunks, ceil_div(rows, config.constants["BM"])))
     partial = torch.empty((splits, w.numel()), dtype=torch.float32, device=n.device)
     arguments = (n, dy, w, partial, rows, splits)
     launch(kernels.weight_gradient_kernel, (chunks, splits, 1), config, arguments, **sizes)

@@ -75,13 +75,15 @@ class _Transition(torch.autograd.Function):
 
 def _forward(x: Tensor, parameters: list[Tensor], eps: float, dtype: torch.dtype) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return launch.forward(rows, tuple(parameters[:2]), pack(parameters[2:], dtype), eps).view(x.shape)
+    return launch.forward(rows, (parameters[0], parameters[1]), pack(parameters[2:], dtype), eps).view(
+        x.shape
+    )
 
 
 def _backward(dy: Tensor, x: Tensor, parameters: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     dy = dy.reshape(rows.shape).contiguous()
-    dx, flat = launch.backward(dy, rows, tuple(parameters[:2]), parameters[2:], eps)
+    dx, flat = launch.backward(dy, rows, (parameters[0], parameters[1]), parameters[2:], eps)
     return dx.view(x.shape), flat
 
 

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import chosen, fast_sigmoid, grouped, processors, tile
+from optimized.ops.launching import ceil_div, chosen, fast_sigmoid, grouped, power_of_two, processors, tile
 from optimized.ops.parameters import fold, gradient_dtype, pack
 from optimized.ops.products import products
 from optimized.ops.triangle_multiplication import output, project
@@ -58,13 +57,8 @@ class Shape:
     def blocks(self, w: Tensor) -> dict[str, int]:
         """Compile-time sizes of the kernels, for weights `w`."""
         c, h = self.channels, self.hidden
-        return {
-            "C": c,
-            "H": h,
-            "BC": triton.next_power_of_2(c),
-            "BH": triton.next_power_of_2(h),
-            "FAST": fast_sigmoid(w.dtype, w.device),
-        }
+        blocks = {"C": c, "H": h, "BC": power_of_two(c), "BH": power_of_two(h)}
+        return blocks | {"FAST": fast_sigmoid(w.dtype, w.device)}
 
     def inner(self, w: Tensor) -> dict[str, int]:
         """The same for kernels that do not see the contraction."""
@@ -93,7 +87,7 @@ def project_forward(
 ) -> Tensor:
     """a and b, `[2h, P, P]`, from z `[N, N, c]` (any strides over i and j) and the packed weights."""
     config = config or _config("project", shape, w)
-    programs, group = grouped(triton.cdiv(shape.padded**2, config.constants["BM"]))
+    programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=w.dtype, device=z.device)
     arguments = (z, *norm, w, mask if mask is not None else z, ab, *shape.place(z), group, eps)
     sizes = shape.inner(w) | {"MASKED": mask is not None}
@@ -132,7 +126,7 @@ def output_forward(
 ) -> Tensor:
     """y `[N, N, c]`; `norms` is γ, β of the output norm and of the input norm; `w` is all the packed weights."""
     config = config or _config("output", shape, x)
-    programs, group = grouped(triton.cdiv(shape.tokens * shape.padded, config.constants["BM"]))
+    programs, group = grouped(ceil_div(shape.tokens * shape.padded, config.constants["BM"]))
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, *norms, w, y, *shape.place(z), group, eps)
     launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
@@ -164,7 +158,7 @@ def output_backward(
 ) -> OutputGradients:
     """Gradients of the output side except those of its weights."""
     config = config or _config("output_backward", shape, x)
-    programs, group = grouped(triton.cdiv(shape.padded**2, config.constants["BM"]))
+    programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
     rows, c, h = shape.tokens**2, shape.channels, shape.hidden
     dx = torch.empty_like(x)
     dn = torch.empty((shape.tokens, shape.tokens, c), dtype=z.dtype, device=x.device)
@@ -199,7 +193,7 @@ def project_input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """dz, written over `dn`, and shares of the input norm's gradients; LN(z), masked, goes to `n` `[P·P, c]`."""
     config = config or _config("project_input", shape, w)
-    programs, group = grouped(triton.cdiv(shape.padded**2, config.constants["BM"]))
+    programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
     pointers = (mask if mask is not None else z, grad, dn, dn, n, shares)
     arguments = (z, *norm, w, *pointers, *shape.place(z), group, eps)
@@ -214,8 +208,8 @@ def project_weight_gradient(
     """Partial gradients of the four input projections, `[splits, 4h·c]` in fp32."""
     config = config or _config("project_weight", shape, w)
     area = shape.padded**2
-    chunks = triton.cdiv(2 * shape.hidden, config.constants["BN"])
-    steps = triton.cdiv(area, config.constants["BM"])
+    chunks = ceil_div(2 * shape.hidden, config.constants["BN"])
+    steps = ceil_div(area, config.constants["BM"])
     splits = max(1, min(processors(n.device) // chunks, steps))
     size = 4 * shape.hidden * shape.channels
     partial = torch.empty((splits, size), dtype=torch.float32, device=n.device)
