@@ -1,5 +1,6 @@
 """One GPU call for the fused operators: whole operators first, then errors, then tile shapes; each in its own process.
 
+python bench/fused_lab.py --ship DIR/fused_lab.json      puts the fastest tiles into the package
 python bench/fused_lab.py --out DIR      (under 120 s on one H200; a crash costs one group, the rest is reported)
 
 Processes compile everything beforehand without launching a kernel. Then one worker per group measures, one at
@@ -529,6 +530,25 @@ class Lab:
         self.table()
 
 
+def ship(results: Path) -> None:
+    """Put the fastest tile of every kernel (shares of the best time at both lengths) into the shipped file."""
+    file = Path(__file__).resolve().parents[1] / "optimized" / "ops" / "tuned" / "nvidia-h200.json"
+    entries = json.loads(file.read_text())
+    rows = [r for r in json.loads(results.read_text()) if r.get("kind") == "tiles" and "ms" in r]
+    for kernel in sorted({r["kernel"].removesuffix("'") for r in rows}):
+        own = [r for r in rows if r["kernel"].removesuffix("'") == kernel]
+        least = {n: min(r["ms"][n] for r in own) for n in own[0]["ms"]}
+        best = min(own, key=lambda r: sum(r["ms"][n] / least[n] for n in least))
+        family, _, name = kernel.partition(".")
+        config = tile(*best["tile"])
+        if kernel == "tm.project_weight":
+            config.constants["TURNED"] = best["kernel"].endswith("'")
+        for dtype in ("bfloat16", "float16"):
+            entries[f"{OPERATORS[family]}.{name}/{dtype}/{C}"] = config.to_json()
+        print(kernel, best["tile"], best["ms"])
+    file.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> None:
     """Parent or worker."""
     parser = argparse.ArgumentParser()
@@ -536,8 +556,13 @@ def main() -> None:
     parser.add_argument("--share", type=int, nargs=2)
     parser.add_argument("--group")
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument(
+        "--ship", type=Path, help="write the fastest tiles of a fused_lab.json into the package"
+    )
     options = parser.parse_args()
-    if options.share:
+    if options.ship:
+        ship(options.ship)
+    elif options.share:
         compile_share(*options.share)
     elif options.group:
         work(options.group, options.first)

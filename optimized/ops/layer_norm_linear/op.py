@@ -63,7 +63,7 @@ def layer_norm_linear(
     """
     dtype = compute_dtype(x)
     if not supported(x, norm_weight, norm_bias, weights, head_weight).ok:
-        return layer_norm_linear_reference(x.to(dtype), norm_weight, norm_bias, weights, head_weight, eps)
+        return layer_norm_linear_reference(x, norm_weight, norm_bias, weights, head_weight, eps, dtype)
     heads = [head_weight] if head_weight is not None else []
     if direct((x, norm_weight, norm_bias, *weights, *heads)):
         everything = (norm_weight, norm_bias, *weights, *heads)

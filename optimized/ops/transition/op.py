@@ -49,7 +49,7 @@ def transition(
     parameters = (norm_weight, norm_bias, w_a, w_b, w_out)
     dtype = compute_dtype(x)
     if not supported(x, *parameters).ok:
-        return transition_reference(x.to(dtype), *parameters, eps)
+        return transition_reference(x, *parameters, eps, dtype)
     if direct((x, *parameters)):
         return _Transition.apply(x, *parameters, eps, dtype)
     return torch.ops.megafold_bench.transition(x, *parameters, eps, dtype)

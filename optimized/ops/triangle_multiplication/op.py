@@ -47,7 +47,7 @@ def triangle_multiplication(
     """
     dtype = compute_dtype(z)
     if not supported(z, weights, mask).ok:
-        return triangle_multiplication_reference(z.to(dtype), weights, outgoing, mask, eps)
+        return triangle_multiplication_reference(z, weights, outgoing, mask, eps, dtype)
     if direct((z, *weights)):
         return _TriangleMultiplication.apply(z, mask, outgoing, eps, dtype, *weights)
     return torch.ops.megafold_bench.triangle_multiplication(z, *weights, mask, outgoing, eps, dtype)[0]
