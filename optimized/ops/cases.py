@@ -5,7 +5,7 @@ from typing import Any
 
 import triton
 
-from optimized.ops import products
+from optimized.ops import parameters, products
 from optimized.ops.layer_norm_linear import kernels as linear_kernels
 from optimized.ops.layer_norm_linear import launch as linear
 from optimized.ops.offline import KernelCase
@@ -59,6 +59,11 @@ def cases() -> list[KernelCase]:
     import torch
 
     found: list[KernelCase] = []
+    for kernel, config in (
+        (parameters.pack_kernel, parameters.PACK),
+        (parameters.fold_kernel, parameters.FOLD),
+    ):
+        found.append(make_case(f"parameters.bf16.{kernel.__name__}", kernel, config, "bf16", {}))
     for short, full in DTYPES.items():
         dtype = getattr(torch, full)
         for c, h in ((64, 128), (64, 256), (128, 512), (384, 1536)):

@@ -16,36 +16,38 @@ from torch import Tensor
 from optimized.ops.launcher import launch
 from optimized.ops.tuning import Config
 
-_PACK = Config({"BLOCK": 2048}, 4)
-_FOLD = Config({"ROWS": 128, "BLOCK": 32, "WIDE_ROWS": 8, "WIDE_BLOCK": 512}, 4)
+PACK = Config({"BLOCK": 2048}, 4)
+FOLD = Config({"ROWS": 128, "BLOCK": 32, "WIDE_ROWS": 8, "WIDE_BLOCK": 512}, 4)
 _MOST = 6
 
 
 @triton.jit
-def pack_kernel(p0, p1, p2, p3, p4, p5, out_ptr, n0, n1, n2, n3, n4, n5, BLOCK: tl.constexpr):
+def pack_kernel(
+    w0_ptr, w1_ptr, w2_ptr, w3_ptr, w4_ptr, w5_ptr, out_ptr, n0, n1, n2, n3, n4, n5, BLOCK: tl.constexpr
+):
     """Block `program_id(0)` of matrix `program_id(1)`, to its place in the buffer."""
     which = tl.program_id(1)
-    source = p0
+    source = w0_ptr
     size = n0
     before = 0
     if which == 1:
-        source = p1
+        source = w1_ptr
         size = n1
         before = n0
     elif which == 2:
-        source = p2
+        source = w2_ptr
         size = n2
         before = n0 + n1
     elif which == 3:
-        source = p3
+        source = w3_ptr
         size = n3
         before = n0 + n1 + n2
     elif which == 4:
-        source = p4
+        source = w4_ptr
         size = n4
         before = n0 + n1 + n2 + n3
     elif which == 5:
-        source = p5
+        source = w5_ptr
         size = n5
         before = n0 + n1 + n2 + n3 + n4
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -67,10 +69,10 @@ def column_sums(source, out_ptr, rows, size, first, ROWS: tl.constexpr, BLOCK: t
 
 @triton.jit
 def fold_kernel(
-    t0,
-    t1,
-    w0,
-    w1,
+    tall_partial0,
+    tall_partial1,
+    wide_partial0,
+    wide_partial1,
     out_ptr,
     n0,
     n1,
@@ -89,26 +91,26 @@ def fold_kernel(
     block = tl.program_id(0)
     narrow = tl.cdiv(n0, BLOCK) + tl.cdiv(n1, BLOCK)
     if block < narrow:
-        source = t0
+        source = tall_partial0
         size = n0
         rows = r0
         place = out_ptr
         if block >= tl.cdiv(n0, BLOCK):
             block = block - tl.cdiv(n0, BLOCK)
-            source = t1
+            source = tall_partial1
             size = n1
             rows = r1
             place = out_ptr + n0
         column_sums(source, place, rows, size, block * BLOCK, ROWS, BLOCK)
     else:
         block = block - narrow
-        source = w0
+        source = wide_partial0
         size = n2
         rows = r2
         place = out_ptr + n0 + n1
         if block >= tl.cdiv(n2, WIDE_BLOCK):
             block = block - tl.cdiv(n2, WIDE_BLOCK)
-            source = w1
+            source = wide_partial1
             size = n3
             rows = r3
             place = out_ptr + n0 + n1 + n2
@@ -124,9 +126,9 @@ def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         torch._foreach_copy_(list(whole.split(sizes)), [w.reshape(-1) for w in weights])
         return whole
     spare = _MOST - len(weights)
-    grid = (-(-max(sizes) // _PACK.constants["BLOCK"]), len(weights), 1)
+    grid = (-(-max(sizes) // PACK.constants["BLOCK"]), len(weights), 1)
     pointers = [*weights, *([weights[0]] * spare), whole]
-    launch(pack_kernel, grid, _PACK, (*pointers, *sizes, *([0] * spare)))
+    launch(pack_kernel, grid, PACK, (*pointers, *sizes, *([0] * spare)))
     return whole
 
 
@@ -149,9 +151,9 @@ def fold(tall: Sequence[Tensor], wide: Sequence[Tensor], dtype: torch.dtype) -> 
     if len(wide) == 1:
         columns[3] = 0
     out = torch.empty(sum(columns), dtype=dtype, device=tall[0].device)
-    blocks = (_FOLD.constants["BLOCK"],) * 2 + (_FOLD.constants["WIDE_BLOCK"],) * 2
+    blocks = (FOLD.constants["BLOCK"],) * 2 + (FOLD.constants["WIDE_BLOCK"],) * 2
     grid = (sum(-(-n // block) for n, block in zip(columns, blocks, strict=True)), 1, 1)
-    launch(fold_kernel, grid, _FOLD, (*matrices, out, *columns, *rows))
+    launch(fold_kernel, grid, FOLD, (*matrices, out, *columns, *rows))
     return out
 
 

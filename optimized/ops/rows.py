@@ -52,3 +52,14 @@ def normalise_rows_backward(grad, normal, gamma, rstd, C: tl.constexpr):
     first = tl.sum(scaled, 1) / C
     second = tl.sum(scaled * normal, 1) / C
     return (scaled - first[:, None] - normal * second[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def add_share(share_ptr, c, value, again, C: tl.constexpr):
+    """Add `value` `[BC]` to the program's own partial sum in memory, or begin it (`again` false).
+
+    Kept in memory between tiles: every thread of a column would hold it in registers through the loop.
+    """
+    tl.debug_barrier()
+    before = tl.load(share_ptr + c, mask=(c < C) & again, other=0.0)
+    tl.store(share_ptr + c, before + value, mask=c < C)

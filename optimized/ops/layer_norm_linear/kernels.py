@@ -12,7 +12,7 @@ FLOP: 2·rows·c·(T·h + heads) forward, twice that backward. Bytes: forward re
 import triton
 import triton.language as tl
 
-from optimized.ops.rows import accumulate, normalise_rows, normalise_rows_backward
+from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward
 
 
 @triton.jit
@@ -114,10 +114,6 @@ def input_gradient_kernel(
     """`group` tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ."""
     dtype = w_ptr.dtype.element_ty
     c = tl.arange(0, BC)
-    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    d_gamma = tl.zeros([BC], tl.float32)
-    d_beta = tl.zeros([BC], tl.float32)
     for step in range(group):
         m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
         acc = tl.zeros([BM, BC], tl.float32)
@@ -146,16 +142,16 @@ def input_gradient_kernel(
         inside = (m < rows)[:, None] & (c < C)[None, :]
         tile = m[:, None] * C + c[None, :]
         x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+        gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
         normal, rstd = normalise_rows(x, c, eps, C)
         n = normal * gamma[None, :] + beta[None, :]
         tl.store(n_ptr + tile, n.to(dtype), mask=inside)
         dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
         tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        d_gamma += tl.sum(acc * normal, 0)
-        d_beta += tl.sum(acc, 0)
-    share = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
-    tl.store(share, d_gamma, mask=c < C)
-    tl.store(share + C, d_beta, mask=c < C)
+        share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
+        add_share(share_ptr, c, tl.sum(acc * normal, 0), step > 0, C)
+        add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -19,7 +19,7 @@ Weight gradients are fp32 partial sums over fixed sets of rows, folded afterward
 import triton
 import triton.language as tl
 
-from optimized.ops.rows import accumulate, normalise_rows, normalise_rows_backward, sigmoid
+from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
 
 
 @triton.jit
@@ -108,15 +108,13 @@ def input_gradient_kernel(
     wb_ptr = w_ptr + H * C
     wo_ptr = w_ptr + 2 * H * C
     c = tl.arange(0, BC)
-    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    d_gamma = tl.zeros([BC], tl.float32)
-    d_beta = tl.zeros([BC], tl.float32)
     for step in range(group):
         m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
         inside = (m < rows)[:, None] & (c < C)[None, :]
         tile = m[:, None] * C + c[None, :]
         x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+        gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
         normal, _ = normalise_rows(x, c, eps, C)
         n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
         tl.store(n_ptr + tile, n, mask=inside)
@@ -142,14 +140,13 @@ def input_gradient_kernel(
             acc = accumulate(acc, db.to(dtype), wb)
         # The row tile is read again (from L2): keeping it would cost BM·BC registers through the loop.
         x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+        gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
         normal, rstd = normalise_rows(x, c, eps, C)
         dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
         tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        d_gamma += tl.sum(acc * normal, 0)
-        d_beta += tl.sum(acc, 0)
-    share = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
-    tl.store(share, d_gamma, mask=c < C)
-    tl.store(share + C, d_beta, mask=c < C)
+        share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
+        add_share(share_ptr, c, tl.sum(acc * normal, 0), step > 0, C)
+        add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -13,7 +13,7 @@ operands of the weight gradients, which read them once. Recomputing them took th
 import triton
 import triton.language as tl
 
-from optimized.ops.rows import accumulate, normalise_rows, normalise_rows_backward, sigmoid
+from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
 from optimized.ops.triangle_multiplication.project import load_rows, pair_rows
 
 
@@ -146,8 +146,6 @@ def backward_kernel(
     c = tl.arange(0, BC)
     h = tl.arange(0, BH)
     area = padded.to(tl.int64) * padded
-    d_gamma = tl.zeros([BH], tl.float32)
-    d_beta = tl.zeros([BH], tl.float32)
     if RESIDENT:
         wo, wg = load_weights(w_ptr, tl.arange(0, BN), c, h, C, H, FULL)
     for step in tl.range(0, group, num_stages=STAGES):
@@ -184,8 +182,6 @@ def backward_kernel(
         dx = normalise_rows_backward(dnx, normal, gamma, rstd, H)
         where = dx_ptr + h.to(tl.int64)[None, :] * area + p[:, None]
         tl.store(where, dx.to(dx_ptr.dtype.element_ty), mask=(p < area)[:, None] & (h < H)[None, :])
-        d_gamma += tl.sum(dnx * normal, 0)
-        d_beta += tl.sum(dnx, 0)
-    share = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * H + h
-    tl.store(share, d_gamma, mask=h < H)
-    tl.store(share + H, d_beta, mask=h < H)
+        share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * H
+        add_share(share_ptr, h, tl.sum(dnx * normal, 0), step > 0, H)
+        add_share(share_ptr + H, h, tl.sum(dnx, 0), step > 0, H)

@@ -16,7 +16,7 @@ gate's share of dn and writes dz and n; weight_gradient reads n and the two grad
 import triton
 import triton.language as tl
 
-from optimized.ops.rows import accumulate, normalise_rows, normalise_rows_backward, sigmoid
+from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
 
 
 @triton.jit
@@ -153,8 +153,6 @@ def input_gradient_kernel(
     dtype = w_ptr.dtype.element_ty
     c = tl.arange(0, BC)
     area = padded.to(tl.int64) * padded
-    d_gamma = tl.zeros([BC], tl.float32)
-    d_beta = tl.zeros([BC], tl.float32)
     for step in range(group):
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
@@ -182,11 +180,9 @@ def input_gradient_kernel(
         _, normal, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
         dz = normalise_rows_backward(acc, normal, gamma, rstd, C)
         tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=valid)
-        d_gamma += tl.sum(acc * normal, 0)
-        d_beta += tl.sum(acc, 0)
-    share = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
-    tl.store(share, d_gamma, mask=c < C)
-    tl.store(share + C, d_beta, mask=c < C)
+        share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
+        add_share(share_ptr, c, tl.sum(acc * normal, 0), step > 0, C)
+        add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
 
 
 @triton.jit(do_not_specialize=["splits"])
