@@ -27,7 +27,6 @@ from optimized.ops.attention.forward import (
     LOG2E,
     head_of,
     in_units,
-    place,
     powers,
     strides_of,
     tile_offsets,
@@ -101,12 +100,12 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dk", "dv")])
 def grad_kv_kernel(
-    Q, K, V, G, FLIPPED, MASK, LSE2, DELTA, DK, DV, B, R, H, LQ, LK, cores,
+    Q, K, V, G, FLIPPED, MASK, LSE2, DELTA, DK, DV, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
     dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l, mask_b, mask_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a key tile for ROWS rows. Scores are built transposed, [k, q], so that p^T feeds the products;
     FLIPPED is the packed transposed bias.
@@ -115,11 +114,13 @@ def grad_kv_kernel(
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = FLIPPED.dtype.element_ty
-    tile, group, h, b = place(tl.cdiv(LK, BK), tl.cdiv(R, ROWS), H, cores, GROUP)
-    if (group * ROWS >= R) | (b >= B):
-        return
-    first = group * ROWS
-    k0 = tile * BK
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(LK, BK)
+    groups = tl.cdiv(R, ROWS)
+    first = (pid // tiles) % groups * ROWS
+    h = (pid // tiles // groups) % H
+    b = pid // tiles // groups // H
+    k0 = (pid % tiles).to(tl.int32) * BK
     ki = k0 + tl.arange(0, BK)
     d = tl.arange(0, BLOCK_D)
     k_mask = (ki < LK)[:, None] & (d < D)[None, :]
@@ -160,6 +161,8 @@ def grad_kv_kernel(
         raw = load_packed(pointers, ahead, BQ)
         new_lses = ()
         new_deltas = ()
+        new_qbs = ()
+        new_gbs = ()
         new_dks = ()
         new_dvs = ()
         for i in tl.static_range(ROWS):
@@ -167,8 +170,10 @@ def grad_kv_kernel(
             delta = spread(raw_deltas[i], BK, BQ)
             new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
             new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
-            q = tl.load(token(qbs[i], q0, q_l) + q_offsets, mask=inside, other=0.0)
-            g = tl.load(token(gbs[i], q0, g_l) + g_offsets, mask=inside, other=0.0)
+            q = tl.load(qbs[i] + q_offsets, mask=inside, other=0.0)
+            g = tl.load(gbs[i] + g_offsets, mask=inside, other=0.0)
+            new_qbs = new_qbs + (token(qbs[i], BQ, q_l),)
+            new_gbs = new_gbs + (token(gbs[i], BQ, g_l),)
             s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION)
             dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
             if EXACT:
@@ -180,6 +185,8 @@ def grad_kv_kernel(
             new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION, EXACT),)
         dks = new_dks
         dvs = new_dvs
+        qbs = new_qbs
+        gbs = new_gbs
         raw_lses = new_lses
         raw_deltas = new_deltas
 
@@ -201,21 +208,23 @@ def grad_kv_kernel(
 
 @triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dq")])
 def grad_q_kernel(
-    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, B, R, H, LQ, LK, cores,
+    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
     mask_b, mask_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile for ROWS rows, running over keys."""
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
-    tile, group, h, b = place(tl.cdiv(LQ, BQ), tl.cdiv(R, ROWS), H, cores, GROUP)
-    if (group * ROWS >= R) | (b >= B):
-        return
-    first = group * ROWS
-    q0 = tile * BQ
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(LQ, BQ)
+    groups = tl.cdiv(R, ROWS)
+    first = (pid // tiles) % groups * ROWS
+    h = (pid // tiles // groups) % H
+    b = pid // tiles // groups // H
+    q0 = (pid % tiles).to(tl.int32) * BQ
     qi = q0 + tl.arange(0, BQ)
     d = tl.arange(0, BLOCK_D)
     q_mask = (qi < LQ)[:, None] & (d < D)[None, :]
@@ -256,10 +265,14 @@ def grad_q_kernel(
         ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
         raw = load_packed(pointers, ahead, BK)
         new_masks = ()
+        new_kbs = ()
+        new_vbs = ()
         new_dqs = ()
         for i in tl.static_range(ROWS):
-            k = tl.load(token(kbs[i], k0, k_l) + k_offsets, mask=inside, other=0.0)
-            v = tl.load(token(vbs[i], k0, v_l) + v_offsets, mask=inside, other=0.0)
+            k = tl.load(kbs[i] + k_offsets, mask=inside, other=0.0)
+            v = tl.load(vbs[i] + v_offsets, mask=inside, other=0.0)
+            new_kbs = new_kbs + (token(kbs[i], BK, k_l),)
+            new_vbs = new_vbs + (token(vbs[i], BK, v_l),)
             s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
             s = (
@@ -275,6 +288,8 @@ def grad_q_kernel(
             ds = powers(s, EXACT) * (dp - deltas[i][:, None])
             new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION, EXACT),)
         dqs = new_dqs
+        kbs = new_kbs
+        vbs = new_vbs
         raw_masks = new_masks
 
     for i in tl.static_range(ROWS):
@@ -284,9 +299,9 @@ def grad_q_kernel(
         tl.store(base + tile_offsets(dq_l, d, BQ), dq, mask=q_mask & (row < R))
 
 
-@triton.jit(do_not_specialize=[*COMMON[:5], *COMMON[6:], "mask_b", "mask_r", "splits"])
+@triton.jit(do_not_specialize=[*COMMON, "batches", "mask_b", "mask_r", "splits"])
 def grad_bias_kernel(
-    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DBIAS, B, R, H, LQ, LK, splits,
+    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DBIAS, R, H, LQ, LK, splits, batches,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, mask_b, mask_r, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -340,7 +355,7 @@ def grad_bias_kernel(
             raw_mask = load_columns(mask_head, tl.minimum(row + 1, R - 1) * (mask_r * 8), BQ, BK)
         total += powers(s, EXACT) * (dp - delta[:, None])
 
-    plane = DBIAS + (((split * B + b) * H + h) * LQ + q0) * LK
+    plane = DBIAS + (((split * batches + b) * H + h) * LQ + q0) * LK
     target = plane + (tl.arange(0, BQ).to(tl.int64) * LK)[:, None] + ki[None, :]
     tl.store(target, total, mask=(qi < LQ)[:, None] & (ki < LK)[None, :])
 

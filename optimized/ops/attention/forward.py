@@ -29,7 +29,7 @@ LN2_HIGH = tl.constexpr(0.693359375)  # ten bits, so that its products with smal
 LN2_REST = tl.constexpr(0.6931471805599453 - 0.693359375)
 LOWEST_SUM = tl.constexpr(2.0**-80)
 HIGHEST_SUM = tl.constexpr(2.0**80)
-LENGTHS = ("B", "R", "H", "LQ", "LK", "cores")
+LENGTHS = ("R", "H", "LQ", "LK")
 
 
 def strides_of(*names: str) -> tuple[str, ...]:
@@ -47,21 +47,6 @@ def head_of(base, b, row, h, s_b, s_r, s_h):
 def token(base, start, stride):
     """`base` moved to a token; stride in units of 8 elements."""
     return base + (tl.full((), 0, tl.int64) + start) * stride * 8
-
-
-@triton.jit
-def place(tiles, groups, H, cores, GROUP: tl.constexpr):
-    """(tile, row group, head, batch) of this program; the group may lie beyond the last, the batch too.
-
-    Programs that a multiprocessor runs together, `cores` apart in the launch order, get the same tile of the same
-    head and GROUP neighbouring row groups, so that the bias tile they all need comes from its first-level cache.
-    Neighbours in the launch order get neighbouring tiles of the same rows, which share keys and values in L2.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    unit = pid // (cores * GROUP) * cores + pid % cores
-    blocks = tl.cdiv(groups, GROUP)
-    group = unit // tiles % blocks * GROUP + pid % (cores * GROUP) // cores
-    return (unit % tiles).to(tl.int32), group, unit // tiles // blocks % H, unit // tiles // blocks // H
 
 
 @triton.jit
@@ -98,6 +83,12 @@ def natural_log(x, EXACT: tl.constexpr):
 def in_units(bias, EXACT: tl.constexpr):
     """Bias in the units of `powers`."""
     return bias if EXACT else bias * LOG2E
+
+
+@triton.jit
+def row_sums(p, BQ: tl.constexpr, BK: tl.constexpr):
+    """Sums [BQ, 4] of a tile's rows, one for each of the four threads that hold a row: no exchange between them."""
+    return tl.sum(tl.sum(tl.reshape(p, (BQ, BK // 8, 4, 2)), 3), 1)
 
 
 @triton.jit
@@ -149,20 +140,22 @@ def _any_key(MASK, mask_at, LK, HAS_MASK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*LENGTHS, *strides_of("q", "k", "v", "o"), "mask_b", "mask_r"])
 def forward_kernel(
-    Q, K, V, BIAS, MASK, O, LSE, B, R, H, LQ, LK, cores,
+    Q, K, V, BIAS, MASK, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l, mask_b, mask_r, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ]."""
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
-    tile, group, h, b = place(tl.cdiv(LQ, BQ), tl.cdiv(R, ROWS), H, cores, GROUP)
-    if (group * ROWS >= R) | (b >= B):
-        return
-    first = group * ROWS
-    q0 = tile * BQ
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(LQ, BQ)
+    groups = tl.cdiv(R, ROWS)
+    first = (pid // tiles) % groups * ROWS
+    h = (pid // tiles // groups) % H
+    b = pid // tiles // groups // H
+    q0 = (pid % tiles).to(tl.int32) * BQ
     qi = q0 + tl.arange(0, BQ)
     d = tl.arange(0, BLOCK_D)
     q_mask = (qi < LQ)[:, None] & (d < D)[None, :]
@@ -187,9 +180,11 @@ def forward_kernel(
         vbs = vbs + (head_of(V, b, row, h, v_b, v_r, v_h),)
         masks_at = masks_at + ((b * mask_b + row * mask_r) * 8,)
         accs = accs + (tl.zeros((BQ, BLOCK_D), tl.float32),)
-        totals = totals + (tl.zeros((BQ,), tl.float32),)
+        totals = totals + (tl.zeros((BQ, 4), tl.float32),)
 
     if FAST:
+        k_at = kbs
+        v_at = vbs
         raw = load_packed(pointers, 0, BK)
         raw_masks = ()
         for i in tl.static_range(ROWS):
@@ -200,11 +195,15 @@ def forward_kernel(
             ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
             raw = load_packed(pointers, ahead, BK)
             new_masks = ()
+            new_k_at = ()
+            new_v_at = ()
             new_accs = ()
             new_totals = ()
             for i in tl.static_range(ROWS):
-                k = tl.load(token(kbs[i], k0, k_l) + k_offsets, mask=inside, other=0.0)
-                v = tl.load(token(vbs[i], k0, v_l) + v_offsets, mask=inside, other=0.0)
+                k = tl.load(k_at[i] + k_offsets, mask=inside, other=0.0)
+                v = tl.load(v_at[i] + v_offsets, mask=inside, other=0.0)
+                new_k_at = new_k_at + (token(k_at[i], BK, k_l),)
+                new_v_at = new_v_at + (token(v_at[i], BK, v_l),)
                 s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
                 if HAS_MASK:
                     s = s * unit_scale + (bias + spread(raw_masks[i], BQ, BK))
@@ -213,19 +212,21 @@ def forward_kernel(
                     s = s * unit_scale + bias
                     new_masks = new_masks + (0,)
                 p = powers(s, EXACT)
-                new_totals = new_totals + (totals[i] + tl.sum(p, 1),)
+                new_totals = new_totals + (totals[i] + row_sums(p, BQ, BK),)
                 if EXACT:
                     new_accs = new_accs + (accs[i] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION),)
                 else:
                     new_accs = new_accs + (tl.dot(p.to(v.dtype), v, accs[i], input_precision=PRECISION),)
             accs = new_accs
             totals = new_totals
+            k_at = new_k_at
+            v_at = new_v_at
             raw_masks = new_masks
 
     for i in tl.static_range(ROWS):
         row = first + i
         acc = accs[i]
-        total = totals[i]
+        total = tl.sum(totals[i], 1)
         top = tl.zeros((BQ,), tl.float32)
         again = 1
         if FAST:

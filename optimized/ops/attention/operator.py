@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from optimized.ops.attention import reference
+from optimized.ops.launcher import direct
 from optimized.ops.support import Supported, triton_support
 
 HEAD_DIMS = (8, 16, 24, 32, 48, 64)
@@ -54,21 +56,48 @@ def _five(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-4:])
 
 
-@torch.library.custom_op("megafold_bench::pair_attention", mutates_args=())
-def _forward_op(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
 ) -> tuple[Tensor, Tensor]:
-    if not supported(q, k, v, bias, mask, precision).ok:
-        o, lse = reference.attention_with_lse(q, k, v, bias, mask, scale)
-        return torch.empty_like(q).copy_(o), lse.contiguous()
     from optimized.ops.attention import launch
 
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
     call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, False)
-    launch.launch_forward(call, _five(o), _five(lse[..., None])[..., 0], launch.plan_for(q).forward)
+    launch.launch_forward(call, _five(o), lse, launch.plan_for(q).forward)
     return o, lse
+
+
+def _backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
+    o: Tensor, lse: Tensor, scale: float, precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from optimized.ops.attention import launch
+
+    plan = launch.plan_for(q)
+    mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
+    call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, True)
+    do5, o5 = launch.aligned(_five(do)), launch.aligned(_five(o))
+    lse2, delta = launch.launch_statistics(
+        call, o5, do5, lse.contiguous(), None if dlse is None else dlse.contiguous()
+    )
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
+    launch.launch_grad_bias(call, do5, lse2, delta, _five(dbias), plan.grad_bias)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    launch.launch_grad_q(call, do5, lse2, delta, _five(dq), plan.grad_q)
+    launch.launch_grad_kv(call, do5, lse2, delta, _five(dk), _five(dv), plan.grad_kv)
+    return dq, dk, dv, dbias
+
+
+@torch.library.custom_op("megafold_bench::pair_attention", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    if supported(q, k, v, bias, mask, precision).ok:
+        return _forward(q, k, v, bias, mask, scale, precision)
+    o, lse = reference.attention_with_lse(q, k, v, bias, mask, scale)
+    return torch.empty_like(q).copy_(o), lse.contiguous()
 
 
 @_forward_op.register_fake
@@ -84,28 +113,14 @@ def _backward_op(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
     o: Tensor, lse: Tensor, scale: float, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if not supported(q, k, v, bias, mask, precision).ok:
-        grads = reference.attention_backward(do, q, k, v, bias, mask, o, lse, scale, dlse)
-        fresh = (
-            *(torch.empty_like(x) for x in (q, k, v)),
-            torch.empty(bias.shape, dtype=bias.dtype, device=q.device),
-        )
-        dq, dk, dv, dbias = (x.copy_(g) for x, g in zip(fresh, grads, strict=True))
-        return dq, dk, dv, dbias
-    from optimized.ops.attention import launch
-
-    plan = launch.plan_for(q)
-    mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
-    call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, True)
-    do5, o5 = launch.aligned(_five(do)), launch.aligned(_five(o))
-    lse4 = lse.reshape(-1, *lse.shape[-3:]).contiguous()
-    dlse4 = None if dlse is None else dlse.reshape(lse4.shape).contiguous()
-    lse2, delta = launch.launch_statistics(call, o5, do5, lse4, dlse4)
-    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
-    launch.launch_grad_bias(call, do5, lse2, delta, _five(dbias), plan.grad_bias)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    launch.launch_grad_q(call, do5, lse2, delta, _five(dq), plan.grad_q)
-    launch.launch_grad_kv(call, do5, lse2, delta, _five(dk), _five(dv), plan.grad_kv)
+    if supported(q, k, v, bias, mask, precision).ok:
+        return _backward(do, dlse, q, k, v, bias, mask, o, lse, scale, precision)
+    grads = reference.attention_backward(do, q, k, v, bias, mask, o, lse, scale, dlse)
+    fresh = (
+        *(torch.empty_like(x) for x in (q, k, v)),
+        torch.empty(bias.shape, dtype=bias.dtype, device=q.device),
+    )
+    dq, dk, dv, dbias = (x.copy_(g) for x, g in zip(fresh, grads, strict=True))
     return dq, dk, dv, dbias
 
 
@@ -137,6 +152,25 @@ def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
+class _Direct(torch.autograd.Function):
+    """The same passes without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        o, lse = _forward(*inputs)
+        _setup_context(ctx, inputs, (o, lse))
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, o, lse = ctx.saved_tensors
+        if do is None and dlse is None:
+            return (None,) * 7
+        do = torch.zeros_like(o) if do is None else do
+        return *_backward(do, dlse, q, k, v, bias, mask, o, lse, ctx.scale, ctx.precision), None, None, None
+
+
 def attention_with_lse(
     q: Tensor,
     k: Tensor,
@@ -156,7 +190,11 @@ def attention_with_lse(
     or dtypes that do not fit.
     """
     _check(q, k, v, bias, mask, precision)
-    return _forward_op(q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale, precision)
+    inputs = (q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale, precision)
+    tensors = (q, k, v, bias) if mask is None else (q, k, v, bias, mask)
+    if direct(tensors) and supported(q, k, v, bias, mask, precision).ok:
+        return _Direct.apply(*inputs)
+    return _forward_op(*inputs)
 
 
 def attention(
@@ -192,4 +230,8 @@ def attention_backward(
     """
     _check(q, k, v, bias, mask, precision)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return _backward_op(do, dlse, q, k, v, bias, mask, o, lse, factor, precision)
+    inputs = (do, dlse, q, k, v, bias, mask, o, lse, factor, precision)
+    tensors = [t for t in inputs[:-2] if t is not None]
+    if direct(tensors) and supported(q, k, v, bias, mask, precision).ok:
+        return _backward(*inputs)
+    return _backward_op(*inputs)

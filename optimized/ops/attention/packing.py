@@ -55,10 +55,10 @@ def load_packed(pointers, y_tile, BY: tl.constexpr):
 @triton.jit
 def unpacked(raw, BX: tl.constexpr, BY: tl.constexpr, TYPE: tl.constexpr):
     """A raw tile of a bias of dtype TYPE as [BX, BY] in fp32; every value stays in its register."""
-    if TYPE == tl.float32:
+    if TYPE == tl.float32:  # noqa: SIM300
         x = tl.permute(tl.reshape(raw, (BX // 16, BY // 16, 2, 8, 4, 2, 2)), (0, 2, 3, 1, 5, 4, 6))
     else:
-        if TYPE == tl.bfloat16:
+        if TYPE == tl.bfloat16:  # noqa: SIM300
             even = (raw << 16).to(tl.float32, bitcast=True)
             odd = (raw & -65536).to(tl.float32, bitcast=True)
         else:
@@ -113,7 +113,7 @@ def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR:
         "s_h",
         "s_q",
         "s_k",
-        "keep_rows",
+        "packs",
         "keep_b",
         "keep_r",
         "keep_k",

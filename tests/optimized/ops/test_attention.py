@@ -170,7 +170,7 @@ def test_repeats_are_bitwise_equal():
 def test_several_rows_a_program(monkeypatch):
     """The last group of rows is not full."""
     case = make(torch.float32, rows=4, heads=1, queries=20, keys=40)
-    row = Config({"ROWS": 3, "BQ": 16, "BK": 16, "STAGES": 1, "GROUP": 2})
+    row = Config({"ROWS": 3, "BQ": 16, "BK": 16, "STAGES": 1})
     plan = launch.Plan(row, row, Config({"BQ": 32, "BK": 16, "STAGES": 1}), row)
     monkeypatch.setattr(launch, "plan_for", lambda q: plan)
     check(case, torch.float32)
