@@ -161,8 +161,6 @@ def grad_kv_kernel(
         raw = load_packed(pointers, ahead, BQ)
         new_lses = ()
         new_deltas = ()
-        new_qbs = ()
-        new_gbs = ()
         new_dks = ()
         new_dvs = ()
         for i in tl.static_range(ROWS):
@@ -170,10 +168,8 @@ def grad_kv_kernel(
             delta = spread(raw_deltas[i], BK, BQ)
             new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
             new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
-            q = tl.load(qbs[i] + q_offsets, mask=inside, other=0.0)
-            g = tl.load(gbs[i] + g_offsets, mask=inside, other=0.0)
-            new_qbs = new_qbs + (token(qbs[i], BQ, q_l),)
-            new_gbs = new_gbs + (token(gbs[i], BQ, g_l),)
+            q = tl.load(token(qbs[i], q0, q_l) + q_offsets, mask=inside, other=0.0)
+            g = tl.load(token(gbs[i], q0, g_l) + g_offsets, mask=inside, other=0.0)
             s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION)
             dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
             if EXACT:
@@ -185,8 +181,6 @@ def grad_kv_kernel(
             new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION, EXACT),)
         dks = new_dks
         dvs = new_dvs
-        qbs = new_qbs
-        gbs = new_gbs
         raw_lses = new_lses
         raw_deltas = new_deltas
 

@@ -19,7 +19,7 @@ would take more of its bandwidth than everything else.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton compiles these functions: an annotation would mean a constant)
-# mypy: disable-error-code="no-untyped-def, no-any-return, operator, assignment"
+# mypy: disable-error-code="no-untyped-def, no-any-return, no-redef, operator, assignment"
 import triton
 import triton.language as tl
 
