@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from megafold_bench.boundary import BoundarySpec
     from megafold_bench.records import Record
+    from megafold_bench.seeds import Seed as BoundarySeed
     from megafold_bench.sweep import SweepSpec
 
 EXIT_USER_ERROR = 2
@@ -253,9 +254,12 @@ def sweep(
     _run_sweep(spec, path, resume, retry_failed)
     if find_boundary:
         from megafold_bench.boundary import BoundarySpec
+        from megafold_bench.records import read_manifest
 
         beside = path.with_name(path.name + "-boundary")
-        _run_boundary(BoundarySpec(spec), beside, resume and beside.exists())
+        again = resume and beside.exists()
+        found = BoundarySpec.from_dict(read_manifest(beside)["spec"]) if again else None
+        _run_boundary(found or BoundarySpec(spec, seeds=_seeds([path], spec, required=False)), beside, again)
     _print_run(path)
 
 
@@ -329,6 +333,15 @@ def boundary(
     start: Annotated[int | None, typer.Option(help="First length to try.")] = None,
     longest: Annotated[int, typer.Option(help="No length above this is tried.")] = 8192,
     confirm: Annotated[int, typer.Option(help="Trials at each end of the boundary.")] = 2,
+    probe_steps: Annotated[int, typer.Option(help="Optimiser steps of a probe; the peak needs two.")] = 2,
+    probes_above: Annotated[int, typer.Option(help="Lengths tried above the shortest failure.")] = 2,
+    seed_from: Annotated[
+        list[Path] | None,
+        typer.Option(help="Begin where this run's memory records point; repeat for each.", metavar="RUN"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many trials to expect and run none.")
+    ] = False,
     gpus: Annotated[int, typer.Option(help="GPUs per trial.")] = 1,
     input_: Input = None,
     msa: Msa = None,
@@ -348,7 +361,7 @@ def boundary(
     from megafold_bench.boundary import BoundarySpec, parse_sizes
     from megafold_bench.records import read_manifest
 
-    if resume and out is not None:
+    if resume and out is not None and not dry_run:
         spec = BoundarySpec.from_dict(read_manifest(out)["spec"])
         _run_boundary(spec, out, resume=True)
         return
@@ -369,12 +382,47 @@ def boundary(
     base = _sweep_spec(out, resume, asked, options)
     _refuse_unknown(base.variants)
     limits = parse_sizes(memory_limit) if memory_limit else (None,)
-    spec = BoundarySpec(base, granularity, limits, start, longest, confirm)
+    spec = BoundarySpec(
+        base, granularity, limits, start, longest, confirm, probe_steps, probes_above, _seeds(seed_from, base)
+    )
+    if dry_run:
+        _print_forecast(spec)
+        return
     _run_boundary(spec, out or _default_out("boundary"), resume)
 
 
+def _seeds(runs: list[Path] | None, base: SweepSpec, required: bool = True) -> tuple[BoundarySeed, ...]:
+    """Seeds of run folders. Raises `UserError` for one that should say something of these variants and does not."""
+    from megafold_bench.records import RESULTS_NAME, read_results
+    from megafold_bench.seeds import seeds_from
+
+    found: list[BoundarySeed] = []
+    for run in runs or ():
+        _require_run(run)
+        here = seeds_from(read_results(run / RESULTS_NAME), base)
+        if required and not here:
+            raise UserError(
+                f"--seed-from {run}: it holds no trial of {', '.join(base.variants)} with these options that "
+                "fitted or ran out of memory; leave it out, or give the options of that run"
+            )
+        found += [seed for seed in here if seed not in found]
+    return tuple(found)
+
+
+def _print_forecast(spec: BoundarySpec) -> None:
+    from megafold_bench.forecast import forecast
+
+    forecasts = [
+        forecast(spec, variant, capacity) for capacity in spec.capacities for variant in spec.base.variants
+    ]
+    for expected in forecasts:
+        typer.echo(expected.text())
+    typer.echo(f"about {sum(expected.trials for expected in forecasts)} trials in all")
+
+
 def _run_boundary(spec: BoundarySpec, path: Path, resume: bool) -> None:
-    from megafold_bench.boundary import describe, find_boundaries
+    from megafold_bench.boundary import find_boundaries
+    from megafold_bench.bracket import describe
     from megafold_bench.environment import collect
     from megafold_bench.launchers import LocalLauncher
     from megafold_bench.progress import PlainListener

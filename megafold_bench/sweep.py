@@ -181,6 +181,11 @@ class Runner:
         self._records = {record["trial_id"]: record for record in latest(folder.records)}
         self._retried: set[str] = set()
 
+    @property
+    def records(self) -> list[Record]:
+        """The latest record of every trial of the folder so far."""
+        return list(self._records.values())
+
     def recorded(self, trial: Trial) -> Record | None:
         """The record of a trial that need not run; None if it has to."""
         record = self._records.get(trial.trial_id)

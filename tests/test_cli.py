@@ -150,16 +150,42 @@ def test_options_reach_the_variant(call, tmp_path):
     assert code == 0 and out != plain
 
 
+OOM_AT_100 = ["--option", "ending=oom_device@100", "--option", "bad_step=1"]
+
+
 def test_boundary_prints_what_it_found(call, tmp_path):
     arguments = ["boundary", "--variants", "fake", "--device", "cpu", "--longest", "256", "--start", "64"]
     out_dir = tmp_path / "run"
-    code, out, _ = call(*arguments, "--option", "ending=oom_device@100", "--confirm", "1", "--out", out_dir)
+    code, out, _ = call(*arguments, *OOM_AT_100, "--confirm", "1", "--out", out_dir)
     assert code == 0
     assert "fake: max_ok 96, min_fail 128, granularity 32" in out
     lines = (out_dir / "results.jsonl").read_text().splitlines()
     code, again, _ = call("boundary", "--out", out_dir, "--resume")
     assert code == 0 and out.splitlines()[-2] in again
     assert (out_dir / "results.jsonl").read_text().splitlines() == lines
+
+
+def test_boundary_begins_where_an_earlier_run_points(call, tmp_path):
+    arguments = ["boundary", "--variants", "fake", "--device", "cpu", "--longest", "512", *OOM_AT_100]
+    assert call(*arguments, "--start", "64", "--out", tmp_path / "first")[0] == 0
+    seeded = [*arguments, "--confirm", "1", "--probes-above", "0", "--seed-from", tmp_path / "first"]
+    code, out, _ = call(*seeded, "--dry-run")
+    assert code == 0 and "first length" in out and "trials in all" in out
+    code, out, _ = call(*seeded, "--out", tmp_path / "second")
+    assert code == 0 and "max_ok 96, min_fail 128, granularity 32, 4 trials" in out
+    empty = [*seeded, "--option", "step_ms=2", "--dry-run"]
+    code, _, err = call(*empty)
+    assert code == 2 and "--seed-from" in err and "with these options" in err
+
+
+def test_sweep_then_searches_the_boundary(call, tmp_path):
+    arguments = [*SMALL, "--seq-lens", "64,96", *OOM_AT_100, "--find-boundary", "--out", tmp_path / "run"]
+    code, out, _ = call("sweep", *arguments)
+    assert code == 0 and "fake: max_ok 96, min_fail 128" in out
+    lines = (tmp_path / "run-boundary/results.jsonl").read_text().splitlines()
+    code, again, _ = call("sweep", *arguments, "--resume")
+    assert code == 0 and "fake: max_ok 96, min_fail 128" in again
+    assert (tmp_path / "run-boundary/results.jsonl").read_text().splitlines() == lines
 
 
 def test_variants_lists_what_is_registered(call):
