@@ -208,6 +208,9 @@ def sweep(
     resume: Resume = False,
     retry_failed: RetryFailed = False,
     dry_run: DryRun = False,
+    no_sampler: Annotated[
+        bool, typer.Option("--no-sampler", help="Watch no device: no power, energy or clocks.")
+    ] = False,
     find_boundary: Annotated[
         bool, typer.Option("--find-boundary", help="Then search the longest length that trains.")
     ] = False,
@@ -231,6 +234,7 @@ def sweep(
         "timeout_s": timeout,
         "seed": seed,
         "device": device,
+        "sampler": False if no_sampler else None,
     }
     options = _options(
         preset,
@@ -288,7 +292,7 @@ def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool) ->
             LocalLauncher(tick_s=1.0 if live else None),
             listener,
             spec.timeout_s,
-            SAMPLE_INTERVAL_S,
+            SAMPLE_INTERVAL_S if spec.sampler else None,
             _is_retriable if retry_failed else lambda record: False,
         )
         left = [trial for trial in trials if runner.recorded(trial) is None]
@@ -435,9 +439,8 @@ def _run_boundary(spec: BoundarySpec, path: Path, resume: bool) -> None:
         ) as folder,
         _resumable(path, "boundary"),
     ):
-        runner = Runner(
-            folder, LocalLauncher(), PlainListener(_console()), spec.base.timeout_s, SAMPLE_INTERVAL_S
-        )
+        interval = SAMPLE_INTERVAL_S if spec.base.sampler else None
+        runner = Runner(folder, LocalLauncher(), PlainListener(_console()), spec.base.timeout_s, interval)
         found = find_boundaries(spec, runner)
     for result in found:
         typer.echo(describe(result))
@@ -521,8 +524,25 @@ def model(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    sampler_cost: Annotated[
+        bool, typer.Option("--sampler-cost", help="Measure instead what the device sampler costs a step.")
+    ] = False,
+    variant: Annotated[str, typer.Option(help="With --sampler-cost: what to train.")] = "pytorch",
+    preset: Preset = None,
+    tokens: Annotated[int | None, typer.Option(help="With --sampler-cost: the length.")] = None,
+    pairs: Annotated[int, typer.Option(help="With --sampler-cost: steps with and without.")] = 10,
+    warmup: Annotated[int, typer.Option(help="With --sampler-cost: steps before them.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="With --sampler-cost: a JSON file to write.")] = None,
+    device: Device = None,
+    settings: Settings = None,
+) -> None:
     """GPU, driver, torch, Triton, vendor libraries, allocator, disk: what will and will not work."""
+    if sampler_cost:
+        options = _options(preset, None, None, None, settings)
+        asked = {"variants": variant, "device": device, "warmup": warmup}
+        _sampler_cost(_sweep_spec(None, False, asked, options), tokens, pairs, out)
+        return
     from megafold_bench.doctor import doctor as examine
 
     checks = examine()
@@ -530,6 +550,36 @@ def doctor() -> None:
         typer.echo(f"{check.status:8s} {check.name:24s} {check.detail}")
         if check.remedy:
             typer.echo(f"{'':33s} → {check.remedy}")
+
+
+def _sampler_cost(spec: SweepSpec, tokens: int | None, pairs: int, out: Path | None) -> None:
+    import json
+    import tempfile
+
+    from megafold_bench import defaults
+    from megafold_bench.environment import collect
+    from megafold_bench.points import Phase
+    from megafold_bench.sampler_cost import measure
+    from megafold_bench.sweep import make_point
+
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    length = tokens or defaults.SAMPLER_COST_TOKENS[spec.device]
+    point = make_point(spec, spec.variants[0], length, Phase.TIME)
+    typer.echo(
+        f"{point.variant} at {length} tokens on {spec.device}: {point.warmup} steps, then {pairs} pairs"
+    )
+
+    def on_pair(index: int, with_s: float, without_s: float) -> None:
+        typer.echo(f"[{index + 1}/{pairs}] with {with_s:.4g} s, without {without_s:.4g} s")
+
+    with tempfile.TemporaryDirectory() as folder:
+        effect = measure(point, pairs, Path(folder), on_pair=on_pair)
+    typer.echo(effect.text())
+    if out is not None:
+        found = {**effect.as_dict(), "factors": point.factors, "environment": collect()}
+        out.write_text(json.dumps(found, indent=2) + "\n")
+        typer.echo(str(out))
 
 
 @app.command()

@@ -43,6 +43,8 @@ class SweepSpec:
     seed: int = 0
     timeout_s: float = 600.0
     alloc_conf: str | None = None
+    sampler: bool = True
+    """Whether the device is watched beside each trial."""
 
     def __post_init__(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
@@ -63,7 +65,10 @@ class SweepSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return asdict(replace(self, options=dict(self.options)))
+        fields = asdict(replace(self, options=dict(self.options)))
+        if self.sampler:
+            del fields["sampler"]  # as in manifests from before there was a choice
+        return fields
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SweepSpec:

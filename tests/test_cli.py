@@ -188,6 +188,22 @@ def test_sweep_then_searches_the_boundary(call, tmp_path):
     assert (tmp_path / "run-boundary/results.jsonl").read_text().splitlines() == lines
 
 
+def test_doctor_measures_the_sampler(call, tmp_path):
+    arguments = ["--sampler-cost", "--variant", "fake", "--device", "cpu", "--pairs", "6", "--warmup", "1"]
+    code, out, _ = call("doctor", *arguments, "--out", tmp_path / "cost.json")
+    assert code == 0 and "sampling every 50 ms changes a step by" in out
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert len(found["with_s"]) == len(found["without_s"]) == 6
+    assert found["factors"]["seq_len_tokens"] == 64 and "software" in found["environment"]
+
+
+def test_sweep_without_the_sampler(call, tmp_path):
+    code, _, _ = call("sweep", *SMALL, "--seq-lens", "16", "--no-sampler", "--out", tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
+    assert code == 0 and {r["unavailable"]["telemetry"] for r in records} == {"sampling was switched off"}
+    assert call("sweep", *SMALL, "--seq-lens", "16", "--out", tmp_path / "run", "--resume")[0] == 0
+
+
 def test_variants_lists_what_is_registered(call):
     code, out, _ = call("variants")
     assert code == 0 and "fake-slow" in out and "sleeps" in out
