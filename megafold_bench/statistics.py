@@ -267,7 +267,7 @@ def quality_flags(
     """Why a point should be read with care: any of ``throttled, foreign_process, allocator_retries, unsteady, outliers``.
 
     `steady` None leaves the question to `steadiness` of the samples. A throttle fraction above 5 % of
-    the sampled time counts.
+    the sampled time counts. Without samples (a trial that measured memory) only the other reasons are looked at.
     """
     settled = steadiness(samples, skip=0).steady if steady is None and len(samples) > 5 else steady
     flags = {
@@ -275,6 +275,6 @@ def quality_flags(
         "foreign_process": foreign_processes > 0,
         "allocator_retries": allocator_retries > 0,
         "unsteady": settled is False,
-        "outliers": bool(outliers(samples)),
+        "outliers": bool(samples) and bool(outliers(samples)),
     }
     return tuple(name for name, on in flags.items() if on)

@@ -29,7 +29,7 @@ NOT_RUN = (Outcome.UNSUPPORTED, Outcome.SKIPPED_DOMINATED)
 
 FLAG_MEANING = {
     "throttled": "the device lowered its clocks for more than 5 % of the time",
-    "foreign_process": "another process used the device",
+    "foreign_process": "another process used the device, or over 1 GiB of it was in use before",
     "allocator_retries": "the allocator freed its cache and retried: slower than it should be",
     "unsteady": "step times still drifted by 2 % or more",
     "outliers": "some steps lie more than 10 scaled median deviations off (kept in all numbers)",
@@ -221,7 +221,8 @@ def _flags(
 ) -> tuple[str, ...]:
     """The records' own flags, and those that only show over several records."""  # fmt: skip
     flags = {flag for record in records for flag in record.get("quality") or []}
-    if any((group(record, "telemetry").get("throttle_fraction") or 0) > 0.05 for record in records):
+    timed = [record for record in records if time_samples(record)]  # clocks matter to times only
+    if any((group(record, "telemetry").get("throttle_fraction") or 0) > 0.05 for record in timed):
         flags.add("throttled")
     if memory.get("alloc_retries"):
         flags.add("allocator_retries")

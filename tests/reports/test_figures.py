@@ -117,6 +117,14 @@ def test_flagged_points_are_hollow(make):
     assert "Hollow: throttled" in caption
 
 
+def test_foreign_processes_show_as_hollow_markers_and_footnotes(make):
+    run = make("single", quality={("pytorch", 384): ["foreign_process"]}, **QUICK)
+    drawing = drawn(run)["memory"]
+    svg = render(drawing, "svg").decode()
+    assert 'id="flagged-pytorch-384"' in svg and 'id="point-pytorch-256"' in svg
+    assert "Hollow: foreign process" in drawing.caption
+
+
 def test_a_point_under_pressure_is_not_joined_to_the_curve(make):
     run = make("single", lengths=(256, 384, 512), **QUICK)
     text = (run / "results.jsonl").read_text().splitlines()
