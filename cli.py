@@ -59,6 +59,10 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda (also ROCm).")]
 Settings = Annotated[
     list[str] | None, typer.Option("--option", help="KEY=VALUE, passed to the variant; repeat for each.")
 ]
+Published = Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")]
+Svg = Annotated[bool, typer.Option("--svg", help="Figures as SVG, text as paths.")]
+Pdf = Annotated[bool, typer.Option("--pdf", help="Figures as PDF with embedded fonts.")]
+Width = Annotated[str, typer.Option(help="Of a figure: column (3.35 in) or page (6.9 in).")]
 
 
 def _parse_scalar(text: str) -> str | int | float | bool | None:
@@ -476,14 +480,31 @@ def show(run: RunArgument) -> None:
 @app.command()
 def plot(
     run: RunArgument,
-    published: Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")] = False,
+    published: Published = False,
+    svg: Svg = False,
+    pdf: Pdf = False,
+    width: Width = "column",
 ) -> None:
-    """Figures (SVG, PDF, PNG) and, beside each, the CSV it was drawn from."""
+    """Figures (SVG, PDF, PNG, or those asked for) and, beside each, the CSV it was drawn from."""
+    width_in = _width_in(width)
     _require_run(run)
     from reports.figures import plot_run
+    from reports.figures.save import FORMATS
 
-    for path in plot_run(run, published=published):
+    for path in plot_run(run, published, _formats(svg, pdf) or FORMATS, width_in):
         typer.echo(str(path))
+
+
+def _formats(svg: bool, pdf: bool) -> tuple[str, ...]:
+    return tuple(name for name, asked in (("svg", svg), ("pdf", pdf)) if asked)
+
+
+def _width_in(width: str) -> float:
+    from reports.figures.style import WIDTHS_IN
+
+    if width not in WIDTHS_IN:
+        raise UserError(f"--width {width}: choose from {', '.join(WIDTHS_IN)}")
+    return WIDTHS_IN[width]
 
 
 @app.command()
@@ -623,15 +644,25 @@ def _fraction(text: str) -> float:
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
     html: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
-    published: Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")] = False,
+    published: Published = False,
+    svg: Svg = False,
+    pdf: Pdf = False,
+    width: Width = "column",
 ) -> None:
-    """One self-contained HTML file: summary, boundary, time, memory, environment, how to reproduce."""
+    """One self-contained HTML file: summary, boundary, time, memory, environment, how to reproduce.
+
+    With --pdf or --svg the figures are written beside it as well, as a paper takes them.
+    """
+    width_in = _width_in(width)
     for run in runs:
         _require_run(run)
-    from reports.html import write_report
+    from reports.html import figures_folder, write_report
 
-    write_report(runs, html, published=published)
+    formats = _formats(svg, pdf)
+    write_report(runs, html, published, formats, width_in)
     typer.echo(str(html))
+    if formats:
+        typer.echo(f"figures: {figures_folder(html)}")
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:

@@ -17,7 +17,8 @@ from reports.compare_table import ratio_text, summary, verdict
 from reports.figures.canvas import slug
 from reports.figures.comparison import comparison_drawing
 from reports.figures.run import draw_run
-from reports.figures.save import Drawing
+from reports.figures.save import Drawing, save
+from reports.figures.style import COLUMN_IN
 from reports.files import make_folder, write_text
 from reports.frame import Run, load_run
 from reports.html_parts import Markup, figure, join, page, table, tag
@@ -207,8 +208,11 @@ def _comparison(comparison: Comparison) -> Markup:
     return join(pieces)
 
 
-def _comparisons(parts: Sequence[_Part]) -> Markup:
-    """The first run against each other one; with one run, its first variant against the others."""
+def _compared(parts: Sequence[_Part]) -> list[Comparison | UserError]:
+    """The first run against each other one; with one run, its first variant against the others.
+
+    Runs that have nothing in common give the error that says so.
+    """
     first = parts[0].run
     wanted = [
         (part.run, "gpu" if part.run.provenance.device != first.provenance.device else "run")
@@ -216,13 +220,19 @@ def _comparisons(parts: Sequence[_Part]) -> Markup:
     ]
     if not wanted and len({cell.variant for cell in parts[0].cells}) > 1:
         wanted = [(first, "variant")]
-    pieces = []
+    found: list[Comparison | UserError] = []
     for other, by in wanted:
         try:
-            pieces.append(_comparison(compare(first.path, other.path, by)))
-        except UserError as error:  # nothing in common: the report says so and goes on
-            pieces.append(tag("p", str(error)))
-    return join(pieces) if pieces else tag("p", "One run with one variant: nothing to compare.")
+            found.append(compare(first.path, other.path, by))
+        except UserError as error:
+            found.append(error)
+    return found
+
+
+def _comparisons(found: Sequence[Comparison | UserError]) -> Markup:
+    if not found:
+        return tag("p", "One run with one variant: nothing to compare.")
+    return join(tag("p", str(c)) if isinstance(c, UserError) else _comparison(c) for c in found)
 
 
 def _quality(part: _Part) -> Markup:
@@ -306,12 +316,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[_Part], Markup]], ...] = (
 )  # fmt: skip
 
 
-def write_report(run_dirs: Sequence[Path], path: Path, published: bool = False) -> Path:
-    """Write the report of one or several runs to `path`.
-
-    With several runs each is compared with the first. Raises `UserError` for a folder that is no run, a
-    run without records or a place that cannot be written.
-    """
+def _parts(run_dirs: Sequence[Path], published: bool) -> list[_Part]:
     if not run_dirs:
         raise UserError("no run named: give at least one run folder")
     parts = []
@@ -320,11 +325,56 @@ def write_report(run_dirs: Sequence[Path], path: Path, published: bool = False) 
         if not run.records:
             raise UserError(f"{run_dir} has no record yet: nothing to report")
         parts.append(_Part(run, cells(run.records), {d.name: d for d in draw_run(run, published)}))
+    return parts
+
+
+def figures_folder(report: Path) -> Path:
+    """Where the figures of a report are written when they are asked for as files."""
+    return report.with_name(f"{report.stem}-figures")
+
+
+def _write_figures(
+    parts: Sequence[_Part],
+    compared: Sequence[Comparison | UserError],
+    folder: Path,
+    formats: Sequence[str],
+    published: bool,
+    width_in: float,
+) -> None:
+    for number, part in enumerate(parts, start=1):
+        # Two runs may have the same name in different folders.
+        prefix = (
+            f"{part.anchor}-" if len({p.anchor for p in parts}) == len(parts) else f"{number}-{part.anchor}-"
+        )
+        for drawing in draw_run(part.run, published, width_in):
+            save(drawing, folder, formats, prefix)
+    for comparison in compared:
+        if isinstance(comparison, Comparison):
+            name = slug(f"{comparison.name_a}-{comparison.name_b}-by-{comparison.by}")
+            save(comparison_drawing(comparison, width_in), folder, formats, f"{name}-")
+
+
+def write_report(
+    run_dirs: Sequence[Path],
+    path: Path,
+    published: bool = False,
+    formats: Sequence[str] = (),
+    width_in: float = COLUMN_IN,
+) -> Path:
+    """Write the report of one or several runs to `path`; its figures also as `formats` (svg, pdf) beside it.
+
+    With several runs each is compared with the first. Raises `UserError` for a folder that is no run, a
+    run without records or a place that cannot be written.
+    """
+    parts = _parts(run_dirs, published)
+    compared = _compared(parts)
+    if formats:
+        _write_figures(parts, compared, figures_folder(path), formats, published, width_in)
     sections = []
     for title, lead, make in _SECTIONS:
         content = [tag("p", lead, class_="faint")] if lead else []
         sections.append((title, join([*content, _each(parts, make)])))
-    sections.insert(5, ("Comparison", _comparisons(parts)))
+    sections.insert(5, ("Comparison", _comparisons(compared)))
     names = ", ".join(part.run.name for part in parts)
     fixtures = [tag("div", f"{p.run.name}: FIXTURE, not measured. {p.run.provenance.fixture}", class_="banner")
                 for p in parts if p.run.provenance.fixture]  # fmt: skip

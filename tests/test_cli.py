@@ -204,6 +204,15 @@ def test_sweep_without_the_sampler(call, tmp_path):
     assert call("sweep", *SMALL, "--seq-lens", "16", "--out", tmp_path / "run", "--resume")[0] == 0
 
 
+def test_figures_for_a_paper(call, tmp_path):
+    run = ROOT / "reports/reference/h200-7a4d"
+    code, out, _ = call("report", run, "--html", tmp_path / "r.html", "--pdf", "--width", "page")
+    assert code == 0 and "r-figures" in out
+    assert (tmp_path / "r-figures/h200-7a4d-time.pdf").read_bytes().startswith(b"%PDF")
+    code, _, err = call("plot", run, "--svg", "--width", "wide")
+    assert code == 2 and "--width wide: choose from column, page" in err
+
+
 def test_variants_lists_what_is_registered(call):
     code, out, _ = call("variants")
     assert code == 0 and "fake-slow" in out and "sleeps" in out

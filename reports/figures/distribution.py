@@ -9,17 +9,17 @@ from matplotlib.figure import Figure
 
 from reports.cells import Cell, by_series
 from reports.figures.canvas import LABEL_GAP_PT, elided, ink_label, new_figure
-from reports.figures.style import FAINT, INK, looks
+from reports.figures.style import COLUMN_IN, FAINT, INK, looks
 
 FEW_STEPS = 30
 
 
-def distribution_figure(found: Sequence[Cell], caption: str) -> Figure:
+def distribution_figure(found: Sequence[Cell], caption: str, width_in: float = COLUMN_IN) -> Figure:
     """A dot for each step of each process in the order they ran, a bar from quartile to quartile."""
     groups = by_series(found)
     styles = looks(list(groups))
     series = [name for name, group in groups.items() if any(cell.time for cell in group)]
-    figure, axes = new_figure("Step-time distribution", caption, series)
+    figure, axes = new_figure("Step-time distribution", caption, series, width_in=width_in)
     axes.set_xlabel("sequence length (tokens)", labelpad=2)
     ink_label(axes, "step time against median (%)")
     lengths = sorted({cell.seq_len for cell in found if cell.time})

@@ -20,7 +20,7 @@ from reports.figures.canvas import (
     slug,
 )
 from reports.figures.failures import Failure, draw_lanes, first_failures, lanes_height
-from reports.figures.style import FAINT, PAPER, PUBLISHED, SOLID, Look, looks
+from reports.figures.style import COLUMN_IN, FAINT, PAPER, PUBLISHED, SOLID, Look, looks
 
 Getter = Callable[[Cell], "Estimate | None"]
 
@@ -59,14 +59,16 @@ class Quantity:
     overlays: Sequence[Overlay] = field(default=())
 
 
-def line_figure(quantity: Quantity, found: Sequence[Cell], caption: str) -> Figure:
+def line_figure(
+    quantity: Quantity, found: Sequence[Cell], caption: str, width_in: float = COLUMN_IN
+) -> Figure:
     """Draw `quantity`. Series that failed get a lane at the top; flagged points are hollow."""
     groups = by_series(found)
     styles = looks(list(groups))
     failures = first_failures(groups)
     drawn = {name: [c for c in group if quantity.get(c) is not None] for name, group in groups.items()}
     labels = [name for name, group in drawn.items() if group] + [o.label for o in quantity.overlays]
-    figure, axes = new_figure(quantity.title, caption, labels, 1.75 + 0.1 * len(failures))
+    figure, axes = new_figure(quantity.title, caption, labels, 1.75 + 0.1 * len(failures), width_in)
     lengths = [c.seq_len for c in found] + [n for o in quantity.overlays for n in o.values]
     length_axis(axes, lengths, bool(failures))
     ink_label(axes, quantity.unit_label)

@@ -10,8 +10,13 @@ from typing import Any
 
 import matplotlib
 
-COLUMN_IN = 3.4
+COLUMN_IN = 3.35
 """Width of one column of a two-column paper, inches."""
+
+PAGE_IN = 6.9
+"""Width of both columns of a two-column paper, inches."""
+
+WIDTHS_IN = {"column": COLUMN_IN, "page": PAGE_IN}
 
 INK = "#1b1b1f"
 FAINT = "#77777f"

@@ -11,7 +11,7 @@ from reports.figures import plot_run
 from reports.figures.canvas import overlapping_texts, spread_apart
 from reports.figures.run import draw_run
 from reports.figures.save import render
-from reports.figures.style import KNOWN, looks
+from reports.figures.style import KNOWN, WIDTHS_IN, looks
 from reports.frame import load_run
 from reports.published import SERIES
 
@@ -36,7 +36,33 @@ def test_files_of_every_format_with_a_csv_beside(make):
     assert pdf.startswith(b"%PDF")
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf
     width = re.search(r"/MediaBox \[ 0 0 ([\d.]+)", pdf.decode("latin1"))
-    assert float(width[1]) == pytest.approx(3.4 * 72, abs=0.5)
+    assert float(width[1]) == pytest.approx(3.35 * 72, abs=0.5)
+
+
+@pytest.mark.parametrize(("width", "inches"), [("column", 3.35), ("page", 6.9)])
+def test_pdf_has_its_fonts_and_svg_its_outlines_at_the_width_of_a_paper(make, width, inches):
+    run = make("nvidia", **QUICK)
+    for drawing in draw_run(load_run(run), published=True, width_in=WIDTHS_IN[width]):
+        pdf = render(drawing, "pdf").decode("latin1")
+        fonts = re.findall(r"/Type /Font\b.*?>>", pdf, flags=re.DOTALL)
+        kinds = set(re.findall(r"/Subtype /(\w+)", " ".join(fonts)))
+        assert fonts and kinds <= {"Type0", "CIDFontType2", "TrueType"}, kinds  # Type 42, no Type 3
+        descriptors = re.findall(r"/Type /FontDescriptor.*?>>", pdf, flags=re.DOTALL)
+        assert descriptors and all("/FontFile2" in descriptor for descriptor in descriptors)
+        box = re.search(r"/MediaBox \[ 0 0 ([\d.]+)", pdf)
+        assert float(box[1]) == pytest.approx(inches * 72, abs=0.5)
+        svg = render(drawing, "svg").decode()
+        assert "<text" not in svg and "font-family" not in svg
+        assert float(re.search(r'width="([\d.]+)pt"', svg)[1]) == pytest.approx(inches * 72, abs=0.5)
+        assert overlapping_texts(drawing.figure) == [], drawing.name
+
+
+def test_only_the_formats_asked_for_are_written(make):
+    run = make("point", **QUICK)
+    names = {path.name for path in plot_run(run, formats=("pdf",))}
+    assert names == {
+        f"{f}.{e}" for f in ("time", "memory", "throughput", "distribution") for e in ("pdf", "csv")
+    }
 
 
 def test_the_csv_is_what_was_measured(make):

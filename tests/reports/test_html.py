@@ -9,7 +9,7 @@ import pytest
 from megafold_bench.errors import UserError
 from reports.cells import cells
 from reports.frame import load_run
-from reports.html import write_report
+from reports.html import figures_folder, write_report
 from reports.html_parts import Markup, tag, text
 from reports.units import seconds_text
 
@@ -81,6 +81,17 @@ def test_one_file_that_asks_for_nothing(make, tmp_path, kinds):
         "how-to-reproduce",
     ):
         assert section in checker.ids
+
+
+def test_figures_beside_the_report(make, tmp_path):
+    runs = [make("single", **QUICK), make("amd", **QUICK)]
+    path = write_report(runs, tmp_path / "report.html", formats=("svg", "pdf"))
+    names = {file.name for file in figures_folder(path).iterdir()}
+    for run in ("single", "amd"):
+        for figure in ("time", "memory", "throughput", "distribution"):
+            assert {f"{run}-{figure}.{kind}" for kind in ("svg", "pdf", "csv")} <= names
+    assert {f"single-amd-by-gpu-compare.{kind}" for kind in ("svg", "pdf", "csv")} <= names
+    assert not any(name.endswith(".png") for name in names)
 
 
 def test_it_holds_the_numbers(make, tmp_path):
