@@ -264,18 +264,24 @@ def cell_of(series: str, records: Sequence[Record]) -> Cell:
     )
 
 
+def series_names(records: Sequence[Record]) -> list[str]:
+    """The series of each record: its variant, and whatever else sets two of the same variant apart."""
+    varying = _varying(records)
+    names = []
+    for record in records:
+        parts = [_part(name, _value(record, group, name)) for group, name in varying]
+        names.append(" · ".join([record["factors"]["variant"], *(part for part in parts if part)]))
+    return names
+
+
 def cells(records: Iterable[Record]) -> list[Cell]:
     """Cells of a run, in the order in which their series first appear, then by length.
 
-    The time and memory trials of a point share a cell. Series are named by their variant, and by
-    whatever else sets two of the same variant apart.
+    The time and memory trials of a point share a cell. Series are named by `series_names`.
     """
     held = list(records)
-    varying = _varying(held)
     groups: dict[str, dict[int, list[Record]]] = {}
-    for record in held:
-        parts = [_part(name, _value(record, group, name)) for group, name in varying]
-        series = " · ".join([record["factors"]["variant"], *(part for part in parts if part)])
+    for record, series in zip(held, series_names(held), strict=True):
         groups.setdefault(series, {}).setdefault(record["factors"]["seq_len_tokens"], []).append(record)
     return [cell_of(series, lengths[n]) for series, lengths in groups.items() for n in sorted(lengths)]
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megafold_bench.errors import UserError
+from reports.accounting import accounts
+from reports.accounting import verdict as account_verdict
 from reports.boundary import boundaries
 from reports.cells import FLAG_MEANING, Cell, by_series, cells, outcome_of
 from reports.compare import Comparison, compare
@@ -139,12 +141,31 @@ def _memory(part: _Part) -> Markup:
         "host",
         "spread",
     )
-    return join(
-        [
-            tag("div", figure(part.drawings["memory"], part.anchor), class_="figures"),
-            table(headings, rows, words=2),
-        ]
+    drawing = tag("div", figure(part.drawings["memory"], part.anchor), class_="figures")
+    return join([drawing, table(headings, rows, words=2), _accounted(part)])
+
+
+def _accounted(part: _Part) -> Markup:
+    """What the vendor's library saw in use, against what PyTorch accounts for."""
+    found = accounts(part.run.records)
+    title = tag("h3", "Device memory accounted for")
+    if not found:
+        return join([title, tag("p", "No trial has both the allocator's and the device library's reading.")])
+    lead = (
+        "In use: the peak that the device's library (NVML, AMD SMI) saw. Outside PyTorch: context and library "
+        "workspaces, read as the trial ended. The remainder is what neither explains."
     )
+    rows = [
+        (
+            account.series, account.outcome.value, account.seq_len, bytes_text(account.used_bytes),
+            bytes_text(account.reserved_bytes), bytes_text(account.outside_bytes),
+            bytes_text(account.remainder_bytes), f"{100 * account.remainder:.2f} %",
+        )
+        for account in found
+    ]  # fmt: skip
+    headings = ("series", "outcome", "tokens", "in use", "reserved", "outside PyTorch", "remainder", "of use")
+    told = [tag("p", lead, class_="faint"), tag("p", account_verdict(found))]
+    return join([title, *told, table(headings, rows, words=2)])
 
 
 def _energy(part: _Part) -> Markup:
