@@ -105,7 +105,7 @@ def _time(part: _Part) -> Markup:
         speed = base.time.median / time.median if time and base and base.time else None
         rows.append((
             cell.series, _outcome(cell), cell.seq_len, seconds_text(time.median if time else None),
-            f"{seconds_text(time.interval.lo)} – {seconds_text(time.interval.hi)}" if time else DASH,
+            f"{seconds_text(time.interval.lo)} – {seconds_text(time.interval.hi)}" if time and time.n_steps > 1 else DASH,
             f"{len(time.processes)} × {time.n_steps // len(time.processes)}" if time else DASH,
             f"{speed:.2f}×" if speed else DASH, seconds_text(cell.gpu_time_s), seconds_text(cell.data_wait_s),
             significant(cell.tokens_per_s) if cell.tokens_per_s else DASH, _marks(cell),

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from reports.figures.style import COLUMN_IN, FAINT, INK, Look
+from reports.figures.style import COLUMN_IN, FAINT, INK, LEADER, Look
 
 CAPTION_PT = 5.0
 CAPTION_MARGIN_IN = 0.1
@@ -153,7 +153,7 @@ def spread_apart(wanted: Sequence[float], size: float, low: float, high: float) 
 def label_series(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Names right of the axes at their series' last points: (name, x, y in data, colour), never overlapping.
 
-    A name that had to move, or whose series ends early, gets a dotted grey line to its point,
+    A name that had to move, or whose series ends early, gets a pale thin line to its point,
     which no reader can take for data.
     """
     if not ends:
@@ -170,7 +170,7 @@ def label_series(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> N
             elided(name), (x, y), textcoords="axes fraction",
             xytext=(1 + LABEL_GAP_PT * point / frame.width, (label_y - frame.y0) / frame.height),
             fontsize=6, color=colour, va="center", ha="left", annotation_clip=False, gid=slug(f"label-{name}"),
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "ls": (0, (1, 3)), "color": FAINT, "shrinkA": 1, "shrinkB": 2.5,
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": LEADER, "zorder": 1, "shrinkA": 1, "shrinkB": 2.5,
                         "relpos": (0, 0.5)}
             if moved else None,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,6 +22,8 @@ from reports.figures.canvas import (
 )
 from reports.figures.failures import Failure, draw_lanes, first_failures, lanes_height
 from reports.figures.style import COLUMN_IN, FAINT, PAPER, PUBLISHED, SOLID, Look, looks
+
+PUBLISHED_MARKERS = ("+", "x", "1", "d", "s")
 
 Getter = Callable[[Cell], "Estimate | None"]
 
@@ -129,7 +132,7 @@ def _draw_series(
     if quantity.light is not None:
         light = [(cell.seq_len, quantity.light(cell)) for cell in joined]
         axes.plot([n for n, e in light if e], [e.value / scale for _, e in light if e], color=look.colour,
-                  linestyle=SOLID, linewidth=0.7, alpha=0.45, zorder=2)  # fmt: skip
+                  linestyle=SOLID, linewidth=0.7, marker="_", markersize=4.5, alpha=0.5, zorder=2)  # fmt: skip
     last = group[-1]
     return last.series, last.seq_len, _need(quantity.get(last)).value / scale, look.colour
 
@@ -141,13 +144,13 @@ def _need(estimate: Estimate | None) -> Estimate:
 
 
 def _draw_overlays(axes: Axes, quantity: Quantity) -> list[tuple[str, float, float, str]]:
-    """Published series: grey, dotted, small crosses."""
+    """Published series: grey, dotted, each with a small open mark of its own."""
     ends = []
-    for overlay in quantity.overlays:
+    for overlay, marker in zip(quantity.overlays, cycle(PUBLISHED_MARKERS)):
         xs = sorted(overlay.values)
         ys = [overlay.values[n] / quantity.per_unit for n in xs]
-        axes.plot(xs, ys, color=PUBLISHED, linestyle=(0, (1, 1.3)), linewidth=0.9, marker="+", markersize=3.2,
-                  markeredgewidth=0.7, zorder=2, gid=slug(f"published-{overlay.label}"))  # fmt: skip
+        axes.plot(xs, ys, color=PUBLISHED, linestyle=(0, (1, 1.3)), linewidth=0.9, marker=marker, markersize=3.2,
+                  markeredgewidth=0.7, markerfacecolor=PAPER, zorder=2, gid=slug(f"published-{overlay.label}"))  # fmt: skip
         ends.append((overlay.label, float(xs[-1]), ys[-1], PUBLISHED))
     return ends
 

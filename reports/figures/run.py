@@ -10,7 +10,7 @@ import pandas as pd
 from megafold_bench.errors import UserError
 from reports.cells import Cell, as_frame, cells
 from reports.figures.distribution import distribution_figure
-from reports.figures.lines import Estimate, Overlay, Quantity, line_figure
+from reports.figures.lines import Estimate, Getter, Overlay, Quantity, line_figure
 from reports.figures.save import FORMATS, Drawing, save
 from reports.figures.style import COLUMN_IN, styled
 from reports.frame import Run, load_run
@@ -58,8 +58,9 @@ def allocated(cell: Cell) -> Estimate | None:
     return None if value is None else Estimate(float(value))
 
 
-def _note_on_flags(found: Sequence[Cell]) -> str:
-    flags = sorted({flag for cell in found for flag in cell.flags})
+def _note_on_flags(found: Sequence[Cell], get: Getter) -> str:
+    """What the hollow markers of a figure mean; flags of points that are not in it are left to the table."""
+    flags = sorted({flag for cell in found if get(cell) is not None for flag in cell.flags})
     return f" Hollow: {', '.join(flags).replace('_', ' ')}." if flags else ""
 
 
@@ -109,9 +110,20 @@ def time_drawing(
     quantity = Quantity(
         "Time per training step", f"step time ({unit})", step_time, 1 / per_second, overlays=overlays
     )
-    text = caption + "." + _note_on_statistics(found) + _note_on_flags(found) + _note_on_published(chosen)
+    text = (
+        caption
+        + "."
+        + _note_on_statistics(found)
+        + _note_on_flags(found, step_time)
+        + _note_on_published(chosen)
+    )
     data = _data(found, TIME_COLUMNS, _published_rows(chosen, "step_time_s", "step_time_median_s"))
     return Drawing("time", quantity.title, text, line_figure(quantity, found, text, width_in), data)
+
+
+def _kind_of_peak(on_device: bool, overlaid: bool) -> str:
+    """What the axis measures: with published series beside ours, more than one kind."""
+    return "memory" if overlaid else "reserved" if on_device else "resident"
 
 
 def memory_drawing(
@@ -130,17 +142,23 @@ def memory_drawing(
     unit, per_unit = bytes_unit(max([highest, *map(float, shown)]) or GIB)
     quantity = Quantity(
         "Peak memory" if on_device else "Peak host memory",
-        f"peak {'reserved' if on_device else 'resident'} ({unit})", peak, per_unit,
+        f"peak {_kind_of_peak(on_device, bool(overlays))} ({unit})", peak, per_unit,
         light=allocated if on_device else None, overlays=overlays,
         rules=[(float(c), f"capacity {bytes_text(c)}") for c in shown],
     )  # fmt: skip
     text = caption + "."
     if on_device:
-        text += " Line: reserved by the allocator; pale line: allocated; maximum over repeats."
+        text += " Line: reserved by the allocator; pale line: allocated by tensors; maximum over repeats."
         text += "".join(f" Capacity {bytes_text(c)}, off the scale." for c in capacities if c not in shown)
     else:
         text += " Resident memory of the process; maximum over repeats."
-    text += _note_on_flags(found) + _note_on_published([s for s in chosen if s.allocated_peak_bytes])
+    published = [series for series in chosen if series.allocated_peak_bytes]
+    text += _note_on_flags(found, peak) + _note_on_published(published)
+    if published:
+        text += (
+            " What is published is peak allocated memory of another implementation: to be held against the pale "
+            "lines, not against what is reserved."
+        )
     data = _data(
         found, MEMORY_COLUMNS, _published_rows(chosen, "allocated_peak_bytes", "allocated_peak_bytes")
     )
@@ -155,7 +173,13 @@ def throughput_drawing(
     highest = max((e.value for e in map(throughput, found) if e), default=0.0)
     unit, per_unit = ("thousand tokens per second", 1e3) if highest >= 1e4 else ("tokens per second", 1.0)
     quantity = Quantity("Throughput", unit, throughput, per_unit, overlays=overlays)
-    text = caption + "." + _note_on_statistics(found) + _note_on_flags(found) + _note_on_published(chosen)
+    text = (
+        caption
+        + "."
+        + _note_on_statistics(found)
+        + _note_on_flags(found, throughput)
+        + _note_on_published(chosen)
+    )
     extra = pd.DataFrame(
         [
             {

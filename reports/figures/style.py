@@ -22,7 +22,9 @@ INK = "#1b1b1f"
 FAINT = "#77777f"
 GRID = "#e2e2e6"
 PAPER = "#ffffff"
-PUBLISHED = "#8a8a92"
+PUBLISHED = "#7a7a82"
+LEADER = "#c2c2ca"
+"""Lines from a name to its point: solid and pale, where data are never both."""
 
 Dash = tuple[float, tuple[float, ...]]
 SOLID: Dash = (0, ())

@@ -179,6 +179,28 @@ def test_published_series_are_labelled_and_of_their_own_tier(make):
     assert 'id="published-MegaFold-published' in render(drawing, "svg").decode()
 
 
+def test_published_memory_is_said_to_be_allocated(make):
+    run = make("single", **QUICK)
+    ours, both = drawn(run)["memory"], drawn(run, published=True)["memory"]
+    assert "published is peak allocated memory of another implementation" in both.caption
+    assert "allocated memory of another" not in ours.caption
+    assert ours.figure.axes[0].get_ylabel() == "peak reserved (GiB)"
+    assert both.figure.axes[0].get_ylabel() == "peak memory (GiB)"
+    frame = both.data
+    published = frame[frame["tier"] == "published"]
+    assert published["allocated_peak_bytes"].notna().all() and published["reserved_peak_bytes"].isna().all()
+
+
+def test_flags_of_points_that_are_not_drawn_are_not_in_the_caption(make):
+    run = make("single", quality={("pytorch", 1024): ["throttled"]}, **QUICK)  # 1024 ran out of memory
+    assert "Hollow" not in drawn(run)["time"].caption
+
+
+def test_one_step_is_a_dot_on_a_range_of_a_per_cent(make):
+    axes = drawn(make("point", repeats=1, steps=1))["distribution"].figure.axes[0]
+    assert axes.get_ylim() == (-1.0, 1.0)
+
+
 def test_published_ratios_are_those_of_the_paper():
     h200 = {s.system: s for s in SERIES if s.device == "H200"}
     assert h200["PyTorch"].allocated_peak_bytes[512] / h200["MegaFold"].allocated_peak_bytes[
