@@ -55,6 +55,9 @@ DiffusionSamples = Annotated[int | None, typer.Option(help="Noised copies per st
 MsaRows = Annotated[int | None, typer.Option(help="Alignment rows per cycle.")]
 Precision = Annotated[str | None, typer.Option(help="Precision policy of the variant.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of weights, crop and noise.")]
+Snapshot = Annotated[
+    bool, typer.Option("--snapshot", help="Keep a summary of what held the memory where it runs out.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (also ROCm).")]
 Settings = Annotated[
     list[str] | None, typer.Option("--option", help="KEY=VALUE, passed to the variant; repeat for each.")
@@ -215,6 +218,7 @@ def sweep(
     no_sampler: Annotated[
         bool, typer.Option("--no-sampler", help="Watch no device: no power, energy or clocks.")
     ] = False,
+    snapshot: Snapshot = False,
     find_boundary: Annotated[
         bool, typer.Option("--find-boundary", help="Then search the longest length that trains.")
     ] = False,
@@ -259,7 +263,7 @@ def sweep(
             typer.echo(f"{number:4d}  {trial}  {trial.trial_id}")
         return
     path = out or _default_out("sweep")
-    _run_sweep(spec, path, resume, retry_failed)
+    _run_sweep(spec, path, resume, retry_failed, snapshot)
     if find_boundary:
         from megafold_bench.boundary import BoundarySpec
         from megafold_bench.records import read_manifest
@@ -267,11 +271,13 @@ def sweep(
         beside = path.with_name(path.name + "-boundary")
         again = resume and beside.exists()
         found = BoundarySpec.from_dict(read_manifest(beside)["spec"]) if again else None
-        _run_boundary(found or BoundarySpec(spec, seeds=_seeds([path], spec, required=False)), beside, again)
+        _run_boundary(
+            found or BoundarySpec(spec, seeds=_seeds([path], spec, required=False)), beside, again, snapshot
+        )
     _print_run(path)
 
 
-def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool) -> None:
+def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool, snapshot: bool) -> None:
     from megafold_bench.environment import collect
     from megafold_bench.launchers import LocalLauncher
     from megafold_bench.progress import LiveListener, PlainListener
@@ -298,6 +304,7 @@ def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool) ->
             spec.timeout_s,
             SAMPLE_INTERVAL_S if spec.sampler else None,
             _is_retriable if retry_failed else lambda record: False,
+            snapshot,
         )
         left = [trial for trial in trials if runner.recorded(trial) is None]
         if not left:
@@ -350,6 +357,7 @@ def boundary(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how many trials to expect and run none.")
     ] = False,
+    snapshot: Snapshot = False,
     gpus: Annotated[int, typer.Option(help="GPUs per trial.")] = 1,
     input_: Input = None,
     msa: Msa = None,
@@ -371,7 +379,7 @@ def boundary(
 
     if resume and out is not None and not dry_run:
         spec = BoundarySpec.from_dict(read_manifest(out)["spec"])
-        _run_boundary(spec, out, resume=True)
+        _run_boundary(spec, out, True, snapshot)
         return
     if gpus != 1:
         raise UserError(f"--gpus {gpus}: one GPU per trial is what boundary measures; leave it at 1")
@@ -396,7 +404,7 @@ def boundary(
     if dry_run:
         _print_forecast(spec)
         return
-    _run_boundary(spec, out or _default_out("boundary"), resume)
+    _run_boundary(spec, out or _default_out("boundary"), resume, snapshot)
 
 
 def _seeds(runs: list[Path] | None, base: SweepSpec, required: bool = True) -> tuple[BoundarySeed, ...]:
@@ -428,7 +436,7 @@ def _print_forecast(spec: BoundarySpec) -> None:
     typer.echo(f"about {sum(expected.trials for expected in forecasts)} trials in all")
 
 
-def _run_boundary(spec: BoundarySpec, path: Path, resume: bool) -> None:
+def _run_boundary(spec: BoundarySpec, path: Path, resume: bool, snapshot: bool) -> None:
     from megafold_bench.boundary import find_boundaries
     from megafold_bench.bracket import describe
     from megafold_bench.environment import collect
@@ -444,7 +452,8 @@ def _run_boundary(spec: BoundarySpec, path: Path, resume: bool) -> None:
         _resumable(path, "boundary"),
     ):
         interval = SAMPLE_INTERVAL_S if spec.base.sampler else None
-        runner = Runner(folder, LocalLauncher(), PlainListener(_console()), spec.base.timeout_s, interval)
+        listener, limit = PlainListener(_console()), spec.base.timeout_s
+        runner = Runner(folder, LocalLauncher(), listener, limit, interval, snapshot=snapshot)
         found = find_boundaries(spec, runner)
     for result in found:
         typer.echo(describe(result))

@@ -68,6 +68,7 @@ class OutcomeRecord(TypedDict):
     exception_type: str | None
     oom: OutOfMemory | None
     log_tail: str | None  # the last lines of the worker's output, for failures only
+    snapshot: NotRequired[str]  # file, in the run folder, that says what held the memory as it ran out
 
 
 Summary = dict[str, Any]

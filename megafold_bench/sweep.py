@@ -175,6 +175,7 @@ class Runner:
         timeout_s: float,
         sample_interval_s: float | None = None,
         retry: Callable[[Record], bool] = lambda record: False,
+        snapshot: bool = False,
     ) -> None:
         self._folder = folder
         self._launcher = launcher
@@ -182,6 +183,7 @@ class Runner:
         self._timeout_s = timeout_s
         self._sample_interval_s = sample_interval_s
         self._retry = retry
+        self._snapshot = snapshot
         folder.adopt_pending(finish)
         self._records = {record["trial_id"]: record for record in latest(folder.records)}
         self._retried: set[str] = set()
@@ -216,12 +218,23 @@ class Runner:
             started_at=utc_now(),
             started_monotonic_s=time.monotonic(),
             sample_interval_s=self._sample_interval_s,
+            snapshot=self._wants_snapshot(trial),
         )
         launched = self._launcher.run(request, self._timeout_s, self._listener)
         record = self._conclude(request, launched)
         self._folder.append(record)
         request.record_path.unlink(missing_ok=True)
         return self._note(record)
+
+    def _wants_snapshot(self, trial: Trial) -> bool:
+        """Once for each point, where memory is measured: keeping stacks costs time."""
+        if not self._snapshot or trial.point.phase is not Phase.MEMORY:
+            return False
+        point_id = trial.point.point_id
+        return not any(
+            record["point_id"] == point_id and "snapshot" in record["outcome"]
+            for record in self._records.values()
+        )
 
     def skip(self, trial: Trial, reason: str) -> Record:
         """Record that a trial was not run because shorter ones already failed."""

@@ -157,6 +157,27 @@ def test_missing_energy_says_why(make, tmp_path):
     assert f"No energy was measured: {reason}." in write_report([run], tmp_path / "report.html").read_text()
 
 
+def test_what_held_the_memory_is_shown(make, tmp_path):
+    run = make("failed", **QUICK)
+    records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    failed = [
+        r for r in records if r["outcome"]["status"] == "oom_device" and r["factors"]["phase"] == "memory"
+    ]
+    failed[0]["outcome"]["snapshot"] = "snapshots/a.json"
+    failed[1]["factors"]["seq_len_tokens"] = 9999
+    failed[1]["outcome"]["snapshot"] = "snapshots/gone.json"
+    (run / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "snapshots").mkdir()
+    stack = {"bytes": 5 << 30, "blocks": 7, "stack": [f"a.py:1 {EVIL}"]}
+    kept = {"wanted_bytes": 2 << 30, "allocated_bytes": 6 << 30, "free_bytes": 1 << 30, "largest_free_bytes": 1 << 20,
+            "holders": [stack], "other_holders_bytes": 1 << 30}  # fmt: skip
+    (run / "snapshots/a.json").write_text(json.dumps(kept))
+    checker, source = checked(write_report([run], tmp_path / "report.html"))
+    words = " ".join(checker.text)
+    assert "2.0 GiB were asked for; 6.0 GiB were held by tensors" in words and "5.0 GiB" in words
+    assert "snapshots/gone.json cannot be read" in words and "<script" not in source
+
+
 def test_user_errors(make, tmp_path):
     with pytest.raises(UserError, match="no run named"):
         write_report([], tmp_path / "r.html")
