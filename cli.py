@@ -55,6 +55,7 @@ DiffusionSamples = Annotated[int | None, typer.Option(help="Noised copies per st
 MsaRows = Annotated[int | None, typer.Option(help="Alignment rows per cycle.")]
 Precision = Annotated[str | None, typer.Option(help="Precision policy of the variant.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of weights, crop and noise.")]
+Gpus = Annotated[int, typer.Option(help="GPUs per trial: 1, so far.")]
 Snapshot = Annotated[
     bool, typer.Option("--snapshot", help="Keep a summary of what held the memory where it runs out.")
 ]
@@ -165,6 +166,14 @@ def _sweep_spec(out: Path | None, resume: bool, asked: dict[str, Any], options: 
     return replace(base, **given, options={**base.options, **options})
 
 
+def _one_gpu(gpus: int) -> None:
+    """Raise `UserError` for a number of GPUs that cannot be measured yet."""
+    if gpus != 1:
+        raise UserError(
+            f"--gpus {gpus}: trials on several GPUs are not there yet; give --gpus 1 or leave it out"
+        )
+
+
 def _refuse_unknown(names: tuple[str, ...]) -> None:
     from megafold_bench import variants
 
@@ -215,6 +224,7 @@ def sweep(
     resume: Resume = False,
     retry_failed: RetryFailed = False,
     dry_run: DryRun = False,
+    gpus: Gpus = 1,
     no_sampler: Annotated[
         bool, typer.Option("--no-sampler", help="Watch no device: no power, energy or clocks.")
     ] = False,
@@ -233,6 +243,7 @@ def sweep(
     """Train a few steps per variant and length, each trial in a fresh process, and record them."""
     from megafold_bench.sweep import plan
 
+    _one_gpu(gpus)
     asked = {
         "variants": variants,
         "seq_lens": seq_lens,
@@ -358,7 +369,7 @@ def boundary(
         bool, typer.Option("--dry-run", help="Say how many trials to expect and run none.")
     ] = False,
     snapshot: Snapshot = False,
-    gpus: Annotated[int, typer.Option(help="GPUs per trial.")] = 1,
+    gpus: Gpus = 1,
     input_: Input = None,
     msa: Msa = None,
     template: Template = None,
@@ -377,12 +388,11 @@ def boundary(
     from megafold_bench.boundary import BoundarySpec, parse_sizes
     from megafold_bench.records import read_manifest
 
+    _one_gpu(gpus)
     if resume and out is not None and not dry_run:
         spec = BoundarySpec.from_dict(read_manifest(out)["spec"])
         _run_boundary(spec, out, True, snapshot)
         return
-    if gpus != 1:
-        raise UserError(f"--gpus {gpus}: one GPU per trial is what boundary measures; leave it at 1")
     asked = {"variants": variants, "timeout_s": timeout, "seed": seed, "device": device}
     options = _options(
         preset,

@@ -81,6 +81,7 @@ BAD = [
     (["--steps", "many"], "many"),
     (["--speed", "9"], "--speed"),
     (["--device", "tpu"], "--device tpu"),
+    (["--gpus", "4"], "--gpus 4"),
     (["--input", "/no/such.cif"], "--input /no/such.cif"),
     (["--msa", "A"], "--msa A"),
     (["--msa", "A=/no/such.a3m"], "/no/such.a3m"),
@@ -126,7 +127,9 @@ def test_compare_checks_its_threshold(call, tmp_path):
         (["--memory-limit", "40"], "--memory-limit 40"),
         (["--memory-limit", "40GiB"], "needs a GPU"),
         (["--granularity", "0"], "--granularity 0"),
-        (["--gpus", "8"], "--gpus 8"),
+        (["--gpus", "8"], "--gpus 8: trials on several GPUs are not there yet"),
+        (["--gpus", "0"], "--gpus 0"),
+        (["--gpus", "2", "--resume"], "--gpus 2"),
     ],
 )
 def test_bad_boundary_input(call, tmp_path, arguments, words):
@@ -134,6 +137,22 @@ def test_bad_boundary_input(call, tmp_path, arguments, words):
         "boundary", "--variants", "fake", "--device", "cpu", "--out", tmp_path / "run", *arguments
     )
     assert code == 2 and words in err and not (tmp_path / "run").exists()
+
+
+def test_one_gpu_is_accepted_as_it_is_written(call):
+    arguments = [
+        "--variants",
+        "fake,fake-slow",
+        "--gpus",
+        "1",
+        "--granularity",
+        "32",
+        "--device",
+        "cpu",
+        "--dry-run",
+    ]
+    code, out, _ = call("boundary", *arguments)
+    assert code == 0 and out.startswith("fake: ") and "trials in all" in out
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(call, tmp_path, monkeypatch):
