@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from megafold_bench.boundary import BoundarySpec
     from megafold_bench.records import Record
+    from megafold_bench.seeds import Seed as BoundarySeed
     from megafold_bench.sweep import SweepSpec
 
 EXIT_USER_ERROR = 2
@@ -54,10 +55,18 @@ DiffusionSamples = Annotated[int | None, typer.Option(help="Noised copies per st
 MsaRows = Annotated[int | None, typer.Option(help="Alignment rows per cycle.")]
 Precision = Annotated[str | None, typer.Option(help="Precision policy of the variant.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of weights, crop and noise.")]
+Gpus = Annotated[int, typer.Option(help="GPUs per trial: 1, so far.")]
+Snapshot = Annotated[
+    bool, typer.Option("--snapshot", help="Keep a summary of what held the memory where it runs out.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (also ROCm).")]
 Settings = Annotated[
     list[str] | None, typer.Option("--option", help="KEY=VALUE, passed to the variant; repeat for each.")
 ]
+Published = Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")]
+Svg = Annotated[bool, typer.Option("--svg", help="Figures as SVG, text as paths.")]
+Pdf = Annotated[bool, typer.Option("--pdf", help="Figures as PDF with embedded fonts.")]
+Width = Annotated[str, typer.Option(help="Of a figure: column (3.35 in) or page (6.9 in).")]
 
 
 def _parse_scalar(text: str) -> str | int | float | bool | None:
@@ -157,6 +166,14 @@ def _sweep_spec(out: Path | None, resume: bool, asked: dict[str, Any], options: 
     return replace(base, **given, options={**base.options, **options})
 
 
+def _one_gpu(gpus: int) -> None:
+    """Raise `UserError` for a number of GPUs that cannot be measured yet."""
+    if gpus != 1:
+        raise UserError(
+            f"--gpus {gpus}: trials on several GPUs are not there yet; give --gpus 1 or leave it out"
+        )
+
+
 def _refuse_unknown(names: tuple[str, ...]) -> None:
     from megafold_bench import variants
 
@@ -207,6 +224,11 @@ def sweep(
     resume: Resume = False,
     retry_failed: RetryFailed = False,
     dry_run: DryRun = False,
+    gpus: Gpus = 1,
+    no_sampler: Annotated[
+        bool, typer.Option("--no-sampler", help="Watch no device: no power, energy or clocks.")
+    ] = False,
+    snapshot: Snapshot = False,
     find_boundary: Annotated[
         bool, typer.Option("--find-boundary", help="Then search the longest length that trains.")
     ] = False,
@@ -221,6 +243,7 @@ def sweep(
     """Train a few steps per variant and length, each trial in a fresh process, and record them."""
     from megafold_bench.sweep import plan
 
+    _one_gpu(gpus)
     asked = {
         "variants": variants,
         "seq_lens": seq_lens,
@@ -230,6 +253,7 @@ def sweep(
         "timeout_s": timeout,
         "seed": seed,
         "device": device,
+        "sampler": False if no_sampler else None,
     }
     options = _options(
         preset,
@@ -250,16 +274,21 @@ def sweep(
             typer.echo(f"{number:4d}  {trial}  {trial.trial_id}")
         return
     path = out or _default_out("sweep")
-    _run_sweep(spec, path, resume, retry_failed)
+    _run_sweep(spec, path, resume, retry_failed, snapshot)
     if find_boundary:
         from megafold_bench.boundary import BoundarySpec
+        from megafold_bench.records import read_manifest
 
         beside = path.with_name(path.name + "-boundary")
-        _run_boundary(BoundarySpec(spec), beside, resume and beside.exists())
+        again = resume and beside.exists()
+        found = BoundarySpec.from_dict(read_manifest(beside)["spec"]) if again else None
+        _run_boundary(
+            found or BoundarySpec(spec, seeds=_seeds([path], spec, required=False)), beside, again, snapshot
+        )
     _print_run(path)
 
 
-def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool) -> None:
+def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool, snapshot: bool) -> None:
     from megafold_bench.environment import collect
     from megafold_bench.launchers import LocalLauncher
     from megafold_bench.progress import LiveListener, PlainListener
@@ -284,8 +313,9 @@ def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool) ->
             LocalLauncher(tick_s=1.0 if live else None),
             listener,
             spec.timeout_s,
-            SAMPLE_INTERVAL_S,
+            SAMPLE_INTERVAL_S if spec.sampler else None,
             _is_retriable if retry_failed else lambda record: False,
+            snapshot,
         )
         left = [trial for trial in trials if runner.recorded(trial) is None]
         if not left:
@@ -329,7 +359,17 @@ def boundary(
     start: Annotated[int | None, typer.Option(help="First length to try.")] = None,
     longest: Annotated[int, typer.Option(help="No length above this is tried.")] = 8192,
     confirm: Annotated[int, typer.Option(help="Trials at each end of the boundary.")] = 2,
-    gpus: Annotated[int, typer.Option(help="GPUs per trial.")] = 1,
+    probe_steps: Annotated[int, typer.Option(help="Optimiser steps of a probe; the peak needs two.")] = 2,
+    probes_above: Annotated[int, typer.Option(help="Lengths tried above the shortest failure.")] = 2,
+    seed_from: Annotated[
+        list[Path] | None,
+        typer.Option(help="Begin where this run's memory records point; repeat for each.", metavar="RUN"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many trials to expect and run none.")
+    ] = False,
+    snapshot: Snapshot = False,
+    gpus: Gpus = 1,
     input_: Input = None,
     msa: Msa = None,
     template: Template = None,
@@ -348,12 +388,11 @@ def boundary(
     from megafold_bench.boundary import BoundarySpec, parse_sizes
     from megafold_bench.records import read_manifest
 
-    if resume and out is not None:
+    _one_gpu(gpus)
+    if resume and out is not None and not dry_run:
         spec = BoundarySpec.from_dict(read_manifest(out)["spec"])
-        _run_boundary(spec, out, resume=True)
+        _run_boundary(spec, out, True, snapshot)
         return
-    if gpus != 1:
-        raise UserError(f"--gpus {gpus}: one GPU per trial is what boundary measures; leave it at 1")
     asked = {"variants": variants, "timeout_s": timeout, "seed": seed, "device": device}
     options = _options(
         preset,
@@ -369,12 +408,47 @@ def boundary(
     base = _sweep_spec(out, resume, asked, options)
     _refuse_unknown(base.variants)
     limits = parse_sizes(memory_limit) if memory_limit else (None,)
-    spec = BoundarySpec(base, granularity, limits, start, longest, confirm)
-    _run_boundary(spec, out or _default_out("boundary"), resume)
+    spec = BoundarySpec(
+        base, granularity, limits, start, longest, confirm, probe_steps, probes_above, _seeds(seed_from, base)
+    )
+    if dry_run:
+        _print_forecast(spec)
+        return
+    _run_boundary(spec, out or _default_out("boundary"), resume, snapshot)
 
 
-def _run_boundary(spec: BoundarySpec, path: Path, resume: bool) -> None:
-    from megafold_bench.boundary import describe, find_boundaries
+def _seeds(runs: list[Path] | None, base: SweepSpec, required: bool = True) -> tuple[BoundarySeed, ...]:
+    """Seeds of run folders. Raises `UserError` for one that should say something of these variants and does not."""
+    from megafold_bench.records import RESULTS_NAME, read_results
+    from megafold_bench.seeds import seeds_from
+
+    found: list[BoundarySeed] = []
+    for run in runs or ():
+        _require_run(run)
+        here = seeds_from(read_results(run / RESULTS_NAME), base)
+        if required and not here:
+            raise UserError(
+                f"--seed-from {run}: it holds no trial of {', '.join(base.variants)} with these options that "
+                "fitted or ran out of memory; leave it out, or give the options of that run"
+            )
+        found += [seed for seed in here if seed not in found]
+    return tuple(found)
+
+
+def _print_forecast(spec: BoundarySpec) -> None:
+    from megafold_bench.forecast import forecast
+
+    forecasts = [
+        forecast(spec, variant, capacity) for capacity in spec.capacities for variant in spec.base.variants
+    ]
+    for expected in forecasts:
+        typer.echo(expected.text())
+    typer.echo(f"about {sum(expected.trials for expected in forecasts)} trials in all")
+
+
+def _run_boundary(spec: BoundarySpec, path: Path, resume: bool, snapshot: bool) -> None:
+    from megafold_bench.boundary import find_boundaries
+    from megafold_bench.bracket import describe
     from megafold_bench.environment import collect
     from megafold_bench.launchers import LocalLauncher
     from megafold_bench.progress import PlainListener
@@ -387,9 +461,9 @@ def _run_boundary(spec: BoundarySpec, path: Path, resume: bool) -> None:
         ) as folder,
         _resumable(path, "boundary"),
     ):
-        runner = Runner(
-            folder, LocalLauncher(), PlainListener(_console()), spec.base.timeout_s, SAMPLE_INTERVAL_S
-        )
+        interval = SAMPLE_INTERVAL_S if spec.base.sampler else None
+        listener, limit = PlainListener(_console()), spec.base.timeout_s
+        runner = Runner(folder, LocalLauncher(), listener, limit, interval, snapshot=snapshot)
         found = find_boundaries(spec, runner)
     for result in found:
         typer.echo(describe(result))
@@ -425,14 +499,31 @@ def show(run: RunArgument) -> None:
 @app.command()
 def plot(
     run: RunArgument,
-    published: Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")] = False,
+    published: Published = False,
+    svg: Svg = False,
+    pdf: Pdf = False,
+    width: Width = "column",
 ) -> None:
-    """Figures (SVG, PDF, PNG) and, beside each, the CSV it was drawn from."""
+    """Figures (SVG, PDF, PNG, or those asked for) and, beside each, the CSV it was drawn from."""
+    width_in = _width_in(width)
     _require_run(run)
     from reports.figures import plot_run
+    from reports.figures.save import FORMATS
 
-    for path in plot_run(run, published=published):
+    for path in plot_run(run, published, _formats(svg, pdf) or FORMATS, width_in):
         typer.echo(str(path))
+
+
+def _formats(svg: bool, pdf: bool) -> tuple[str, ...]:
+    return tuple(name for name, asked in (("svg", svg), ("pdf", pdf)) if asked)
+
+
+def _width_in(width: str) -> float:
+    from reports.figures.style import WIDTHS_IN
+
+    if width not in WIDTHS_IN:
+        raise UserError(f"--width {width}: choose from {', '.join(WIDTHS_IN)}")
+    return WIDTHS_IN[width]
 
 
 @app.command()
@@ -473,8 +564,25 @@ def model(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    sampler_cost: Annotated[
+        bool, typer.Option("--sampler-cost", help="Measure instead what the device sampler costs a step.")
+    ] = False,
+    variant: Annotated[str, typer.Option(help="With --sampler-cost: what to train.")] = "pytorch",
+    preset: Preset = None,
+    tokens: Annotated[int | None, typer.Option(help="With --sampler-cost: the length.")] = None,
+    pairs: Annotated[int, typer.Option(help="With --sampler-cost: steps with and without.")] = 10,
+    warmup: Annotated[int, typer.Option(help="With --sampler-cost: steps before them.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="With --sampler-cost: a JSON file to write.")] = None,
+    device: Device = None,
+    settings: Settings = None,
+) -> None:
     """GPU, driver, torch, Triton, vendor libraries, allocator, disk: what will and will not work."""
+    if sampler_cost:
+        options = _options(preset, None, None, None, settings)
+        asked = {"variants": variant, "device": device, "warmup": warmup}
+        _sampler_cost(_sweep_spec(None, False, asked, options), tokens, pairs, out)
+        return
     from megafold_bench.doctor import doctor as examine
 
     checks = examine()
@@ -482,6 +590,36 @@ def doctor() -> None:
         typer.echo(f"{check.status:8s} {check.name:24s} {check.detail}")
         if check.remedy:
             typer.echo(f"{'':33s} → {check.remedy}")
+
+
+def _sampler_cost(spec: SweepSpec, tokens: int | None, pairs: int, out: Path | None) -> None:
+    import json
+    import tempfile
+
+    from megafold_bench import defaults
+    from megafold_bench.environment import collect
+    from megafold_bench.points import Phase
+    from megafold_bench.sampler_cost import measure
+    from megafold_bench.sweep import make_point
+
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    length = tokens or defaults.SAMPLER_COST_TOKENS[spec.device]
+    point = make_point(spec, spec.variants[0], length, Phase.TIME)
+    typer.echo(
+        f"{point.variant} at {length} tokens on {spec.device}: {point.warmup} steps, then {pairs} pairs"
+    )
+
+    def on_pair(index: int, with_s: float, without_s: float) -> None:
+        typer.echo(f"[{index + 1}/{pairs}] with {with_s:.4g} s, without {without_s:.4g} s")
+
+    with tempfile.TemporaryDirectory() as folder:
+        effect = measure(point, pairs, Path(folder), on_pair=on_pair)
+    typer.echo(effect.text())
+    if out is not None:
+        found = {**effect.as_dict(), "factors": point.factors, "environment": collect()}
+        out.write_text(json.dumps(found, indent=2) + "\n")
+        typer.echo(str(out))
 
 
 @app.command()
@@ -525,15 +663,25 @@ def _fraction(text: str) -> float:
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
     html: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
-    published: Annotated[bool, typer.Option("--published", help="Lay the paper's numbers over.")] = False,
+    published: Published = False,
+    svg: Svg = False,
+    pdf: Pdf = False,
+    width: Width = "column",
 ) -> None:
-    """One self-contained HTML file: summary, boundary, time, memory, environment, how to reproduce."""
+    """One self-contained HTML file: summary, boundary, time, memory, environment, how to reproduce.
+
+    With --pdf or --svg the figures are written beside it as well, as a paper takes them.
+    """
+    width_in = _width_in(width)
     for run in runs:
         _require_run(run)
-    from reports.html import write_report
+    from reports.html import figures_folder, write_report
 
-    write_report(runs, html, published=published)
+    formats = _formats(svg, pdf)
+    write_report(runs, html, published, formats, width_in)
     typer.echo(str(html))
+    if formats:
+        typer.echo(f"figures: {figures_folder(html)}")
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:

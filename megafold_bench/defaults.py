@@ -14,6 +14,9 @@ PRESET = {"cuda": "af3", "cpu": "tiny"}
 VARIANTS = {"cuda": ("pytorch", "inductor"), "cpu": ("pytorch",)}
 """On a CPU, compiling takes minutes for every length: ask for ``inductor`` by name."""
 
+SAMPLER_COST_TOKENS = {"cuda": 512, "cpu": 64}
+"""Long enough for steps that repeat to within half a per cent, short enough for ten pairs in three minutes."""
+
 
 def alloc_conf(device: str) -> str | None:
     """The allocator's configuration to measure with, where the environment does not name one.

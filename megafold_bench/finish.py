@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from megafold_bench.measure.company import found_company
 from megafold_bench.measure.steps import SERIES
 from megafold_bench.records import Record, TimeRecord
 from megafold_bench.statistics import quality_flags, summarise
@@ -16,17 +17,29 @@ def finish(record: Record) -> Record:
     """Fill in the statistics and the quality flags, in place. Returns the record."""
     if record["time"] is not None:
         _summarise_times(record, record["time"])
-    retries = (record["memory"] or {}).get("alloc_retries") or 0
-    samples = record["time"]["samples"].get("step_time_s", []) if record["time"] else []
-    flags: list[str] = []
-    if samples:
-        flags += quality_flags(samples, allocator_retries=retries)
-    elif retries:
-        flags.append("allocator_retries")
+    flags = _flags(record)
     if datetime.fromisoformat(record["ended_at"]) < datetime.fromisoformat(record["started_at"]):
         flags.append("clock_backwards")
     record["quality"] += [flag for flag in flags if flag not in record["quality"]]
     return record
+
+
+def _flags(record: Record) -> list[str]:
+    """What the samples, the allocator and the device's sampler say. Clocks matter to times only."""
+    samples = record["time"]["samples"].get("step_time_s", []) if record["time"] else []
+    telemetry = record["telemetry"] or {}
+    foreign = telemetry.get("foreign_processes") or 0
+    in_company = found_company(
+        foreign, record["factors"]["device"], telemetry.get("device_used_baseline_bytes")
+    )
+    return list(
+        quality_flags(
+            samples,
+            throttle_fraction=telemetry.get("throttle_fraction") if samples else None,
+            foreign_processes=max(foreign, int(in_company)),
+            allocator_retries=(record["memory"] or {}).get("alloc_retries") or 0,
+        )
+    )
 
 
 def _summarise_times(record: Record, times: TimeRecord) -> None:

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from megafold_bench.errors import UserError
 from megafold_bench.variants import Scalar
@@ -68,6 +68,7 @@ class OutcomeRecord(TypedDict):
     exception_type: str | None
     oom: OutOfMemory | None
     log_tail: str | None  # the last lines of the worker's output, for failures only
+    snapshot: NotRequired[str]  # file, in the run folder, that says what held the memory as it ran out
 
 
 Summary = dict[str, Any]
@@ -162,6 +163,7 @@ class Manifest(TypedDict):
     spec: dict[str, Any]  # what was asked for; equal specs may resume one another
     argv: list[str]
     environment: dict[str, Any]  # `megafold_bench.environment.collect()`
+    fixture: NotRequired[bool]  # true for records that nobody measured
 
 
 def jsonable(value: Any) -> Any:

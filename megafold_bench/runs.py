@@ -6,6 +6,8 @@
     results.jsonl    one line per trial
     pending/         records that workers have left and the sweep has not yet appended
     logs/            the output of each worker
+    samples/         what the device sampler saw beside each trial
+    snapshots/       what held the device's memory as it ran out, where that was asked for
     lock             held (flock) by the sweep that writes here, and naming it
 
 A trial's record is whole in ``pending/`` before its line is appended, and stays there until the line

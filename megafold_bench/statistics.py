@@ -109,14 +109,27 @@ def summarise(samples: Sequence[float] | Floats, seed: int = 0, resamples: int =
 
 
 def _hierarchical_medians(processes: Sequence[Floats], resamples: int, rng: np.random.Generator) -> Floats:
-    """Medians of resamples of processes, then of steps within each chosen process, pooled."""
-    count = len(processes)
-    result = np.empty(resamples)
-    for i in range(resamples):
-        chosen = rng.integers(0, count, size=count)
-        steps = [processes[p][rng.integers(0, processes[p].size, size=processes[p].size)] for p in chosen]
-        result[i] = np.median(np.concatenate(steps))
-    return result
+    """Medians of resamples of processes, then of steps within each chosen process, pooled.
+
+    Processes may differ in length: shorter ones are filled up with infinity, which sorts behind every step.
+    """
+    count, longest = len(processes), max(process.size for process in processes)
+    sizes = np.array([process.size for process in processes])
+    table = np.full((count, longest), np.inf)
+    for row, process in zip(table, processes, strict=True):
+        row[: process.size] = process
+    block = max(1, 4_000_000 // table.size)
+    parts = []
+    for done in range(0, resamples, block):
+        rows = min(block, resamples - done)
+        chosen = rng.integers(0, count, size=(rows, count, 1))
+        drawn = (rng.random((rows, count, longest)) * sizes[chosen]).astype(np.intp)
+        steps = np.where(np.arange(longest) < sizes[chosen], table[chosen, drawn], np.inf)
+        pooled = np.sort(steps.reshape(rows, -1), axis=1)
+        total = sizes[chosen].sum(axis=(1, 2))[:, None]
+        middle = np.concatenate([(total - 1) // 2, total // 2], axis=1)
+        parts.append(np.take_along_axis(pooled, middle, axis=1).mean(axis=1))
+    return np.concatenate(parts)
 
 
 def hierarchical_interval(
@@ -267,7 +280,7 @@ def quality_flags(
     """Why a point should be read with care: any of ``throttled, foreign_process, allocator_retries, unsteady, outliers``.
 
     `steady` None leaves the question to `steadiness` of the samples. A throttle fraction above 5 % of
-    the sampled time counts.
+    the sampled time counts. Without samples (a trial that measured memory) only the other reasons are looked at.
     """
     settled = steadiness(samples, skip=0).steady if steady is None and len(samples) > 5 else steady
     flags = {
@@ -275,6 +288,6 @@ def quality_flags(
         "foreign_process": foreign_processes > 0,
         "allocator_retries": allocator_retries > 0,
         "unsteady": settled is False,
-        "outliers": bool(outliers(samples)),
+        "outliers": bool(samples) and bool(outliers(samples)),
     }
     return tuple(name for name, on in flags.items() if on)

@@ -43,6 +43,8 @@ class SweepSpec:
     seed: int = 0
     timeout_s: float = 600.0
     alloc_conf: str | None = None
+    sampler: bool = True
+    """Whether the device is watched beside each trial."""
 
     def __post_init__(self) -> None:
         """Raise `UserError` for a value that cannot be meant."""
@@ -63,7 +65,10 @@ class SweepSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return asdict(replace(self, options=dict(self.options)))
+        fields = asdict(replace(self, options=dict(self.options)))
+        if self.sampler:
+            del fields["sampler"]  # as in manifests from before there was a choice
+        return fields
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SweepSpec:
@@ -170,6 +175,7 @@ class Runner:
         timeout_s: float,
         sample_interval_s: float | None = None,
         retry: Callable[[Record], bool] = lambda record: False,
+        snapshot: bool = False,
     ) -> None:
         self._folder = folder
         self._launcher = launcher
@@ -177,9 +183,15 @@ class Runner:
         self._timeout_s = timeout_s
         self._sample_interval_s = sample_interval_s
         self._retry = retry
+        self._snapshot = snapshot
         folder.adopt_pending(finish)
         self._records = {record["trial_id"]: record for record in latest(folder.records)}
         self._retried: set[str] = set()
+
+    @property
+    def records(self) -> list[Record]:
+        """The latest record of every trial of the folder so far."""
+        return list(self._records.values())
 
     def recorded(self, trial: Trial) -> Record | None:
         """The record of a trial that need not run; None if it has to."""
@@ -206,12 +218,23 @@ class Runner:
             started_at=utc_now(),
             started_monotonic_s=time.monotonic(),
             sample_interval_s=self._sample_interval_s,
+            snapshot=self._wants_snapshot(trial),
         )
         launched = self._launcher.run(request, self._timeout_s, self._listener)
         record = self._conclude(request, launched)
         self._folder.append(record)
         request.record_path.unlink(missing_ok=True)
         return self._note(record)
+
+    def _wants_snapshot(self, trial: Trial) -> bool:
+        """Once for each point, where memory is measured: keeping stacks costs time."""
+        if not self._snapshot or trial.point.phase is not Phase.MEMORY:
+            return False
+        point_id = trial.point.point_id
+        return not any(
+            record["point_id"] == point_id and "snapshot" in record["outcome"]
+            for record in self._records.values()
+        )
 
     def skip(self, trial: Trial, reason: str) -> Record:
         """Record that a trial was not run because shorter ones already failed."""

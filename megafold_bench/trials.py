@@ -26,11 +26,18 @@ class WorkerRequest:
     started_monotonic_s: float
     sample_interval_s: float | None = None
     """Interval of the device sampler; None to run without one."""
+    snapshot: bool = False
+    """Whether to keep a summary of what held the memory, if an allocation fails."""
 
     @property
     def samples_path(self) -> Path:
         """Where the device sampler writes."""
         return self.record_path.parent.parent / "samples" / f"{self.trial.trial_id}.{self.attempt}.jsonl"
+
+    @property
+    def snapshot_path(self) -> Path:
+        """Where the summary of a failed allocation goes."""
+        return self.record_path.parent.parent / "snapshots" / f"{self.trial.trial_id}.{self.attempt}.json"
 
     def to_json(self) -> str:
         """One line; `from_json` reads it."""
@@ -45,6 +52,7 @@ class WorkerRequest:
                 "started_at": self.started_at,
                 "started_monotonic_s": self.started_monotonic_s,
                 "sample_interval_s": self.sample_interval_s,
+                "snapshot": self.snapshot,
             }
         )
 

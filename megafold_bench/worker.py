@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megafold_bench import guard, variants
+from megafold_bench.devices.base import Unavailable
 from megafold_bench.errors import UserError
-from megafold_bench.measure import memory, steps
+from megafold_bench.measure import memory, snapshot, steps
 from megafold_bench.outcomes import Outcome, UnsupportedError, Verdict, classify
 from megafold_bench.points import Phase, Point
 from megafold_bench.records import Record
@@ -97,6 +98,7 @@ class TrialRun:
         self._log = steps.StepLog()
         self._build_s = 0.0
         self._meters: list[memory.MemoryMeter] = []
+        self._watch: snapshot.OomWatch | Unavailable | None = None
 
     def measure(self) -> None:
         """Build the workload and run the phase's steps. Raises whatever ends the trial."""
@@ -120,6 +122,10 @@ class TrialRun:
             self._meters = memory.meters_for(point.device)
             for meter in self._meters:
                 meter.reset()
+            if self._request.snapshot:
+                self._watch = snapshot.watch_for(point.device)
+                if isinstance(self._watch, snapshot.OomWatch):
+                    self._watch.start()
         if point.capacity_emulated_bytes is not None:
             import torch
 
@@ -142,6 +148,15 @@ class TrialRun:
         self.record["outcome"]["failing_step"] = (
             done - 1 if is_nan(self.record) else done if self._build_s else None
         )
+        if self._watch is not None and self.record["outcome"]["status"] == Outcome.OOM_DEVICE:
+            self._keep_snapshot(self._watch)
+
+    def _keep_snapshot(self, watch: snapshot.OomWatch | Unavailable) -> None:
+        written = watch.write(self._request.snapshot_path) if isinstance(watch, snapshot.OomWatch) else watch
+        if isinstance(written, Unavailable):
+            self.record["unavailable"]["outcome.snapshot"] = written.reason
+        else:
+            self.record["outcome"]["snapshot"] = written
 
     def complete(self) -> Record:
         """The record with everything that was measured."""

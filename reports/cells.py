@@ -29,7 +29,7 @@ NOT_RUN = (Outcome.UNSUPPORTED, Outcome.SKIPPED_DOMINATED)
 
 FLAG_MEANING = {
     "throttled": "the device lowered its clocks for more than 5 % of the time",
-    "foreign_process": "another process used the device",
+    "foreign_process": "another process used the device, or over 1 GiB of it was in use before",
     "allocator_retries": "the allocator freed its cache and retried: slower than it should be",
     "unsteady": "step times still drifted by 2 % or more",
     "outliers": "some steps lie more than 10 scaled median deviations off (kept in all numbers)",
@@ -221,7 +221,8 @@ def _flags(
 ) -> tuple[str, ...]:
     """The records' own flags, and those that only show over several records."""  # fmt: skip
     flags = {flag for record in records for flag in record.get("quality") or []}
-    if any((group(record, "telemetry").get("throttle_fraction") or 0) > 0.05 for record in records):
+    timed = [record for record in records if time_samples(record)]  # clocks matter to times only
+    if any((group(record, "telemetry").get("throttle_fraction") or 0) > 0.05 for record in timed):
         flags.add("throttled")
     if memory.get("alloc_retries"):
         flags.add("allocator_retries")
@@ -263,18 +264,24 @@ def cell_of(series: str, records: Sequence[Record]) -> Cell:
     )
 
 
+def series_names(records: Sequence[Record]) -> list[str]:
+    """The series of each record: its variant, and whatever else sets two of the same variant apart."""
+    varying = _varying(records)
+    names = []
+    for record in records:
+        parts = [_part(name, _value(record, group, name)) for group, name in varying]
+        names.append(" · ".join([record["factors"]["variant"], *(part for part in parts if part)]))
+    return names
+
+
 def cells(records: Iterable[Record]) -> list[Cell]:
     """Cells of a run, in the order in which their series first appear, then by length.
 
-    The time and memory trials of a point share a cell. Series are named by their variant, and by
-    whatever else sets two of the same variant apart.
+    The time and memory trials of a point share a cell. Series are named by `series_names`.
     """
     held = list(records)
-    varying = _varying(held)
     groups: dict[str, dict[int, list[Record]]] = {}
-    for record in held:
-        parts = [_part(name, _value(record, group, name)) for group, name in varying]
-        series = " · ".join([record["factors"]["variant"], *(part for part in parts if part)])
+    for record, series in zip(held, series_names(held), strict=True):
         groups.setdefault(series, {}).setdefault(record["factors"]["seq_len_tokens"], []).append(record)
     return [cell_of(series, lengths[n]) for series, lengths in groups.items() for n in sorted(lengths)]
 

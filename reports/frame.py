@@ -41,7 +41,10 @@ class Run:
         spec = self.manifest.get("spec") or {}
         asked = spec.get("device") or (spec.get("base") or {}).get("device")
         device = self.records[0]["factors"]["device"] if self.records else asked
-        return Provenance.gather(newest, self.manifest.get("environment") or {}, device or "cuda")
+        environment = self.manifest.get("environment") or {}
+        if self.manifest.get("fixture") and not environment.get("fixture"):
+            environment = {**environment, "fixture": "its manifest says so"}
+        return Provenance.gather(newest, environment, device or "cuda")
 
 
 def load_run(run_dir: Path) -> Run:

@@ -9,9 +9,16 @@ from html import escape
 
 from reports.figures.canvas import slug
 from reports.figures.save import Drawing, render
-from reports.figures.style import FAINT, GRID, INK, PAPER, PUBLISHED, SERIES_COLOURS
+from reports.figures.style import FAINT, GRID, INK, LEADER, PAPER, PUBLISHED, SERIES_COLOURS
 
-_DARK = {INK: "#e6e6ea", FAINT: "#a0a0aa", GRID: "#3a3a42", PAPER: "#17171b", PUBLISHED: "#9a9aa4"}
+_DARK = {
+    INK: "#e6e6ea",
+    FAINT: "#a0a0aa",
+    GRID: "#3a3a42",
+    PAPER: "#17171b",
+    PUBLISHED: "#9a9aa4",
+    LEADER: "#4c4c56",
+}
 _DARK_LIGHTNESS = 0.66
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -105,7 +112,7 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--paper:#17171b;--ink:#e6e6ea;--faint:#a0a0aa;--line:#3a3a42;--soft:#212127;
 --bad:#ff8fa8;--good:#6fd6a0;--warn:#f0bd60;@DARK@}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+body{margin:0;overflow-wrap:anywhere;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 main,header,nav{max-width:68rem;margin:0 auto;padding:0 1.25rem}
 header{padding-top:2rem}h1{font-size:1.6rem;margin:0 0 .25rem}
 h2{font-size:1.2rem;margin:2.4rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--line)}

@@ -81,6 +81,7 @@ BAD = [
     (["--steps", "many"], "many"),
     (["--speed", "9"], "--speed"),
     (["--device", "tpu"], "--device tpu"),
+    (["--gpus", "4"], "--gpus 4"),
     (["--input", "/no/such.cif"], "--input /no/such.cif"),
     (["--msa", "A"], "--msa A"),
     (["--msa", "A=/no/such.a3m"], "/no/such.a3m"),
@@ -126,7 +127,9 @@ def test_compare_checks_its_threshold(call, tmp_path):
         (["--memory-limit", "40"], "--memory-limit 40"),
         (["--memory-limit", "40GiB"], "needs a GPU"),
         (["--granularity", "0"], "--granularity 0"),
-        (["--gpus", "8"], "--gpus 8"),
+        (["--gpus", "8"], "--gpus 8: trials on several GPUs are not there yet"),
+        (["--gpus", "0"], "--gpus 0"),
+        (["--gpus", "2", "--resume"], "--gpus 2"),
     ],
 )
 def test_bad_boundary_input(call, tmp_path, arguments, words):
@@ -134,6 +137,22 @@ def test_bad_boundary_input(call, tmp_path, arguments, words):
         "boundary", "--variants", "fake", "--device", "cpu", "--out", tmp_path / "run", *arguments
     )
     assert code == 2 and words in err and not (tmp_path / "run").exists()
+
+
+def test_one_gpu_is_accepted_as_it_is_written(call):
+    arguments = [
+        "--variants",
+        "fake,fake-slow",
+        "--gpus",
+        "1",
+        "--granularity",
+        "32",
+        "--device",
+        "cpu",
+        "--dry-run",
+    ]
+    code, out, _ = call("boundary", *arguments)
+    assert code == 0 and out.startswith("fake: ") and "trials in all" in out
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(call, tmp_path, monkeypatch):
@@ -150,16 +169,67 @@ def test_options_reach_the_variant(call, tmp_path):
     assert code == 0 and out != plain
 
 
+OOM_AT_100 = ["--option", "ending=oom_device@100", "--option", "bad_step=1"]
+
+
 def test_boundary_prints_what_it_found(call, tmp_path):
     arguments = ["boundary", "--variants", "fake", "--device", "cpu", "--longest", "256", "--start", "64"]
     out_dir = tmp_path / "run"
-    code, out, _ = call(*arguments, "--option", "ending=oom_device@100", "--confirm", "1", "--out", out_dir)
+    code, out, _ = call(*arguments, *OOM_AT_100, "--confirm", "1", "--out", out_dir)
     assert code == 0
     assert "fake: max_ok 96, min_fail 128, granularity 32" in out
     lines = (out_dir / "results.jsonl").read_text().splitlines()
     code, again, _ = call("boundary", "--out", out_dir, "--resume")
     assert code == 0 and out.splitlines()[-2] in again
     assert (out_dir / "results.jsonl").read_text().splitlines() == lines
+
+
+def test_boundary_begins_where_an_earlier_run_points(call, tmp_path):
+    arguments = ["boundary", "--variants", "fake", "--device", "cpu", "--longest", "512", *OOM_AT_100]
+    assert call(*arguments, "--start", "64", "--out", tmp_path / "first")[0] == 0
+    seeded = [*arguments, "--confirm", "1", "--probes-above", "0", "--seed-from", tmp_path / "first"]
+    code, out, _ = call(*seeded, "--dry-run")
+    assert code == 0 and "first length" in out and "trials in all" in out
+    code, out, _ = call(*seeded, "--out", tmp_path / "second")
+    assert code == 0 and "max_ok 96, min_fail 128, granularity 32, 4 trials" in out
+    empty = [*seeded, "--option", "step_ms=2", "--dry-run"]
+    code, _, err = call(*empty)
+    assert code == 2 and "--seed-from" in err and "with these options" in err
+
+
+def test_sweep_then_searches_the_boundary(call, tmp_path):
+    arguments = [*SMALL, "--seq-lens", "64,96", *OOM_AT_100, "--find-boundary", "--out", tmp_path / "run"]
+    code, out, _ = call("sweep", *arguments)
+    assert code == 0 and "fake: max_ok 96, min_fail 128" in out
+    lines = (tmp_path / "run-boundary/results.jsonl").read_text().splitlines()
+    code, again, _ = call("sweep", *arguments, "--resume")
+    assert code == 0 and "fake: max_ok 96, min_fail 128" in again
+    assert (tmp_path / "run-boundary/results.jsonl").read_text().splitlines() == lines
+
+
+def test_doctor_measures_the_sampler(call, tmp_path):
+    arguments = ["--sampler-cost", "--variant", "fake", "--device", "cpu", "--pairs", "6", "--warmup", "1"]
+    code, out, _ = call("doctor", *arguments, "--out", tmp_path / "cost.json")
+    assert code == 0 and "sampling every 50 ms changes a step by" in out
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert len(found["with_s"]) == len(found["without_s"]) == 6
+    assert found["factors"]["seq_len_tokens"] == 64 and "software" in found["environment"]
+
+
+def test_sweep_without_the_sampler(call, tmp_path):
+    code, _, _ = call("sweep", *SMALL, "--seq-lens", "16", "--no-sampler", "--out", tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
+    assert code == 0 and {r["unavailable"]["telemetry"] for r in records} == {"sampling was switched off"}
+    assert call("sweep", *SMALL, "--seq-lens", "16", "--out", tmp_path / "run", "--resume")[0] == 0
+
+
+def test_figures_for_a_paper(call, tmp_path):
+    run = ROOT / "reports/reference/h200-7a4d"
+    code, out, _ = call("report", run, "--html", tmp_path / "r.html", "--pdf", "--width", "page")
+    assert code == 0 and "r-figures" in out
+    assert (tmp_path / "r-figures/h200-7a4d-time.pdf").read_bytes().startswith(b"%PDF")
+    code, _, err = call("plot", run, "--svg", "--width", "wide")
+    assert code == 2 and "--width wide: choose from column, page" in err
 
 
 def test_variants_lists_what_is_registered(call):

@@ -18,8 +18,11 @@ from typing import Any, Protocol
 from megafold_bench.errors import UserError
 from megafold_bench.records import Record
 
-MIN_STEPS = 3
+PEAK_STEPS = 2
 """The first step allocates optimiser state, so the peak appears from the second on."""
+
+MIN_STEPS = 3
+"""Steps of a sweep's memory trial: one more than the peak needs, to see that it does not still grow."""
 
 
 @dataclass

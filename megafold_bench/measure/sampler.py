@@ -3,7 +3,7 @@
 The parent holds `Sampler`; the child is ``python -m megafold_bench.measure.sampler`` and loads no torch.
 The child sleeps in ``select`` on a pipe from the parent, so it wakes at once when the parent closes
 it, exits or is killed. Memory is read every `interval_s`; power, energy, clocks, temperature,
-utilisation and throttling every 100 ms, since their sensors are no faster.
+utilisation and throttling every 100 ms, since their sensors are no faster; who holds the device every second.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from megafold_bench.devices import Device, Unavailable, open_selector, selector_for
+from megafold_bench.measure.company import look
 from megafold_bench.measure.samples import (
     SCHEMA,
     SLOW,
@@ -36,6 +37,7 @@ from megafold_bench.measure.samples import (
 
 SLOW_INTERVAL_S = 0.1
 FLUSH_INTERVAL_S = 1.0
+COMPANY_INTERVAL_S = 1.0
 NICE = 10
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
@@ -181,12 +183,22 @@ class _Recorder:
         found = []
         for device in self._devices:
             reasons = {}
-            for name in ("memory", *SLOW):
+            for name in ("memory", "processes", *SLOW):
                 reading = getattr(device, name)()
                 if isinstance(reading, Unavailable):
                     reasons["used_bytes" if name == "memory" else name] = reading.reason
             found.append(reasons)
         return found
+
+    def look(self) -> None:
+        """Note who holds each device that can tell."""
+        for index, device in enumerate(self._devices):
+            processes = device.processes()
+            if isinstance(processes, Unavailable):
+                continue
+            company = look(processes)
+            row = {"device": index, "time_ns": time.monotonic_ns(), **vars(company)}
+            self._out.write(json.dumps(row, separators=(",", ":")) + "\n")
 
     def take(self, slow: bool) -> None:
         """One sample of every device. Its time is the middle of the memory reading."""
@@ -206,12 +218,16 @@ def _record(recorder: _Recorder, out: TextIO, interval_s: float, parent: int) ->
     """Sample on a fixed grid until the pipe closes or the parent is gone; returns how many ticks were missed."""
     stdin = sys.stdin.fileno()
     now = next_fast = next_slow = next_flush = time.monotonic()
+    next_look = now + COMPANY_INTERVAL_S
     missed = 0
     while True:
         slow = now >= next_slow
         recorder.take(slow)
         if slow:
             next_slow += SLOW_INTERVAL_S * (1 + int((now - next_slow) / SLOW_INTERVAL_S))
+        if now >= next_look:
+            recorder.look()
+            next_look = now + COMPANY_INTERVAL_S
         if now >= next_flush:
             out.flush()
             next_flush = now + FLUSH_INTERVAL_S
@@ -224,6 +240,7 @@ def _record(recorder: _Recorder, out: TextIO, interval_s: float, parent: int) ->
         # parent's death shows here: hence a word to stop, and a look at who the parent is.
         if readable or os.getppid() != parent:
             recorder.take(True)
+            recorder.look()
             return missed
         now = time.monotonic()
 
@@ -255,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         out.write(json.dumps(header, separators=(",", ":")) + "\n")
         recorder.take(True)
+        recorder.look()
         out.flush()
         print(READY, flush=True)
         before, begin = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()

@@ -1,8 +1,8 @@
 """The sampler's file: one JSON document a line, readable by hand and after a kill.
 
 Line 1 is the header; then come samples, each a list ``[device, time_ns, latency_ns, used_bytes]`` (a fast
-one) or that and the columns of `SLOW`; the last is a footer with the sampler's own cost. A file
-without a footer, or with a torn last line, is a sampler that was killed: its samples stand.
+one) or that and the columns of `SLOW`; now and then ``{"device", "time_ns", "ours", "others"}``, which says
+which processes hold the device; the last is a footer with the sampler's own cost. A file without a footer, or with a torn last line, is a sampler that was killed: its samples stand.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 
 from megafold_bench.devices.base import Reading, Unavailable
 from megafold_bench.errors import UserError
+from megafold_bench.measure.company import Company, foreign_processes
 from megafold_bench.measure.energy import Energy, window_energy
 
-SCHEMA = 1
+SCHEMA = 2
 SLOW = (
     "power_w",
     "energy_j",
@@ -43,6 +44,7 @@ class DeviceSamples:
     used_bytes: list[int | None] = field(default_factory=list)
     slow_times_ns: list[int] = field(default_factory=list)
     slow: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in SLOW})
+    company: list[Company] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
@@ -81,7 +83,7 @@ class DeviceSummary:
     """One device over one window. The baseline is the first sample of the file, whatever the window.
 
     `throttle_fraction` is the share of samples with at least one reason; `throttle_reasons` gives the
-    share of each. `link_*_bytes` are the rise over the window.
+    share of each. `link_*_bytes` are the rise over the window. `foreign_processes` counts over the whole file.
     """
 
     selector: str
@@ -98,6 +100,7 @@ class DeviceSummary:
     throttle_reasons: Reading[dict[str, float]]
     link_rx_bytes: Reading[int]
     link_tx_bytes: Reading[int]
+    foreign_processes: Reading[int]
     energy: Energy
     latency_s: Reading[Spread]
 
@@ -141,7 +144,9 @@ def read_samples(path: Path) -> SampleFile:
     torn = lines[-1] != ""
     for line in lines[1:]:
         row = _parse(line)
-        if isinstance(row, dict):
+        if isinstance(row, dict) and "others" in row:
+            devices[row["device"]].company.append(Company(row["ours"], tuple(row["others"])))
+        elif isinstance(row, dict):
             footer = row
         elif isinstance(row, list):
             _append(devices[row[0]], row)
@@ -215,6 +220,9 @@ def summarise_device(
         else _missing(device, "throttle_reasons"),
         link_rx_bytes=_rise(device, "link_rx_bytes", columns),
         link_tx_bytes=_rise(device, "link_tx_bytes", columns),
+        foreign_processes=foreign_processes(device.company)
+        if device.company
+        else _missing(device, "processes"),
         energy=window_energy(
             device.slow_times_ns, device.slow["power_w"], device.slow["energy_j"], start, start + window
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -13,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from reports.figures.style import COLUMN_IN, FAINT, INK, Look
+from reports.figures.style import COLUMN_IN, FAINT, INK, LEADER, Look
 
 CAPTION_PT = 5.0
-CAPTION_IN = COLUMN_IN - 0.1
+CAPTION_MARGIN_IN = 0.1
 LONGEST_WORD = 60
 LEFT_IN, TOP_IN, AXIS_IN = 0.49, 0.24, 0.34
 LABEL_GAP_PT = 5.0
@@ -46,15 +47,16 @@ def elided(name: str, points: float = 6, room_in: float = LABEL_IN) -> str:
     return shown
 
 
-def wrap_caption(caption: str) -> list[str]:
-    """The caption in lines that fit the column, by measured width."""
+def wrap_caption(caption: str, width_in: float) -> list[str]:
+    """The caption in lines that fit a figure of `width_in` inches, by measured width."""
+    room = width_in - CAPTION_MARGIN_IN
     space = text_size_in("a a", CAPTION_PT)[0] - text_size_in("aa", CAPTION_PT)[0]
     lines: list[str] = []
-    used = CAPTION_IN
+    used = room
     for word in re.sub(r"(?<=\d) (?=%)", "\u00a0", caption).split(" "):
         for piece in textwrap.wrap(word, LONGEST_WORD):
             width = text_size_in(piece, CAPTION_PT)[0]
-            if not lines or used + space + width > CAPTION_IN:
+            if not lines or used + space + width > room:
                 lines.append(piece)
                 used = width
             else:
@@ -64,28 +66,32 @@ def wrap_caption(caption: str) -> list[str]:
 
 
 def new_figure(
-    title: str, caption: str, labels: Sequence[str], plot_height_in: float = 1.75
+    title: str, caption: str, labels: Sequence[str], plot_height_in: float = 1.75, width_in: float = COLUMN_IN
 ) -> tuple[Figure, Axes]:
-    """One pair of axes at column width. `labels` are the texts that will stand right of them."""
-    lines = wrap_caption(caption)
+    """One pair of axes in a figure of `width_in` inches. `labels` are the texts that will stand right of them.
+
+    A figure over both columns is higher as well, in the proportion of the square root of its width.
+    """
+    lines = wrap_caption(caption, width_in)
     caption_in = 0.085 * len(lines) + 0.05
     label_in = max((text_size_in(elided(label), 6)[0] for label in labels), default=0.0)
     right_in = label_in + LABEL_GAP_PT / 72 + 0.06
+    plot_height_in *= math.sqrt(width_in / COLUMN_IN)
     plot_height_in = max(plot_height_in, 0.125 * len(labels) + 0.2)
     height = TOP_IN + plot_height_in + AXIS_IN + caption_in
-    figure = Figure(figsize=(COLUMN_IN, height))
+    figure = Figure(figsize=(width_in, height))
     FigureCanvasAgg(figure)
     axes = figure.add_axes(
         (
-            LEFT_IN / COLUMN_IN,
+            LEFT_IN / width_in,
             (AXIS_IN + caption_in) / height,
-            (COLUMN_IN - LEFT_IN - right_in) / COLUMN_IN,
+            (width_in - LEFT_IN - right_in) / width_in,
             plot_height_in / height,
         )
     )
-    axes.set_title(title, x=-(LEFT_IN - 0.04) / (COLUMN_IN - LEFT_IN - right_in))
+    axes.set_title(title, x=-(LEFT_IN - 0.04) / (width_in - LEFT_IN - right_in))
     figure.text(
-        0.04 / COLUMN_IN, 0.03 / height, "\n".join(lines), fontsize=CAPTION_PT, color=FAINT,
+        0.04 / width_in, 0.03 / height, "\n".join(lines), fontsize=CAPTION_PT, color=FAINT,
         va="bottom", ha="left", linespacing=1.15, gid="caption",
     )  # fmt: skip
     return figure, axes
@@ -147,7 +153,7 @@ def spread_apart(wanted: Sequence[float], size: float, low: float, high: float) 
 def label_series(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Names right of the axes at their series' last points: (name, x, y in data, colour), never overlapping.
 
-    A name that had to move, or whose series ends early, gets a dotted grey line to its point,
+    A name that had to move, or whose series ends early, gets a pale thin line to its point,
     which no reader can take for data.
     """
     if not ends:
@@ -164,7 +170,7 @@ def label_series(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> N
             elided(name), (x, y), textcoords="axes fraction",
             xytext=(1 + LABEL_GAP_PT * point / frame.width, (label_y - frame.y0) / frame.height),
             fontsize=6, color=colour, va="center", ha="left", annotation_clip=False, gid=slug(f"label-{name}"),
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "ls": (0, (1, 3)), "color": FAINT, "shrinkA": 1, "shrinkB": 2.5,
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": LEADER, "zorder": 1, "shrinkA": 1, "shrinkB": 2.5,
                         "relpos": (0, 0.5)}
             if moved else None,
         )  # fmt: skip

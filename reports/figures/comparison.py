@@ -16,7 +16,7 @@ from reports.figures.style import COLUMN_IN, FAINT, GRID, INK, PAPER, looks, sty
 ROW_IN = 0.125
 
 
-def comparison_drawing(comparison: Comparison) -> Drawing:
+def comparison_drawing(comparison: Comparison, width_in: float = COLUMN_IN) -> Drawing:
     """Time and memory ratios of every point of a comparison."""
     caption = (
         f"B/A, A = {comparison.name_a}, B = {comparison.name_b}. Bars: 95 % bootstrap interval; filled: a change; "
@@ -24,24 +24,24 @@ def comparison_drawing(comparison: Comparison) -> Drawing:
     )
     title = f"{comparison.name_b} against {comparison.name_a}"
     with styled():
-        return Drawing("compare", title, caption, _figure(comparison, caption), comparison.frame())
+        return Drawing("compare", title, caption, _figure(comparison, caption, width_in), comparison.frame())
 
 
-def _figure(comparison: Comparison, caption: str) -> Figure:
+def _figure(comparison: Comparison, caption: str, width_in: float) -> Figure:
     pairs = comparison.pairs
-    lines = wrap_caption(caption)
+    lines = wrap_caption(caption, width_in)
     left = min(max(text_size_in(elided(pair.name), 6)[0] for pair in pairs) + 0.12, 1.5)
     plot, below, above = ROW_IN * len(pairs) + 0.1, 0.085 * len(lines) + 0.36, 0.3
     height = above + plot + below
-    figure = Figure(figsize=(COLUMN_IN, height))
+    figure = Figure(figsize=(width_in, height))
     FigureCanvasAgg(figure)
-    room = COLUMN_IN - left - 0.06
+    room = width_in - left - 0.06
     rows = range(len(pairs))
     panels = []
     for column, title in enumerate(("Step time, B/A", "Peak memory, B/A")):
         x = left + column * (room * 0.56 + 0.12)
         width = room * 0.56 if column == 0 else room * 0.44 - 0.12
-        axes = figure.add_axes((x / COLUMN_IN, below / height, width / COLUMN_IN, plot / height))
+        axes = figure.add_axes((x / width_in, below / height, width / width_in, plot / height))
         axes.set_title(title, fontsize=6.5)
         axes.set_ylim(len(pairs) - 0.4, -0.6)
         axes.set_yticks(list(rows), [elided(pair.name) for pair in pairs] if column == 0 else [])
@@ -55,7 +55,7 @@ def _figure(comparison: Comparison, caption: str) -> Figure:
         axes.axvline(1, color=INK, linewidth=0.6, zorder=1)
         panels.append(axes)
     _draw(comparison, *panels)
-    figure.text(0.04 / COLUMN_IN, 0.03 / height, "\n".join(lines), fontsize=CAPTION_PT, color=FAINT,
+    figure.text(0.04 / width_in, 0.03 / height, "\n".join(lines), fontsize=CAPTION_PT, color=FAINT,
                 va="bottom", ha="left", linespacing=1.15)  # fmt: skip
     return figure
 

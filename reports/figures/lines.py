@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +21,9 @@ from reports.figures.canvas import (
     slug,
 )
 from reports.figures.failures import Failure, draw_lanes, first_failures, lanes_height
-from reports.figures.style import FAINT, PAPER, PUBLISHED, SOLID, Look, looks
+from reports.figures.style import COLUMN_IN, FAINT, PAPER, PUBLISHED, SOLID, Look, looks
+
+PUBLISHED_MARKERS = ("+", "x", "1", "d", "s")
 
 Getter = Callable[[Cell], "Estimate | None"]
 
@@ -59,14 +62,16 @@ class Quantity:
     overlays: Sequence[Overlay] = field(default=())
 
 
-def line_figure(quantity: Quantity, found: Sequence[Cell], caption: str) -> Figure:
+def line_figure(
+    quantity: Quantity, found: Sequence[Cell], caption: str, width_in: float = COLUMN_IN
+) -> Figure:
     """Draw `quantity`. Series that failed get a lane at the top; flagged points are hollow."""
     groups = by_series(found)
     styles = looks(list(groups))
     failures = first_failures(groups)
     drawn = {name: [c for c in group if quantity.get(c) is not None] for name, group in groups.items()}
     labels = [name for name, group in drawn.items() if group] + [o.label for o in quantity.overlays]
-    figure, axes = new_figure(quantity.title, caption, labels, 1.75 + 0.1 * len(failures))
+    figure, axes = new_figure(quantity.title, caption, labels, 1.75 + 0.1 * len(failures), width_in)
     lengths = [c.seq_len for c in found] + [n for o in quantity.overlays for n in o.values]
     length_axis(axes, lengths, bool(failures))
     ink_label(axes, quantity.unit_label)
@@ -127,7 +132,7 @@ def _draw_series(
     if quantity.light is not None:
         light = [(cell.seq_len, quantity.light(cell)) for cell in joined]
         axes.plot([n for n, e in light if e], [e.value / scale for _, e in light if e], color=look.colour,
-                  linestyle=SOLID, linewidth=0.7, alpha=0.45, zorder=2)  # fmt: skip
+                  linestyle=SOLID, linewidth=0.7, marker="_", markersize=4.5, alpha=0.5, zorder=2)  # fmt: skip
     last = group[-1]
     return last.series, last.seq_len, _need(quantity.get(last)).value / scale, look.colour
 
@@ -139,13 +144,13 @@ def _need(estimate: Estimate | None) -> Estimate:
 
 
 def _draw_overlays(axes: Axes, quantity: Quantity) -> list[tuple[str, float, float, str]]:
-    """Published series: grey, dotted, small crosses."""
+    """Published series: grey, dotted, each with a small open mark of its own."""
     ends = []
-    for overlay in quantity.overlays:
+    for overlay, marker in zip(quantity.overlays, cycle(PUBLISHED_MARKERS)):
         xs = sorted(overlay.values)
         ys = [overlay.values[n] / quantity.per_unit for n in xs]
-        axes.plot(xs, ys, color=PUBLISHED, linestyle=(0, (1, 1.3)), linewidth=0.9, marker="+", markersize=3.2,
-                  markeredgewidth=0.7, zorder=2, gid=slug(f"published-{overlay.label}"))  # fmt: skip
+        axes.plot(xs, ys, color=PUBLISHED, linestyle=(0, (1, 1.3)), linewidth=0.9, marker=marker, markersize=3.2,
+                  markeredgewidth=0.7, markerfacecolor=PAPER, zorder=2, gid=slug(f"published-{overlay.label}"))  # fmt: skip
         ends.append((overlay.label, float(xs[-1]), ys[-1], PUBLISHED))
     return ends
 

@@ -10,9 +10,9 @@ import pandas as pd
 from megafold_bench.errors import UserError
 from reports.cells import Cell, as_frame, cells
 from reports.figures.distribution import distribution_figure
-from reports.figures.lines import Estimate, Overlay, Quantity, line_figure
-from reports.figures.save import Drawing, save
-from reports.figures.style import styled
+from reports.figures.lines import Estimate, Getter, Overlay, Quantity, line_figure
+from reports.figures.save import FORMATS, Drawing, save
+from reports.figures.style import COLUMN_IN, styled
 from reports.frame import Run, load_run
 from reports.provenance import Provenance
 from reports.published import SOURCE, PublishedSeries, for_vendor
@@ -58,8 +58,9 @@ def allocated(cell: Cell) -> Estimate | None:
     return None if value is None else Estimate(float(value))
 
 
-def _note_on_flags(found: Sequence[Cell]) -> str:
-    flags = sorted({flag for cell in found for flag in cell.flags})
+def _note_on_flags(found: Sequence[Cell], get: Getter) -> str:
+    """What the hollow markers of a figure mean; flags of points that are not in it are left to the table."""
+    flags = sorted({flag for cell in found if get(cell) is not None for flag in cell.flags})
     return f" Hollow: {', '.join(flags).replace('_', ' ')}." if flags else ""
 
 
@@ -98,7 +99,9 @@ def _data(found: Sequence[Cell], columns: Sequence[str], extra: pd.DataFrame | N
     return pd.DataFrame([*frame.to_dict("records"), *extra.to_dict("records")])
 
 
-def time_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[PublishedSeries] = ()) -> Drawing:
+def time_drawing(
+    found: Sequence[Cell], caption: str, chosen: Sequence[PublishedSeries] = (), width_in: float = COLUMN_IN
+) -> Drawing:
     """Step time against length."""
     overlays = [Overlay(series.label, series.step_time_s) for series in chosen]
     largest = [e.hi or e.value for e in map(step_time, found) if e]
@@ -107,12 +110,25 @@ def time_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[Published
     quantity = Quantity(
         "Time per training step", f"step time ({unit})", step_time, 1 / per_second, overlays=overlays
     )
-    text = caption + "." + _note_on_statistics(found) + _note_on_flags(found) + _note_on_published(chosen)
+    text = (
+        caption
+        + "."
+        + _note_on_statistics(found)
+        + _note_on_flags(found, step_time)
+        + _note_on_published(chosen)
+    )
     data = _data(found, TIME_COLUMNS, _published_rows(chosen, "step_time_s", "step_time_median_s"))
-    return Drawing("time", quantity.title, text, line_figure(quantity, found, text), data)
+    return Drawing("time", quantity.title, text, line_figure(quantity, found, text, width_in), data)
 
 
-def memory_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[PublishedSeries] = ()) -> Drawing:
+def _kind_of_peak(on_device: bool, overlaid: bool) -> str:
+    """What the axis measures: with published series beside ours, more than one kind."""
+    return "memory" if overlaid else "reserved" if on_device else "resident"
+
+
+def memory_drawing(
+    found: Sequence[Cell], caption: str, chosen: Sequence[PublishedSeries] = (), width_in: float = COLUMN_IN
+) -> Drawing:
     """Peak memory against length, with the capacity that ends it."""
     on_device = any(cell.on_device for cell in found)
     overlays = [Overlay(s.label, s.allocated_peak_bytes) for s in chosen if s.allocated_peak_bytes]
@@ -126,32 +142,44 @@ def memory_drawing(found: Sequence[Cell], caption: str, chosen: Sequence[Publish
     unit, per_unit = bytes_unit(max([highest, *map(float, shown)]) or GIB)
     quantity = Quantity(
         "Peak memory" if on_device else "Peak host memory",
-        f"peak {'reserved' if on_device else 'resident'} ({unit})", peak, per_unit,
+        f"peak {_kind_of_peak(on_device, bool(overlays))} ({unit})", peak, per_unit,
         light=allocated if on_device else None, overlays=overlays,
         rules=[(float(c), f"capacity {bytes_text(c)}") for c in shown],
     )  # fmt: skip
     text = caption + "."
     if on_device:
-        text += " Line: reserved by the allocator; pale line: allocated; maximum over repeats."
+        text += " Line: reserved by the allocator; pale line: allocated by tensors; maximum over repeats."
         text += "".join(f" Capacity {bytes_text(c)}, off the scale." for c in capacities if c not in shown)
     else:
         text += " Resident memory of the process; maximum over repeats."
-    text += _note_on_flags(found) + _note_on_published([s for s in chosen if s.allocated_peak_bytes])
+    published = [series for series in chosen if series.allocated_peak_bytes]
+    text += _note_on_flags(found, peak) + _note_on_published(published)
+    if published:
+        text += (
+            " What is published is peak allocated memory of another implementation: to be held against the pale "
+            "lines, not against what is reserved."
+        )
     data = _data(
         found, MEMORY_COLUMNS, _published_rows(chosen, "allocated_peak_bytes", "allocated_peak_bytes")
     )
-    return Drawing("memory", quantity.title, text, line_figure(quantity, found, text), data)
+    return Drawing("memory", quantity.title, text, line_figure(quantity, found, text, width_in), data)
 
 
 def throughput_drawing(
-    found: Sequence[Cell], caption: str, chosen: Sequence[PublishedSeries] = ()
+    found: Sequence[Cell], caption: str, chosen: Sequence[PublishedSeries] = (), width_in: float = COLUMN_IN
 ) -> Drawing:
     """Tokens per second against length."""
     overlays = [Overlay(s.label, {n: n / t for n, t in s.step_time_s.items()}) for s in chosen]
     highest = max((e.value for e in map(throughput, found) if e), default=0.0)
     unit, per_unit = ("thousand tokens per second", 1e3) if highest >= 1e4 else ("tokens per second", 1.0)
     quantity = Quantity("Throughput", unit, throughput, per_unit, overlays=overlays)
-    text = caption + "." + _note_on_statistics(found) + _note_on_flags(found) + _note_on_published(chosen)
+    text = (
+        caption
+        + "."
+        + _note_on_statistics(found)
+        + _note_on_flags(found, throughput)
+        + _note_on_published(chosen)
+    )
     extra = pd.DataFrame(
         [
             {
@@ -166,10 +194,10 @@ def throughput_drawing(
         ]
     )
     data = _data(found, ["throughput_tokens_per_s", "n_processes", "n_steps"], extra)
-    return Drawing("throughput", quantity.title, text, line_figure(quantity, found, text), data)
+    return Drawing("throughput", quantity.title, text, line_figure(quantity, found, text, width_in), data)
 
 
-def distribution_drawing(found: Sequence[Cell], caption: str) -> Drawing:
+def distribution_drawing(found: Sequence[Cell], caption: str, width_in: float = COLUMN_IN) -> Drawing:
     """Every step of every point."""
     text = (
         caption
@@ -183,7 +211,9 @@ def distribution_drawing(found: Sequence[Cell], caption: str) -> Drawing:
         for s, value in enumerate(process)
     ]
     data = pd.DataFrame(rows, columns=["series", "seq_len_tokens", "process", "step", "step_time_s"])
-    return Drawing("distribution", "Step-time distribution", text, distribution_figure(found, text), data)
+    return Drawing(
+        "distribution", "Step-time distribution", text, distribution_figure(found, text, width_in), data
+    )
 
 
 def published_for(provenance: Provenance) -> tuple[PublishedSeries, ...]:
@@ -191,22 +221,24 @@ def published_for(provenance: Provenance) -> tuple[PublishedSeries, ...]:
     return for_vendor(provenance.vendor, provenance.device)
 
 
-def draw_run(run: Run, published: bool = False) -> list[Drawing]:
+def draw_run(run: Run, published: bool = False, width_in: float = COLUMN_IN) -> list[Drawing]:
     """The figures of a run that has at least one record, in the order of a report."""
     found = cells(run.records)
     caption = run.provenance.caption()
     chosen = published_for(run.provenance) if published else ()
     with styled():
         drawings = [
-            time_drawing(found, caption, chosen),
-            memory_drawing(found, caption, chosen),
-            throughput_drawing(found, caption, chosen),
+            time_drawing(found, caption, chosen, width_in),
+            memory_drawing(found, caption, chosen, width_in),
+            throughput_drawing(found, caption, chosen, width_in),
         ]
-        return [*drawings, distribution_drawing(found, caption)]
+        return [*drawings, distribution_drawing(found, caption, width_in)]
 
 
-def plot_run(run_dir: Path, published: bool = False) -> list[Path]:
-    """Draw a run's figures into its ``figures``: SVG, PDF, PNG and the CSV of each, whose paths it returns.
+def plot_run(
+    run_dir: Path, published: bool = False, formats: Sequence[str] = FORMATS, width_in: float = COLUMN_IN
+) -> list[Path]:
+    """Draw a run's figures into its ``figures``, in each of `formats`, and the CSV of each; returns the paths.
 
     With `published` the paper's numbers lie behind, in grey. Raises `UserError` for a folder that is no
     run or has no record yet.
@@ -214,4 +246,5 @@ def plot_run(run_dir: Path, published: bool = False) -> list[Path]:
     run = load_run(run_dir)
     if not run.records:
         raise UserError(f"{run_dir} has no record yet: nothing to draw")
-    return [path for drawing in draw_run(run, published) for path in save(drawing, run_dir / "figures")]
+    drawings = draw_run(run, published, width_in)
+    return [path for drawing in drawings for path in save(drawing, run_dir / "figures", formats)]

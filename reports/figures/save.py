@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ _METADATA: dict[str, dict[str, str | None]] = {
     "pdf": {"CreationDate": None, "Creator": "megafold-bench", "Producer": None},
     "png": {"Software": None},
 }
+
+
+FORMATS = ("svg", "pdf", "png")
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ def render(drawing: Drawing, fmt: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(drawing: Drawing, folder: Path) -> list[Path]:
-    """Write the three formats and the CSV into `folder`. The SVG comes first, the CSV last."""
+def save(drawing: Drawing, folder: Path, formats: Sequence[str] = FORMATS, prefix: str = "") -> list[Path]:
+    """Write `formats` and the CSV into `folder`, the CSV last. `prefix` comes before the drawing's name.
+
+    PDF files carry their fonts whole (Type 42, so that text can be searched and edited); in SVG, text is paths.
+    """
     make_folder(folder)
-    paths = [
-        write_bytes(folder / f"{drawing.name}.{fmt}", render(drawing, fmt)) for fmt in ("svg", "pdf", "png")
-    ]
-    return [*paths, write_text(folder / f"{drawing.name}.csv", drawing.data.to_csv(index=False))]
+    stem = f"{prefix}{drawing.name}"
+    paths = [write_bytes(folder / f"{stem}.{fmt}", render(drawing, fmt)) for fmt in formats]
+    return [*paths, write_text(folder / f"{stem}.csv", drawing.data.to_csv(index=False))]

@@ -10,14 +10,21 @@ from typing import Any
 
 import matplotlib
 
-COLUMN_IN = 3.4
+COLUMN_IN = 3.35
 """Width of one column of a two-column paper, inches."""
+
+PAGE_IN = 6.9
+"""Width of both columns of a two-column paper, inches."""
+
+WIDTHS_IN = {"column": COLUMN_IN, "page": PAGE_IN}
 
 INK = "#1b1b1f"
 FAINT = "#77777f"
 GRID = "#e2e2e6"
 PAPER = "#ffffff"
-PUBLISHED = "#8a8a92"
+PUBLISHED = "#7a7a82"
+LEADER = "#c2c2ca"
+"""Lines from a name to its point: solid and pale, where data are never both."""
 
 Dash = tuple[float, tuple[float, ...]]
 SOLID: Dash = (0, ())

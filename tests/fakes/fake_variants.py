@@ -3,7 +3,8 @@
 They are registered as any other package's would be: by the entry points of the distribution
 `fake_variants-1.0.dist-info` beside this file, once this folder is on the path.
 
-`ending` says what happens, and, after an ``@``, from which length on: ``oom_device@128``.
+`ending` says what happens, and, after an ``@``, from which length on: ``oom_device@128``. The environment's
+``FAKE_SLOWDOWN=1.05`` makes every step take 5 % longer.
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ class FakeVariant:
             # One line for each time the trial was really run.
             with Path(str(factors["touch"])).open("a") as file:
                 file.write(f"{self.name} {seq_len}\n")
-        scaled = {**factors, "step_ms": float(factors["step_ms"] or 0) * self._factor}
+        # Not a factor of the point: what a commit that made things slower would look like.
+        slowdown = float(os.environ.get("FAKE_SLOWDOWN", "1"))
+        scaled = {**factors, "step_ms": float(factors["step_ms"] or 0) * self._factor * slowdown}
         return FakeWorkload(scaled, seq_len, seed)
 
 

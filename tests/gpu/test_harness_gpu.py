@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,35 @@ def test_full_device_is_named(spec, runner):
     record = runner.run(trial, 1, 1)
     assert record["outcome"]["status"] == "oom_device"
     assert record["outcome"]["failing_step"] == 0
+
+
+def test_snapshot_of_a_full_device_names_the_line_that_holds_it(spec, tmp_path):
+    from dataclasses import replace
+
+    full = replace(spec, seq_lens=(20000,))
+    with RunFolder.open(
+        tmp_path / "run", kind="sweep", spec=full.as_dict(), environment=dict, resume=False
+    ) as folder:
+        runner = Runner(folder, LocalLauncher(), Quiet(), 120, snapshot=True)
+        record = runner.run(next(t for t in plan(full) if t.point.phase is Phase.MEMORY), 1, 1)
+    kept = json.loads((tmp_path / "run" / record["outcome"]["snapshot"]).read_text())
+    assert kept["wanted_bytes"] >= 20000**2 * PAIR_BYTES
+    assert 0 < kept["allocated_bytes"] <= kept["reserved_bytes"]
+    assert any("fake_torch.py" in line for holder in kept["holders"] for line in holder["stack"])
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_the_trial_itself_is_no_foreign_process(spec, tmp_path, sampled):
+    """Seen for several seconds, so that the sampler looks more than twice."""
+    from dataclasses import replace
+
+    long = replace(spec, steps=400, seq_lens=(2048,))
+    with RunFolder.open(
+        tmp_path / "run", kind="sweep", spec=long.as_dict(), environment=dict, resume=False
+    ) as folder:
+        runner = Runner(folder, LocalLauncher(), Quiet(), 120, sample_interval_s=0.05 if sampled else None)
+        record = runner.run(plan(long)[0], 1, 1)
+    assert record["outcome"]["status"] == "ok", record["outcome"]
+    assert "foreign_process" not in record["quality"]
+    if sampled:
+        assert record["telemetry"]["foreign_processes"] == 0

@@ -1,34 +1,29 @@
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
-from megafold_bench.boundary import (
-    BoundarySpec,
-    Grid,
-    Observation,
-    conclude,
-    describe,
-    find_boundaries,
-    next_length,
-    parse_sizes,
-    predict_longest,
-    recorded_boundaries,
-)
+from megafold_bench.boundary import BoundarySpec, find_boundaries, parse_sizes, recorded_boundaries
+from megafold_bench.bracket import Grid, conclude, describe, next_length
 from megafold_bench.errors import UserError
+from megafold_bench.forecast import forecast
+from megafold_bench.growth import NOTHING, Growth, Hint, Knowledge, Observation, predict_longest
 from megafold_bench.launchers import LocalLauncher
 from megafold_bench.outcomes import Outcome
+from megafold_bench.points import Phase
+from megafold_bench.seeds import Seed, knowledge, seeds_from
 from megafold_bench.sweep import Runner
 
 OOM, OK = Outcome.OOM_DEVICE, Outcome.OK
 
 
-def simulate(truth, grid, start=None, confirm=2, memory=None, limit=400, history=None):
+def simulate(truth, grid, start=None, confirm=2, memory=None, limit=400, history=None, known=NOTHING):
     """Search against `truth(length, repeat)`; `memory(length)` gives the peak of a length that fits."""
     history = [] if history is None else history
     while True:
-        length = next_length(history, grid, start, confirm)
+        length = next_length(history, grid, start, confirm, known)
         if length is None:
             return conclude(history, grid, "v", None, confirm), history
         assert grid.first <= length <= grid.last and length % grid.granularity == 0
@@ -194,13 +189,177 @@ def test_limits_are_checked(spec):
         BoundarySpec(spec(), confirm=0)
     with pytest.raises(UserError, match="--start"):
         BoundarySpec(spec(), start=0)
-    asked = BoundarySpec(spec(device="cuda"), 64, (None, 1 << 30), 128, 2048, 3)
+    with pytest.raises(UserError, match="--probe-steps 1: must be at least 2"):
+        BoundarySpec(spec(), probe_steps=1)
+    with pytest.raises(UserError, match="--probes-above -1"):
+        BoundarySpec(spec(), probes_above=-1)
+    seeds = (Seed("fake", 64, True, 5, 10, 12, 2), Seed("fake", 128, False, None, 10, 12, 2))
+    asked = BoundarySpec(spec(device="cuda"), 64, (None, 1 << 30), 128, 2048, 3, 4, 1, seeds)
+    assert BoundarySpec.from_dict(json.loads(json.dumps(asked.as_dict()))) == asked
     assert BoundarySpec.from_dict(asked.as_dict()) == asked
+
+
+GIB = 1 << 30
+
+
+def af3_bytes(length):
+    """Reserved bytes of `pytorch` at preset af3 on an H200, a cubic through 256, 512, 768 and 1024 tokens."""
+    x = (length - 256) / 256
+    return round((10.0 + 7.5 * x + 6.4 * x * (x - 1) / 2 + 1.3 * x * (x - 1) * (x - 2) / 6) * GIB)
+
+
+def probes(history, found):
+    """Trials that are neither repeats nor the two checks above the boundary."""
+    return len({o.length for o in history if found.min_fail is None or o.length <= found.min_fail})
+
+
+@pytest.mark.parametrize("limit_gib", [20.0, 38.9, 62.0, 78.0, 138.9])
+@pytest.mark.parametrize("granularity", [32, 128])
+@pytest.mark.parametrize("slack", [1.0, 1.03, 1.08])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_growth_as_measured_needs_few_probes(limit_gib, granularity, slack, seeded):
+    """`slack` is how much of the reserved memory the allocator can give back: trials then pass under pressure."""
+    limit = round(limit_gib * GIB)
+
+    def run(length):
+        if af3_bytes(length) / slack > limit:
+            return Observation(length, OOM, None, limit)
+        outcome = OK if af3_bytes(length) <= limit else Outcome.OK_PRESSURE
+        return Observation(length, outcome, min(af3_bytes(length), limit), limit)
+
+    hints = tuple(Hint(n, af3_bytes(n) <= limit, af3_bytes(n)) for n in (256, 512, 768, 1024))
+    known = Knowledge((*hints, Hint(2048, False)), limit) if seeded else NOTHING
+    grid, history = Grid(granularity, 8192), []
+    while (length := next_length(history, grid, None, 2, known)) is not None:
+        history.append(run(length))
+        assert len(history) < 30
+    found = conclude(history, grid, "v")
+    assert af3_bytes(found.max_ok) / slack <= limit < af3_bytes(found.min_fail) / slack
+    assert found.min_fail == found.max_ok + granularity and found.confirmed
+    longest_way = 4 if seeded else 8
+    assert probes(history, found) <= longest_way
+    assert len(history) <= longest_way + 4
+
+
+def test_hints_never_enter_the_answer():
+    """Whatever hints say, right, wrong or contradictory, the answer is that of the search without them."""
+    rng = random.Random(3)
+    for _ in range(300):
+        at = rng.randrange(32, 2048)
+        hints = tuple(
+            Hint(n, rng.random() < 0.5, rng.choice([None, rng.randrange(1, 100)]))
+            for n in rng.sample(range(16, 4096, 8), rng.randrange(1, 6))
+        )
+        known = Knowledge(hints, 80)
+        found, _ = simulate(threshold(at), Grid(32, 4096), known=known, memory=lambda n: n // 40)
+        assert (found.max_ok, found.min_fail) == (at // 32 * 32, at // 32 * 32 + 32), (at, hints)
+        assert found.confirmed and found.monotone
+
+
+def test_hints_begin_the_search_beside_the_boundary():
+    bounds = Knowledge((Hint(960, True), Hint(1088, False)))
+    assert next_length([], Grid(32, 4096), known=bounds) == 960
+    assert next_length([], Grid(32, 4096), start=64, known=bounds) == 64
+    sized = Knowledge((Hint(100, True, 10), Hint(200, True, 25), Hint(320, False)), 100)
+    assert next_length([], Grid(32, 4096), known=sized) == 288  # 435 by memory, but 320 failed before
+    _, history = simulate(threshold(1000), Grid(32, 4096), known=bounds)
+    assert [o.length for o in history] == [960, 1088, 1024, 992, 1056, 992, 1024]
+
+
+def test_growth_goes_through_what_is_nearest_to_the_capacity():
+    cubic = {n: af3_bytes(n) for n in (256, 512, 768, 1024)}
+    growth = Growth.through(cubic, 40 * GIB)
+    assert [round(growth.at(n) / GIB, 3) for n in (512, 768, 1024)] == [17.5, 31.4, 53.0]
+    assert growth.at(growth.length_at(40 * GIB)) == pytest.approx(40 * GIB)
+    assert Growth.through({256: 10, 512: 10, 768: 10}, 40) is None
+    bent_down = Growth.through({1: 10, 2: 30, 3: 40}, 100)  # kernels changed: through the last two
+    assert bent_down.linear == 0 and bent_down.at(3) == pytest.approx(40)
+
+
+def seed_record(
+    length, status="ok", reserved=None, emulated=None, variant="fake", workload=None, device="cuda"
+):
+    memory = None
+    if reserved is not None:
+        memory = {"reserved_peak_bytes": reserved, "non_torch_bytes": 1, "device_total_bytes": 101}
+    return {
+        "trial_id": f"{variant}-{length}-{status}-{emulated}", "attempt": 1,
+        "factors": {"variant": variant, "seq_len_tokens": length, "device": device,
+                    "capacity_emulated_bytes": emulated, "workload": workload or {"preset": "tiny"}},
+        "outcome": {"status": status, "status_detail": ""},
+        "memory": memory,
+        "provenance": {"device_total_bytes": 101, "capacity_overhead_bytes": 2 if emulated else None},
+    }  # fmt: skip
+
+
+def test_records_become_seeds(fakes, spec):
+    base = spec(device="cuda")
+    ours = {"preset": "tiny", "ending": "ok", "step_ms": 1.0, "bad_step": 2, "touch": None}
+    records = [
+        seed_record(64, reserved=40, workload=ours),
+        seed_record(96, "oom_device", workload=ours, emulated=50),
+        seed_record(128, "ok_pressure", reserved=99, workload=ours),
+        seed_record(160, "timeout", workload=ours),
+        seed_record(192, reserved=90),  # another workload
+        seed_record(224, reserved=90, workload=ours, device="cpu"),
+        seed_record(256, reserved=90, workload=ours, variant="gone"),  # no longer registered
+    ]
+    seeds = seeds_from(records, base)
+    assert seeds == (
+        Seed("fake", 64, True, 40, 100, 101, 1),
+        Seed("fake", 96, False, None, 48, 101, 2),
+        Seed("fake", 128, True, None, 100, 101, 1),
+    )
+    whole = knowledge(seeds, "fake", None)
+    # A failure with 48 bytes says nothing of 99, a success with 100 nothing certain of 99.
+    assert whole == Knowledge((Hint(64, True, 40),), 99)
+    smaller = knowledge(seeds, "fake", 32)
+    assert smaller == Knowledge((Hint(64, False, 40), Hint(96, False)), 30)
+    assert knowledge(seeds, "fake-slow", None) == Knowledge((), 99)  # one length tells no growth
+    assert knowledge((), "fake", None) == NOTHING
+
+
+def test_another_variants_growth_stands_in_until_two_lengths_are_measured():
+    """`inductor` needs a twentieth less than `pytorch`, of which alone there are records."""
+    seeds = [Seed("pytorch", n, True, af3_bytes(n), 139 * GIB, 140 * GIB, 0) for n in (512, 768, 1024)]
+    known = knowledge(seeds, "inductor", 40 * GIB)
+    assert known.hints == () and known.capacity_bytes == 40 * GIB
+    limit, history, grid = 40 * GIB, [], Grid(32, 8192)
+    while (length := next_length(history, grid, None, 2, known)) is not None:
+        need = round(0.95 * af3_bytes(length))
+        history.append(
+            Observation(length, OK if need <= limit else OOM, need if need <= limit else None, limit)
+        )
+    assert [o.length for o in history] == [864, 896, 928, 960, 992, 896, 928]
+
+
+def test_forecast_plays_the_search(fakes, spec):
+    base = spec(device="cuda")
+    blind = forecast(BoundarySpec(base, 32), "fake", None)
+    assert blind.lengths == (256,) and blind.predicted is None
+    assert 6 <= blind.trials <= 14 and blind.trials < blind.at_most <= 22
+    seeds = tuple(
+        Seed("fake", n, True, af3_bytes(n), 139 * GIB, 140 * GIB, GIB) for n in (256, 512, 768, 1024)
+    )
+    asked = BoundarySpec(base, 32, (40 * GIB, None), seeds=seeds)
+    small, whole = (forecast(asked, "fake", capacity) for capacity in asked.capacities)
+    assert small.lengths == (864, 896, 928, 960, 864, 896) and "864, 896" in small.text()
+    assert 1600 < whole.predicted < 1700 and whole.trials <= 7
+
+
+def test_probes_take_the_fewest_steps_that_show_the_peak(open_run, listener, spec):
+    asked = BoundarySpec(spec(options={"ending": "oom_device@100", "bad_step": 1}), 32, start=64, longest=256)
+    folder = open_run(asked, kind="boundary")
+    find_boundaries(asked, Runner(folder, LocalLauncher(), listener, 20.0))
+    assert {r["factors"]["steps"] for r in folder.records} == {2}
+    assert {r["factors"]["phase"] for r in folder.records} == {Phase.MEMORY}
 
 
 def test_search_in_real_processes_and_its_resumption(open_run, listener, spec):
     """Half of the trials are recorded, the search begins again: it runs the other half only."""
-    asked = BoundarySpec(spec(options={"ending": "oom_device@100"}), 32, start=64, longest=512, confirm=2)
+    asked = BoundarySpec(
+        spec(options={"ending": "oom_device@100", "bad_step": 1}), 32, start=64, longest=512, confirm=2
+    )
     folder = open_run(asked, kind="boundary")
     runner = Runner(folder, LocalLauncher(), listener, 20.0)
     (found,) = find_boundaries(asked, runner)

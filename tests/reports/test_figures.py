@@ -11,7 +11,7 @@ from reports.figures import plot_run
 from reports.figures.canvas import overlapping_texts, spread_apart
 from reports.figures.run import draw_run
 from reports.figures.save import render
-from reports.figures.style import KNOWN, looks
+from reports.figures.style import KNOWN, WIDTHS_IN, looks
 from reports.frame import load_run
 from reports.published import SERIES
 
@@ -36,7 +36,33 @@ def test_files_of_every_format_with_a_csv_beside(make):
     assert pdf.startswith(b"%PDF")
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf
     width = re.search(r"/MediaBox \[ 0 0 ([\d.]+)", pdf.decode("latin1"))
-    assert float(width[1]) == pytest.approx(3.4 * 72, abs=0.5)
+    assert float(width[1]) == pytest.approx(3.35 * 72, abs=0.5)
+
+
+@pytest.mark.parametrize(("width", "inches"), [("column", 3.35), ("page", 6.9)])
+def test_pdf_has_its_fonts_and_svg_its_outlines_at_the_width_of_a_paper(make, width, inches):
+    run = make("nvidia", **QUICK)
+    for drawing in draw_run(load_run(run), published=True, width_in=WIDTHS_IN[width]):
+        pdf = render(drawing, "pdf").decode("latin1")
+        fonts = re.findall(r"/Type /Font\b.*?>>", pdf, flags=re.DOTALL)
+        kinds = set(re.findall(r"/Subtype /(\w+)", " ".join(fonts)))
+        assert fonts and kinds <= {"Type0", "CIDFontType2", "TrueType"}, kinds  # Type 42, no Type 3
+        descriptors = re.findall(r"/Type /FontDescriptor.*?>>", pdf, flags=re.DOTALL)
+        assert descriptors and all("/FontFile2" in descriptor for descriptor in descriptors)
+        box = re.search(r"/MediaBox \[ 0 0 ([\d.]+)", pdf)
+        assert float(box[1]) == pytest.approx(inches * 72, abs=0.5)
+        svg = render(drawing, "svg").decode()
+        assert "<text" not in svg and "font-family" not in svg
+        assert float(re.search(r'width="([\d.]+)pt"', svg)[1]) == pytest.approx(inches * 72, abs=0.5)
+        assert overlapping_texts(drawing.figure) == [], drawing.name
+
+
+def test_only_the_formats_asked_for_are_written(make):
+    run = make("point", **QUICK)
+    names = {path.name for path in plot_run(run, formats=("pdf",))}
+    assert names == {
+        f"{f}.{e}" for f in ("time", "memory", "throughput", "distribution") for e in ("pdf", "csv")
+    }
 
 
 def test_the_csv_is_what_was_measured(make):
@@ -117,6 +143,14 @@ def test_flagged_points_are_hollow(make):
     assert "Hollow: throttled" in caption
 
 
+def test_foreign_processes_show_as_hollow_markers_and_footnotes(make):
+    run = make("single", quality={("pytorch", 384): ["foreign_process"]}, **QUICK)
+    drawing = drawn(run)["memory"]
+    svg = render(drawing, "svg").decode()
+    assert 'id="flagged-pytorch-384"' in svg and 'id="point-pytorch-256"' in svg
+    assert "Hollow: foreign process" in drawing.caption
+
+
 def test_a_point_under_pressure_is_not_joined_to_the_curve(make):
     run = make("single", lengths=(256, 384, 512), **QUICK)
     text = (run / "results.jsonl").read_text().splitlines()
@@ -143,6 +177,28 @@ def test_published_series_are_labelled_and_of_their_own_tier(make):
     assert mega.loc[768, "step_time_median_s"] == 17.80
     assert set(frame[frame["tier"] == "measured"]["series"]) == {"pytorch", "inductor", "flex", "megafold"}
     assert 'id="published-MegaFold-published' in render(drawing, "svg").decode()
+
+
+def test_published_memory_is_said_to_be_allocated(make):
+    run = make("single", **QUICK)
+    ours, both = drawn(run)["memory"], drawn(run, published=True)["memory"]
+    assert "published is peak allocated memory of another implementation" in both.caption
+    assert "allocated memory of another" not in ours.caption
+    assert ours.figure.axes[0].get_ylabel() == "peak reserved (GiB)"
+    assert both.figure.axes[0].get_ylabel() == "peak memory (GiB)"
+    frame = both.data
+    published = frame[frame["tier"] == "published"]
+    assert published["allocated_peak_bytes"].notna().all() and published["reserved_peak_bytes"].isna().all()
+
+
+def test_flags_of_points_that_are_not_drawn_are_not_in_the_caption(make):
+    run = make("single", quality={("pytorch", 1024): ["throttled"]}, **QUICK)  # 1024 ran out of memory
+    assert "Hollow" not in drawn(run)["time"].caption
+
+
+def test_one_step_is_a_dot_on_a_range_of_a_per_cent(make):
+    axes = drawn(make("point", repeats=1, steps=1))["distribution"].figure.axes[0]
+    assert axes.get_ylim() == (-1.0, 1.0)
 
 
 def test_published_ratios_are_those_of_the_paper():

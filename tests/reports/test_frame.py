@@ -98,6 +98,15 @@ def test_flags_from_records_and_telemetry(make):
     assert cell.flags == ("clock_backwards", "throttled")
 
 
+def test_low_clocks_while_memory_was_measured_are_no_flag(make):
+    run = make("point")
+    record = next(r for r in lines(run) if r["factors"]["phase"] == "memory")
+    record |= {"attempt": 2, "telemetry": {"throttle_fraction": 0.9}}
+    append(run, record)
+    (cell,) = cells(load_run(run).records)
+    assert cell.flags == ()
+
+
 def test_series_of_one_variant_are_told_apart_by_what_varies(make):
     run = make("point")
     for record in lines(run):

@@ -3,13 +3,15 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from matplotlib import image
 
 from megafold_bench.errors import UserError
 from reports.cells import cells
 from reports.frame import load_run
-from reports.html import write_report
+from reports.html import figures_folder, write_report
 from reports.html_parts import Markup, tag, text
 from reports.units import seconds_text
 
@@ -83,6 +85,17 @@ def test_one_file_that_asks_for_nothing(make, tmp_path, kinds):
         assert section in checker.ids
 
 
+def test_figures_beside_the_report(make, tmp_path):
+    runs = [make("single", **QUICK), make("amd", **QUICK)]
+    path = write_report(runs, tmp_path / "report.html", formats=("svg", "pdf"))
+    names = {file.name for file in figures_folder(path).iterdir()}
+    for run in ("single", "amd"):
+        for figure in ("time", "memory", "throughput", "distribution"):
+            assert {f"{run}-{figure}.{kind}" for kind in ("svg", "pdf", "csv")} <= names
+    assert {f"single-amd-by-gpu-compare.{kind}" for kind in ("svg", "pdf", "csv")} <= names
+    assert not any(name.endswith(".png") for name in names)
+
+
 def test_it_holds_the_numbers(make, tmp_path):
     run = make("single", **QUICK)
     checker, _ = checked(write_report([run], tmp_path / "report.html"))
@@ -144,6 +157,27 @@ def test_missing_energy_says_why(make, tmp_path):
     assert f"No energy was measured: {reason}." in write_report([run], tmp_path / "report.html").read_text()
 
 
+def test_what_held_the_memory_is_shown(make, tmp_path):
+    run = make("failed", **QUICK)
+    records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    failed = [
+        r for r in records if r["outcome"]["status"] == "oom_device" and r["factors"]["phase"] == "memory"
+    ]
+    failed[0]["outcome"]["snapshot"] = "snapshots/a.json"
+    failed[1]["factors"]["seq_len_tokens"] = 9999
+    failed[1]["outcome"]["snapshot"] = "snapshots/gone.json"
+    (run / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "snapshots").mkdir()
+    stack = {"bytes": 5 << 30, "blocks": 7, "stack": [f"a.py:1 {EVIL}"]}
+    kept = {"wanted_bytes": 2 << 30, "allocated_bytes": 6 << 30, "free_bytes": 1 << 30, "largest_free_bytes": 1 << 20,
+            "holders": [stack], "other_holders_bytes": 1 << 30}  # fmt: skip
+    (run / "snapshots/a.json").write_text(json.dumps(kept))
+    checker, source = checked(write_report([run], tmp_path / "report.html"))
+    words = " ".join(checker.text)
+    assert "2.0 GiB were asked for; 6.0 GiB were held by tensors" in words and "5.0 GiB" in words
+    assert "snapshots/gone.json cannot be read" in words and "<script" not in source
+
+
 def test_user_errors(make, tmp_path):
     with pytest.raises(UserError, match="no run named"):
         write_report([], tmp_path / "r.html")
@@ -160,22 +194,111 @@ def test_markup_is_not_escaped_twice():
     assert isinstance(text("x"), Markup)
 
 
-def test_it_opens_in_a_browser(make, tmp_path):
-    browser = next(
-        (
-            found
-            for name in ("chromium", "chromium-browser", "google-chrome")
-            if (found := shutil.which(name))
-        ),
-        None,
-    )
-    if browser is None:
-        pytest.skip("no chromium on this machine")
-    page = write_report([make("single", **QUICK)], tmp_path / "report.html")
+ASKING = ("src", "srcset", "href", "xlink:href", "action", "formaction", "data", "poster", "background")
+
+
+class Requests(HTMLParser):
+    """Everything in a page that could make a browser ask for something, or run something."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.found, self.in_style = [], False
+        self.feed(source)
+
+    def handle_starttag(self, name, attributes):
+        self.in_style = name == "style"
+        if name in ("script", "iframe", "object", "embed", "base", "form"):
+            self.found.append(f"<{name}>")
+        for key, value in attributes:
+            if key in ASKING and not (value == "data:," or value.startswith("#")):
+                self.found.append(f"{key}={value}")
+            if key.startswith("on"):
+                self.found.append(key)
+            if key == "http-equiv" and value.lower() == "refresh":
+                self.found.append("refresh")
+            self._style(value or "")
+
+    def handle_endtag(self, name):
+        self.in_style = False
+
+    def handle_data(self, data):
+        if self.in_style:
+            self._style(data)
+
+    def _style(self, css):
+        self.found += [f"url({target})" for target in re.findall(r"url\(\s*([^)#][^)]*)\)", css)]
+        self.found += re.findall(r"@import[^;]*", css)
+
+
+def test_a_report_of_real_runs_asks_for_nothing(tmp_path):
+    """Their error messages hold web addresses: as text."""
+    page = write_report(REFERENCE, tmp_path / "report.html", published=True)
+    assert "https://docs.pytorch" in page.read_text()
+    assert Requests(page.read_text()).found == []
+    checked(page)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        '<img src="https://example.org/x.png">', "<script>1</script>", '<p onclick="x()">', '<a href="http://x/">x</a>',
+        "<style>@import 'x.css';</style>", "<style>p{background:url(//x/y)}</style>", '<p style="background:url(x)">',
+        '<meta http-equiv="refresh" content="1">',
+    ],
+)  # fmt: skip
+def test_the_check_finds_what_it_is_for(piece):
+    assert Requests(f"<html><body>{piece}</body></html>").found
+
+
+REFERENCE = [
+    Path(__file__).resolve().parents[2] / "reports" / "reference" / name
+    for name in ("h200-7a4d", "h200-lengths", "h200-long")
+]
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
+SCHEMES = {"dark": (0, (0x17, 0x17, 0x1B)), "light": (1, (0xFF, 0xFF, 0xFF))}
+"""Blink's number of the preferred colour scheme, and the page's paper in it."""
+
+
+def browse(page, folder, scheme, width=1000):
+    """Open a page in a headless browser; gives its document, its console and a screenshot."""
+    folder.mkdir(exist_ok=True)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=1000,2000"]  # fmt: skip
-    done = subprocess.run(
-        [browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60, check=True
+             "--disable-component-update", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+             f"--blink-settings=preferredColorScheme={SCHEMES[scheme][0]}", f"--window-size={width},2000"]  # fmt: skip
+    picture = folder / "page.png"
+    shot = subprocess.run(
+        [CHROMIUM, *flags, f"--screenshot={picture}", page.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    dump = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
-    assert "How to reproduce" in done.stdout
-    assert "CONSOLE" not in done.stderr
+    console = [line for line in (shot.stderr + dump.stderr).splitlines() if "CONSOLE" in line]
+    return dump.stdout, console, picture
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_it_opens_in_a_browser(tmp_path, scheme):
+    """The page's policy forbids every request: one that was tried would stand in the console."""
+    page = write_report(REFERENCE, tmp_path / "report.html", published=True)
+    document, console, picture = browse(page, tmp_path / "browser", scheme)
+    assert console == []
+    assert "How to reproduce" in document
+    pixels = image.imread(picture)
+    assert tuple(round(255 * float(part)) for part in pixels[2, 2][:3]) == SCHEMES[scheme][1]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_browser_would_tell_of_a_request(make, tmp_path):
+    page = write_report([make("point", **QUICK)], tmp_path / "report.html")
+    page.write_text(page.read_text().replace("</main>", '<img src="https://example.org/x.png"></main>'))
+    _, console, _ = browse(page, tmp_path / "browser", "light")
+    assert any("example.org" in line for line in console)

@@ -1,0 +1,53 @@
+"""What the device's library saw is what PyTorch accounts for: on a real card, and found out where it is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reports.accounting import accounts, verdict
+from reports.frame import load_run
+from reports.html import write_report
+
+REFERENCE = Path(__file__).resolve().parents[2] / "reports" / "reference"
+RUNS = ("h200-7a4d", "h200-lengths", "h200-long")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_real_cards_memory_is_explained_to_two_per_cent(name):
+    found = accounts(load_run(REFERENCE / name).records)
+    assert found
+    for account in found:
+        assert abs(account.remainder) <= 0.02, account
+        assert account.reserved_bytes + account.outside_bytes + account.remainder_bytes == account.used_bytes
+
+
+def test_the_report_says_so(tmp_path):
+    page = write_report([REFERENCE / name for name in RUNS], tmp_path / "r.html").read_text()
+    assert page.count("Device memory accounted for") == 3
+    assert page.count("All of it is explained to within 2 %") == 3
+    assert "the largest remainder is 0.09 % (pytorch at 2048)" in page
+
+
+def test_somebody_elses_memory_stands_out(make):
+    run = make("single", lengths=(256, 384), repeats=1, steps=6)
+    path = run / "results.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if record["memory"]:
+            known = record["memory"]["reserved_peak_bytes"] + record["memory"]["non_torch_bytes"]
+            strange = (4 << 30) if record["factors"]["seq_len_tokens"] == 384 else 0
+            record["telemetry"] = {"device_used_peak_bytes": known + strange}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    small, large = accounts(load_run(run).records)
+    assert (small.remainder_bytes, large.remainder_bytes) == (0, 4 << 30)
+    assert verdict([small, large]).startswith("Not all of it is explained to within 2 %")
+
+
+def test_without_a_sampler_nothing_is_claimed(make, tmp_path):
+    run = make("cpu", lengths=(32,), repeats=1, steps=6)
+    assert accounts(load_run(run).records) == []
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "No trial has both the allocator" in page
