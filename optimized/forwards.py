@@ -9,10 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optimized.ops import adaptive_layer_norm as adaptive_op
 from optimized.ops import attention as attention_op
+from optimized.ops import conditioned_transition as conditioned_op
 from optimized.ops import layer_norm_linear as norm_linear_op
 from optimized.ops import transition as transition_op
 from optimized.ops import triangle_multiplication as multiplication_op
+from optimized.ops.conditioned_transition import ConditionedWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
 from optimized.recipes import Fallbacks
 
@@ -174,3 +177,32 @@ def transition(x: Tensor, weights: TransitionWeights, eps: float, fallbacks: Fal
     """Transition (AF3 Algorithm 11) on x [..., c], without the residual."""
     fallbacks.check("transition", transition_op.supported(x, *weights))
     return transition_op.transition(x, *weights, eps)
+
+
+class AdaptiveWeights(NamedTuple):
+    """Parameters of one adaptive layer norm; c_a channels, conditioning of c_s."""
+
+    norm_weight: Tensor
+    """`[c_s]`, scale of the norm of s."""
+    scale: Tensor
+    """`[c_a, c_s]`"""
+    scale_bias: Tensor
+    """`[c_a]`"""
+    shift: Tensor
+    """`[c_a, c_s]`"""
+
+
+def adaptive_layer_norm(
+    a: Tensor, s: Tensor, weights: AdaptiveWeights, eps: float, fallbacks: Fallbacks
+) -> Tensor:
+    """Adaptive layer norm (AF3 Algorithm 26) of a [*, N, c_a] given s [*', N, c_s], shared by the other axes of a."""
+    fallbacks.check("adaptive_layer_norm", adaptive_op.supported(a, s, *weights))
+    return adaptive_op.adaptive_layer_norm(a, s, *weights, eps)
+
+
+def conditioned_transition(
+    a: Tensor, s: Tensor, weights: ConditionedWeights, eps: float, fallbacks: Fallbacks
+) -> Tensor:
+    """Conditioned transition (AF3 Algorithm 25) on a [*, N, c_a] given s [*', N, c_s], without the residual."""
+    fallbacks.check("conditioned_transition", conditioned_op.supported(a, s, weights))
+    return conditioned_op.conditioned_transition(a, s, weights, eps)

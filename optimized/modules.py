@@ -12,9 +12,10 @@ from torch import Tensor
 from baselines.af3 import attention_pair_bias, primitives, triangle
 from baselines.af3.primitives import LayerNorm
 from optimized import forwards
-from optimized.forwards import Orientation, TransitionWeights, TriangleAttentionWeights
+from optimized.forwards import AdaptiveWeights, Orientation, TransitionWeights, TriangleAttentionWeights
+from optimized.ops.conditioned_transition import ConditionedWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
-from optimized.recipes import Fused, Recipe, affine, first, head_size, width, without_bias
+from optimized.recipes import Fused, Recipe, adaptive, affine, first, head_size, width, without_bias
 
 
 def _pairs(mask: Tensor | None) -> Tensor | None:
@@ -95,6 +96,35 @@ class AttentionPairBias(Fused, attention_pair_bias.AttentionPairBias):
         return x
 
 
+def _adaptive_weights(m: primitives.AdaptiveLayerNorm) -> AdaptiveWeights:
+    norm = m.layer_norm_s
+    assert norm.weight is not None
+    return AdaptiveWeights(norm.weight, m.linear_scale.weight, m.linear_scale.bias, m.linear_shift.weight)
+
+
+class AdaptiveLayerNorm(Fused, primitives.AdaptiveLayerNorm):
+    """Adaptive layer norm (AF3 Algorithm 26) as one operator."""
+
+    def forward(self, a: Tensor, s: Tensor) -> Tensor:
+        """[..., N, c_a] from a of that shape and s [..., N, c_s], broadcast over leading dimensions."""
+        eps = self.layer_norm_a.eps
+        return forwards.adaptive_layer_norm(a, s, _adaptive_weights(self), eps, self.fallbacks)
+
+
+class ConditionedTransition(Fused, primitives.ConditionedTransition):
+    """Conditioned transition (AF3 Algorithm 25) as one operator, its adaptive layer norm included."""
+
+    def forward(self, a: Tensor, s: Tensor) -> Tensor:
+        """The update of a [..., N, c_a] given s [..., N, c_s], without the residual."""
+        weights = ConditionedWeights(
+            *_adaptive_weights(self.ada_ln),
+            self.linear_a.weight, self.linear_b.weight, self.linear_out.weight,
+            self.linear_s.weight, self.linear_s.bias,
+        )  # fmt: skip
+        eps = self.ada_ln.layer_norm_a.eps
+        return forwards.conditioned_transition(a, s, weights, eps, self.fallbacks)
+
+
 def _check_multiplication(m: triangle.TriangleMultiplication) -> str:
     widest = max(m.layer_norm_in.c, m.layer_norm_out.c)
     return first(affine(m.layer_norm_in, m.layer_norm_out), width("triangle_multiplication", widest))
@@ -119,6 +149,15 @@ def _check_pair_bias(m: attention_pair_bias.AttentionPairBias) -> str:
     return head_size(m.linear_q.out_features, m.heads)
 
 
+def _check_adaptive(m: primitives.AdaptiveLayerNorm) -> str:
+    widest = max(m.layer_norm_a.c, m.layer_norm_s.c)
+    return first(adaptive(m.layer_norm_a, m.layer_norm_s), width("adaptive_layer_norm", widest))
+
+
+def _check_conditioned(m: primitives.ConditionedTransition) -> str:
+    return _check_adaptive(m.ada_ln)
+
+
 RECIPES = {
     "baselines.af3.triangle.TriangleMultiplication": Recipe(
         "triangle_multiplication", TriangleMultiplication, _check_multiplication
@@ -130,12 +169,17 @@ RECIPES = {
     "baselines.af3.attention_pair_bias.AttentionPairBias": Recipe(
         "attention_pair_bias", AttentionPairBias, _check_pair_bias
     ),
+    "baselines.af3.primitives.AdaptiveLayerNorm": Recipe(
+        "adaptive_layer_norm", AdaptiveLayerNorm, _check_adaptive
+    ),
+    "baselines.af3.primitives.ConditionedTransition": Recipe(
+        "conditioned_transition", ConditionedTransition, _check_conditioned
+    ),
 }
 
 WITHOUT_OPERATOR = {
     "baselines.af3.msa.OuterProductMean": "outer product mean",
     "baselines.af3.msa.PairWeightedAveraging": "pair-weighted averaging",
-    "baselines.af3.primitives.ConditionedTransition": "conditioned transition",
     "baselines.af3.atom_attention.AtomAttention": "windowed attention",
 }
 """Classes that stay as they are, and what they would need an operator for."""

@@ -118,6 +118,18 @@ def test_a_row_without_keys_is_zero():
     assert torch.isfinite(z.grad).all()
 
 
+@pytest.mark.parametrize("own", [(3, N), (N,), (1, N)], ids=["each", "shared", "broadcast"])
+@pytest.mark.parametrize("kind", ["AdaptiveLayerNorm", "ConditionedTransition"])
+def test_conditioned_updates(kind, own):
+    sizes = (C, 12) if kind == "AdaptiveLayerNorm" else (C, 12, 2)
+    compare(
+        getattr(primitives, kind)(*sizes),
+        getattr(modules, kind)(*sizes),
+        [randn(3, N, C), randn(*own, 12, seed=2)],
+        lambda m, a, s: m(a, s),
+    )
+
+
 def test_fallbacks_are_counted():
     fused = modules.Transition(C, 4)
     fused(randn(N, C))

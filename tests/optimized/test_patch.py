@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import optimized
-from baselines.af3.config import PairConfig, PairformerConfig, preset
+from baselines.af3.config import DiffusionConfig, PairConfig, PairformerConfig, preset
+from baselines.af3.diffusion import TokenBlock
 from baselines.af3.model import AlphaFold3
 from baselines.af3.pairformer import PairBlock, PairformerBlock
 from baselines.af3.primitives import Transition
@@ -20,12 +21,15 @@ from megafold_bench.errors import UserError
 from optimized import modules
 from optimized.ops.support import Supported
 from optimized.patch import apply
-from optimized.recipes import OPS
 from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
 
 N, C_Z, C_S = 9, 16, 32
 PAIR = PairConfig(triangle_hidden=16, attention_heads=2, attention_width=8, dropout=0.25)
 INPUTS = [randn(N, C_S), randn(N, N, C_Z, seed=2)]
+BLOCK_OPS = ("triangle_multiplication", "triangle_attention", "transition", "attention_pair_bias")
+"""The operators of a Pairformer block."""
+TOKEN_OPS = ("attention_pair_bias", "adaptive_layer_norm", "conditioned_transition")
+"""Those of a block of the token transformer."""
 
 
 def block(**pair) -> PairformerBlock:
@@ -57,18 +61,19 @@ def test_whole_model():
         "triangle_attention": 2 * blocks,
         "transition": blocks + 48 + 4 + 3 + 4,  # single tracks, MSA rows, diffusion conditioning
         "attention_pair_bias": 48 + 4 + 24,
+        "adaptive_layer_norm": 24 * 2 + 9 * 3,  # two in a token block, three in an atom block
+        "conditioned_transition": 24 + 9,
     }
     assert [n for n, _ in model.named_parameters()] == names
     assert report.reasons() == {
         "OuterProductMean: no fused operator for outer product mean": 4,
         "PairWeightedAveraging: no fused operator for pair-weighted averaging": 3,
-        "ConditionedTransition: no fused operator for conditioned transition": 24 + 9,
         "AtomAttention: no fused operator for windowed attention": 9,
     }
     assert "triangle_attention: 116 replaced" in str(report)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", BLOCK_OPS)
 def test_each_operator_alone(op):
     expected = run(block(), INPUTS, call)
     patched = block()
@@ -76,6 +81,18 @@ def test_each_operator_alone(op):
     assert report.counts().keys() == {op}
     assert all(r.reason.endswith("was not asked for") for r in report.left)
     assert_same(run(patched, INPUTS, call), expected, 2e-5)
+    assert op in {key.partition(":")[0] for key in report.fallbacks.counts}
+
+
+@pytest.mark.parametrize("op", TOKEN_OPS)
+def test_each_operator_of_a_token_block_alone(op):
+    expected = TokenBlock(C_S, C_Z, DiffusionConfig(heads=4), "sdpa")
+    randomise(expected)
+    patched = copy.deepcopy(expected)
+    report = apply(patched, [op])
+    assert report.counts().keys() == {op}
+    inputs = [randn(3, N, C_S), randn(3, N, C_Z, seed=2), randn(4, N, N, seed=3)]
+    assert_same(run(patched, inputs, lambda m, *x: m(*x)), run(expected, inputs, lambda m, *x: m(*x)), 2e-5)
     assert op in {key.partition(":")[0] for key in report.fallbacks.counts}
 
 
@@ -111,7 +128,7 @@ def test_applying_in_two_parts():
     patched = block()
     apply(patched, ["transition"])
     second = apply(patched)
-    assert second.counts().keys() == set(OPS) - {"transition"}
+    assert second.counts().keys() == set(BLOCK_OPS) - {"transition"}
     assert "Transition: already replaced" in second.reasons()
 
 
@@ -152,7 +169,7 @@ def test_with_compilation(first, monkeypatch):
         run(patched, INPUTS, call)
         report = apply(patched)
     assert_same(run(patched, INPUTS, call), expected, 2e-5)
-    assert {key.partition(":")[0] for key in report.fallbacks.counts} >= set(OPS)
+    assert {key.partition(":")[0] for key in report.fallbacks.counts} >= set(BLOCK_OPS)
 
 
 def test_what_does_not_fit_is_left():

@@ -1,0 +1,38 @@
+"""The kernels of the conditioned operators as cases for offline compilation."""
+
+from optimized.ops.adaptive_layer_norm import kernels as adaptive
+from optimized.ops.adaptive_layer_norm.launch import TILE, Blocks
+from optimized.ops.cases import DTYPES, make_case
+from optimized.ops.conditioned_transition import kernels as conditioned
+from optimized.ops.conditioned_transition.launch import BLOCK, tile
+from optimized.ops.offline import KernelCase
+from optimized.ops.tuning import Config
+
+WIDTHS = (128, 384, 768)
+
+
+def cases() -> list[KernelCase]:
+    """Every kernel of adaptive layer norm and conditioned transition, for all dtypes, at the AF3 widths."""
+    found: list[KernelCase] = []
+    for short in DTYPES:
+        for c in WIDTHS:
+            rows = {
+                "norm": (adaptive.norm_kernel, Blocks.of(c)),
+                "norm_backward": (adaptive.norm_backward_kernel, Blocks.of(c)),
+                "modulate": (adaptive.modulate_kernel, Blocks.of(c)),
+                "modulate_backward": (adaptive.modulate_backward_kernel, Blocks.of(c, TILE // 2)),
+            }
+            for name, (kernel, blocks) in rows.items():
+                sizes = {**blocks._asdict(), "EXTRA": True, "RECOMPUTE": True}
+                label = f"adaptive_layer_norm.{short}.{c}.{name}"
+                found.append(make_case(label, kernel, Config({}, 4), short, sizes))
+            flat = {
+                "swiglu": (conditioned.swiglu_kernel, tile(2 * c)),
+                "swiglu_backward": (conditioned.swiglu_backward_kernel, tile(2 * c)),
+                "gate": (conditioned.gate_kernel, tile(c)),
+                "gate_backward": (conditioned.gate_backward_kernel, tile(c, 2 * BLOCK)),
+            }
+            for name, (kernel, shape) in flat.items():
+                label = f"conditioned_transition.{short}.{c}.{name}"
+                found.append(make_case(label, kernel, Config({}, 4), short, {**shape, "C": c, "H": 2 * c}))
+    return found
