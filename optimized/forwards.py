@@ -12,6 +12,7 @@ from torch import Tensor
 from optimized.ops import adaptive_layer_norm as adaptive_op
 from optimized.ops import attention as attention_op
 from optimized.ops import conditioned_transition as conditioned_op
+from optimized.ops import gated_output as output_op
 from optimized.ops import layer_norm_linear as norm_linear_op
 from optimized.ops import transition as transition_op
 from optimized.ops import triangle_multiplication as multiplication_op
@@ -46,6 +47,60 @@ class Orientation(NamedTuple):
     """Query i and key k of a row read the bias at (k, i) instead of (i, k)."""
 
 
+class Into(NamedTuple):
+    """Where an update goes: residual + keep ⊙ update."""
+
+    residual: Tensor
+    """`[..., I, J, c]`"""
+    keep: Tensor | None
+    """Factors of shared dropout, 1 / (1 - p) or 0, with an axis of one along which they are shared."""
+
+
+class GatedOutput(NamedTuple):
+    """The end of an update as one operator: gate, output projection and, with `into`, dropout and residual."""
+
+    weight: Tensor
+    """`[c, h]`, no bias."""
+    into: Into | None = None
+
+    def __call__(self, x: Tensor, gate: Tensor, fallbacks: Fallbacks) -> Tensor:
+        """From the values and the gate before its sigmoid, both [..., h]."""
+        into = (None, None) if self.into is None else self.into
+        fallbacks.check("gated_output", output_op.supported(x, gate, self.weight, *into))
+        return output_op.gated_output(x, gate, self.weight, *into)
+
+    def turned(self) -> GatedOutput:
+        """The same for an update with rows and columns exchanged."""
+        if self.into is None:
+            return self
+        residual, keep = self.into
+        flip = None if keep is None else keep.transpose(-3, -2)
+        return GatedOutput(self.weight, Into(residual.transpose(-3, -2), flip))
+
+
+def add_update(update: Tensor, into: Into, fallbacks: Fallbacks) -> Tensor:
+    """residual + keep ⊙ update in one pass."""
+    fallbacks.check("gated_output", output_op.update_supported(into.residual, update, into.keep))
+    return output_op.add_update(into.residual, update, into.keep)
+
+
+class AdaptiveGate(NamedTuple):
+    """Parameters of an adaptive output gate; c channels, conditioning of c_s."""
+
+    weight: Tensor
+    """`[c, c_s]`"""
+    bias: Tensor
+    """`[c]`"""
+
+
+def conditioned_output(
+    x: Tensor, gate: Tensor, weight: Tensor, s: Tensor, outer: AdaptiveGate, fallbacks: Fallbacks
+) -> Tensor:
+    """Gated output projection with an adaptive output gate (AF3 Algorithm 24 with conditioning)."""
+    fallbacks.check("gated_output", output_op.conditioned_supported(x, gate, weight, s, *outer))
+    return output_op.conditioned_output(x, gate, weight, s, *outer)
+
+
 def keep(mask: Tensor | None) -> Tensor | None:
     """A mask of zeros and ones, of any dtype, as a boolean one."""
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
@@ -56,20 +111,21 @@ def triangle_attention(
     weights: TriangleAttentionWeights,
     heads: int,
     way: Orientation,
-    out: Callable[[Tensor], Tensor],
+    out: Callable[[Tensor], Tensor] | GatedOutput,
     mask: Tensor | None,
     eps: float,
     fallbacks: Fallbacks,
 ) -> Tensor:
     """Triangle attention (AF3 Algorithms 14 and 15) on z [*, N, N, c], without the residual.
 
-    `mask` [*, N, N] says which keys z_ij take part, True = keep; `out` is the output projection. LayerNorm and
-    the five projections read z once. A z that is a transposed view is not copied: the attention runs over its
+    `mask` [*, N, N] says which keys z_ij take part, True = keep; `out` is the output projection, or the whole end
+    of the update as one operator. LayerNorm and the five projections read z once. A z that is a transposed view is not copied: the attention runs over its
     other axis. A row without any key gives zero.
     """
     if z.stride(-3) < z.stride(-2):
         turned = Orientation(not way.columns, not way.flipped)
         mask = None if mask is None else mask.transpose(-1, -2)
+        out = out.turned() if isinstance(out, GatedOutput) else out
         update = triangle_attention(z.transpose(-3, -2), weights, heads, turned, out, mask, eps, fallbacks)
         return update.transpose(-3, -2)
     norm, projections = weights[:2], list(weights[2:6])
@@ -83,7 +139,8 @@ def triangle_attention(
     if mask is not None and way.columns:
         mask = mask.transpose(-1, -2)
     x = _attention(q, k, v, bias.unsqueeze(-4), mask, "triangle_attention", fallbacks)
-    return out(_from_rows(x, way.columns) * torch.sigmoid(g))
+    x = _from_rows(x, way.columns)
+    return out(x, g, fallbacks) if isinstance(out, GatedOutput) else out(x * torch.sigmoid(g))
 
 
 def _to_rows(x: Tensor, heads: int, columns: bool) -> Tensor:

@@ -7,13 +7,23 @@ Each class is the baseline's own with another forward, so it can be built in its
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.af3 import attention_pair_bias, primitives, triangle
-from baselines.af3.primitives import LayerNorm
+from baselines.af3 import attention_pair_bias, pairformer, primitives, triangle
+from baselines.af3.primitives import LayerNorm, SharedDropout
 from optimized import forwards
-from optimized.forwards import AdaptiveWeights, Orientation, TransitionWeights, TriangleAttentionWeights
+from optimized.forwards import (
+    AdaptiveGate,
+    AdaptiveWeights,
+    GatedOutput,
+    Into,
+    Orientation,
+    TransitionWeights,
+    TriangleAttentionWeights,
+)
 from optimized.ops.conditioned_transition import ConditionedWeights
+from optimized.ops.launching import compute_dtype
 from optimized.ops.triangle_multiplication import TriangleWeights
 from optimized.recipes import Fused, Recipe, adaptive, affine, first, head_size, width, without_bias
 
@@ -44,8 +54,8 @@ class TriangleMultiplication(Fused, triangle.TriangleMultiplication):
 class TriangleAttention(Fused, triangle.TriangleAttention):
     """Triangle attention (AF3 Algorithms 14 and 15): two operators and the output projection."""
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The update of z [N, N, c_z], without the residual. `mask` [N]: tokens to keep as keys."""
+    def forward(self, z: Tensor, mask: Tensor | None = None, into: Into | None = None) -> Tensor:
+        """The update of z [N, N, c_z], or with `into` that added to a residual. `mask` [N]: tokens to keep as keys."""
         norm = self.layer_norm
         assert norm.weight is not None and norm.bias is not None
         weights = TriangleAttentionWeights(
@@ -57,9 +67,10 @@ class TriangleAttention(Fused, triangle.TriangleAttention):
         keys = None
         if mask is not None:
             keys = (mask[None, :] if self.starting else mask[:, None]).expand(z.shape[:2])
-        return forwards.triangle_attention(
-            z, weights, self.heads, way, self.linear_o, keys, norm.eps, self.fallbacks
-        )
+        out: primitives.Linear | GatedOutput = self.linear_o
+        if into is not None or "gated_output" in self.fused_ops:
+            out = GatedOutput(self.linear_o.weight, into)
+        return forwards.triangle_attention(z, weights, self.heads, way, out, keys, norm.eps, self.fallbacks)
 
 
 class Transition(Fused, primitives.Transition):
@@ -90,10 +101,42 @@ class AttentionPairBias(Fused, attention_pair_bias.AttentionPairBias):
             for linear in (self.linear_q, self.linear_k, self.linear_v)
         )
         x = forwards.shared_bias_attention(q, k, v, bias, mask, self.fallbacks)
-        x = self.linear_o(x * torch.sigmoid(self.linear_g(a)))
-        if self.linear_s is not None and s is not None:
-            x = x * torch.sigmoid(self.linear_s(s))
-        return x
+        gate, weight, outer = self.linear_g(a), self.linear_o.weight, self.linear_s
+        if "gated_output" not in self.fused_ops:
+            x = self.linear_o(x * torch.sigmoid(gate))
+            return x if outer is None or s is None else x * torch.sigmoid(outer(s))
+        if outer is None or s is None:
+            return GatedOutput(weight)(x, gate, self.fallbacks)
+        adaptive_gate = AdaptiveGate(outer.weight, outer.bias)
+        return forwards.conditioned_output(x, gate, weight, s, adaptive_gate, self.fallbacks)
+
+
+class PairBlock(Fused, pairformer.PairBlock):
+    """The pair half of a Pairformer block (AF3 Algorithm 17): every update goes into z with its dropout at once."""
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The new z [N, N, c_z]. `mask` [N]: tokens to keep."""
+        for update in (self.tri_mul_out, self.tri_mul_in):
+            z = forwards.add_update(update(z, mask), self._into(z, self.row_dropout), self.fallbacks)
+        z = self._attend(self.tri_att_start, z, mask, self.row_dropout)
+        z = self._attend(self.tri_att_end, z, mask, self.column_dropout)
+        return z + self.pair_transition(z)
+
+    def _attend(
+        self, update: triangle.TriangleAttention, z: Tensor, mask: Tensor | None, dropout: SharedDropout
+    ) -> Tensor:
+        """z and its triangle attention; hooks on that are handed the update itself, so they cost the fusion."""
+        if isinstance(update, TriangleAttention) and not update._forward_hooks:
+            return update(z, mask, self._into(z, dropout))
+        return forwards.add_update(update(z, mask), self._into(z, dropout), self.fallbacks)
+
+    def _into(self, z: Tensor, dropout: SharedDropout) -> Into:
+        """z, and the factors that `dropout` would draw for its update."""
+        if not dropout.training or dropout.p == 0.0:
+            return Into(z, None)
+        shape = list(z.shape)
+        shape[dropout.shared] = 1
+        return Into(z, F.dropout(z.new_ones(shape, dtype=compute_dtype(z)), dropout.p))
 
 
 def _adaptive_weights(m: primitives.AdaptiveLayerNorm) -> AdaptiveWeights:
@@ -149,6 +192,10 @@ def _check_pair_bias(m: attention_pair_bias.AttentionPairBias) -> str:
     return head_size(m.linear_q.out_features, m.heads)
 
 
+def _check_pair_block(m: pairformer.PairBlock) -> str:
+    return without_bias((m.tri_att_start.linear_o, m.tri_att_end.linear_o))
+
+
 def _check_adaptive(m: primitives.AdaptiveLayerNorm) -> str:
     widest = max(m.layer_norm_a.c, m.layer_norm_s.c)
     return first(adaptive(m.layer_norm_a, m.layer_norm_s), width("adaptive_layer_norm", widest))
@@ -169,6 +216,7 @@ RECIPES = {
     "baselines.af3.attention_pair_bias.AttentionPairBias": Recipe(
         "attention_pair_bias", AttentionPairBias, _check_pair_bias
     ),
+    "baselines.af3.pairformer.PairBlock": Recipe("gated_output", PairBlock, _check_pair_block),
     "baselines.af3.primitives.AdaptiveLayerNorm": Recipe(
         "adaptive_layer_norm", AdaptiveLayerNorm, _check_adaptive
     ),

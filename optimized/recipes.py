@@ -24,6 +24,7 @@ OPS = (
     "attention_pair_bias",
     "adaptive_layer_norm",
     "conditioned_transition",
+    "gated_output",
 )
 """The operators that can be switched one by one."""
 
@@ -50,9 +51,13 @@ class Fallbacks:
 
 
 class Fused:
-    """Mixin of every replacement. `fallbacks` collects why its operators fell back, if they did."""
+    """Mixin of every replacement. `fallbacks` collects why its operators fell back, if they did.
+
+    `fused_ops` are the operators that were asked for: a module that is replaced for one may end with another.
+    """
 
     fallbacks: Fallbacks
+    fused_ops: frozenset[str] = frozenset(OPS)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

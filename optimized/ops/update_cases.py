@@ -1,10 +1,14 @@
 """The kernels of the conditioned operators as cases for offline compilation."""
 
+import torch
+
 from optimized.ops.adaptive_layer_norm import kernels as adaptive
 from optimized.ops.adaptive_layer_norm.launch import TILE, Blocks
 from optimized.ops.cases import DTYPES, make_case
 from optimized.ops.conditioned_transition import kernels as conditioned
 from optimized.ops.conditioned_transition.launch import BLOCK, tile
+from optimized.ops.gated_output import kernels as gated
+from optimized.ops.gated_output import launch as gated_launch
 from optimized.ops.offline import KernelCase
 from optimized.ops.tuning import Config
 
@@ -35,4 +39,27 @@ def cases() -> list[KernelCase]:
             for name, (kernel, shape) in flat.items():
                 label = f"conditioned_transition.{short}.{c}.{name}"
                 found.append(make_case(label, kernel, Config({}, 4), short, {**shape, "C": c, "H": 2 * c}))
+        found += _gated(short)
+    return found
+
+
+def _gated(short: str) -> list[KernelCase]:
+    """Gated output at the widths of pair, template and MSA updates, and its elementwise kernels."""
+    found = []
+    dtype = getattr(torch, DTYPES[short])
+    for c, h in ((64, 64), (128, 128), (64, 256)):
+        sizes = {"C": c, "H": h, "BC": c, "BH": h, "KEEP": True, "RESIDUAL": True}
+        kernels = (("forward", h, gated.forward_kernel), ("backward", c, gated.backward_kernel))
+        for kernel, held, fn in kernels:
+            config = gated_launch.default(f"gated_output.{kernel}", held, dtype)
+            found.append(make_case(f"gated_output.{short}.{h}x{c}.{kernel}", fn, config, short, sizes))
+    block = Config({"BLOCK": gated_launch.BLOCK}, 4)
+    found.append(make_case(f"gated_output.{short}.gate", gated.gate_kernel, block, short, {}))
+    found.append(
+        make_case(f"gated_output.{short}.gate_backward", gated.gate_backward_kernel, block, short, {})
+    )
+    sizes = {**tile(128), "C": 128, "KEEP": True, "RESIDUAL": True}
+    found.append(
+        make_case(f"gated_output.{short}.residual", gated.residual_kernel, Config({}, 4), short, sizes)
+    )
     return found

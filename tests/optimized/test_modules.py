@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.af3 import attention_pair_bias, primitives, triangle
+from baselines.af3 import attention_pair_bias, pairformer, primitives, triangle
+from baselines.af3.config import PairConfig
 from optimized import modules
 from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
 
@@ -116,6 +117,25 @@ def test_a_row_without_keys_is_zero():
     assert update.abs().max() == 0
     update.sum().backward()
     assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("orientation", ["ik", "ki"])
+@pytest.mark.parametrize("training", [True, False])
+def test_pair_block(orientation, training):
+    config = PairConfig(
+        triangle_hidden=8,
+        attention_heads=HEADS,
+        attention_width=WIDTH,
+        dropout=0.4,
+        ending_node_bias=orientation,
+    )
+
+    def call(m: torch.nn.Module, z: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return m.train(training)(z, KEEP)[KEEP][:, KEEP]
+
+    built = [kind.PairBlock(C, config, "sdpa") for kind in (pairformer, modules)]
+    compare(*built, [randn(N, N, C)], call)
 
 
 @pytest.mark.parametrize("own", [(3, N), (N,), (1, N)], ids=["each", "shared", "broadcast"])

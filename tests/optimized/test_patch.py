@@ -26,7 +26,9 @@ from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, 
 N, C_Z, C_S = 9, 16, 32
 PAIR = PairConfig(triangle_hidden=16, attention_heads=2, attention_width=8, dropout=0.25)
 INPUTS = [randn(N, C_S), randn(N, N, C_Z, seed=2)]
-BLOCK_OPS = ("triangle_multiplication", "triangle_attention", "transition", "attention_pair_bias")
+BLOCK_OPS = (
+    "triangle_multiplication", "triangle_attention", "transition", "attention_pair_bias", "gated_output",
+)  # fmt: skip
 """The operators of a Pairformer block."""
 TOKEN_OPS = ("attention_pair_bias", "adaptive_layer_norm", "conditioned_transition")
 """Those of a block of the token transformer."""
@@ -63,6 +65,7 @@ def test_whole_model():
         "attention_pair_bias": 48 + 4 + 24,
         "adaptive_layer_norm": 24 * 2 + 9 * 3,  # two in a token block, three in an atom block
         "conditioned_transition": 24 + 9,
+        "gated_output": blocks,
     }
     assert [n for n, _ in model.named_parameters()] == names
     assert report.reasons() == {
@@ -101,6 +104,25 @@ def test_dropout_and_residuals_are_the_blocks_own():
     apply(again)
     assert again.training
     assert_same(run(again, INPUTS, call), expected, 2e-5)
+
+
+@pytest.mark.parametrize("ops", [("gated_output",), ("gated_output", "triangle_attention")])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_updates_go_into_the_residual_with_the_same_dropout(ops, hooked):
+    """With and without the attention operator whose end is fused; a hook sees the update either way."""
+    seen: dict[bool, torch.Tensor] = {}
+
+    def once(patch: bool) -> dict[str, torch.Tensor]:
+        made = block()
+        if patch:
+            apply(made, ops)
+        if hooked:
+            made.pair.tri_att_end.register_forward_hook(lambda m, x, y: seen.__setitem__(patch, y.detach()))
+        return run(made, INPUTS, call)
+
+    assert_same(once(True), once(False), 2e-5)
+    if hooked:
+        torch.testing.assert_close(seen[True], seen[False], rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_state_and_optimiser_stay():
@@ -226,6 +248,7 @@ def test_pair_block_of_the_template_embedder():
         "triangle_multiplication": 2,
         "triangle_attention": 2,
         "transition": 1,
+        "gated_output": 1,
     }
     inputs = [randn(5, 5, 64)]
     assert_same(run(patched, inputs, lambda m, z: m(z)), run(expected, inputs, lambda m, z: m(z)), 2e-5)
@@ -279,15 +302,22 @@ def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
     compiled = torch.compile(type(patched).forward, backend=record, fullgraph=True, dynamic=False)
     compiled(patched, *INPUTS, torch.arange(N) < N - 2)
     assert [n.removeprefix("megafold_bench.").removesuffix(".default") for n in nodes] == [
-        *["triangle_multiplication"] * 2,
-        *["layer_norm_linear", "pair_attention"] * 2,
+        *["triangle_multiplication", "add_update"] * 2,
+        *["layer_norm_linear", "pair_attention", "gated_output"] * 2,
         "transition",
         "pair_attention",
+        "gated_output",
         "transition",
     ]
 
 
 def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the operators choose their kernels, which nothing here runs."""
-    for op in ("attention.operator", "transition.op", "triangle_multiplication.op", "layer_norm_linear.op"):
+    for op in (
+        "attention.operator",
+        "transition.op",
+        "triangle_multiplication.op",
+        "layer_norm_linear.op",
+        "gated_output.op",
+    ):
         monkeypatch.setattr(f"optimized.ops.{op}.triton_support", lambda *tensors: Supported(True))

@@ -18,8 +18,10 @@ MAX_FUSED = 256
 BLOCK = 2048
 """Elements per program of the elementwise kernels of the wide form."""
 
-HALF = {"forward": tile(64, 64, 4, 1), "backward": tile(64, 64, 4, 2)}
-HALF_WIDE = {"forward": tile(32, 64, 4, 1), "backward": tile(32, 32, 8, 1)}
+HALF = {"forward": tile(64, 64, 4, 1), "backward": tile(128, 64, 8, 2)}
+# The weight gradient has c rows: more than four warps would share 64 of them.
+HALF_NARROW = HALF | {"backward": tile(64, 64, 4, 2)}
+HALF_WIDE = {"forward": tile(128, 64, 8, 1), "backward": tile(32, 32, 8, 1)}
 FULL = {"forward": tile(32, 16, 4, 1), "backward": tile(32, 16, 8, 1)}
 
 
@@ -47,9 +49,14 @@ class Keep(NamedTuple):
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
-    """The tile shape of `gated_output.<kernel>` where no tuning file has one."""
-    table = FULL if dtype == torch.float32 else HALF if channels <= 128 else HALF_WIDE
-    return table[kernel.partition(".")[2]]
+    """The tile shape of `gated_output.<kernel>` where no tuning file has one.
+
+    `channels` are what the kernel holds at full width: of x forward, of the result backward.
+    """
+    name = kernel.partition(".")[2]
+    if dtype == torch.float32:
+        return FULL[name]
+    return (HALF_NARROW if channels <= 64 else HALF if channels <= 128 else HALF_WIDE)[name]
 
 
 def _config(kernel: str, channels: int, dtype: torch.dtype, device: torch.device) -> Config:
@@ -77,7 +84,7 @@ def forward(
     wide_dtype = dtype if residual is None else torch.promote_types(residual.dtype, dtype)
     if not fused(weight):
         return add(residual, side_by_side(gate(x, g, dtype), [weight]), keep, shape, wide_dtype)
-    config = config or _config("forward", max(hidden, channels), dtype, x.device)
+    config = config or _config("forward", hidden, dtype, x.device)
     out = torch.empty((rows, channels), dtype=wide_dtype, device=x.device)
     mask = Keep.of(keep, shape, out)
     kernels.forward_kernel[(triton.cdiv(rows, config.constants["BM"]),)](
@@ -116,7 +123,7 @@ def backward(
     channels = weight.shape[0]
     if not fused(weight):
         return _backward_wide(add(None, dout, keep, shape, dtype), x, g, weight)
-    config = config or _config("backward", max(hidden, channels), dtype, x.device)
+    config = config or _config("backward", channels, dtype, x.device)
     launch = config.launch()
     launch["BN"] = min(launch["BN"], max(16, triton.next_power_of_2(hidden)))
     mask = Keep.of(keep, shape, dout)
