@@ -10,6 +10,8 @@ from optimized.ops.conditioned_transition.launch import BLOCK, tile
 from optimized.ops.gated_output import kernels as gated
 from optimized.ops.gated_output import launch as gated_launch
 from optimized.ops.offline import KernelCase
+from optimized.ops.outer_product_mean import kernels as outer
+from optimized.ops.outer_product_mean import launch as outer_launch
 from optimized.ops.tuning import Config
 
 WIDTHS = (128, 384, 768)
@@ -39,7 +41,7 @@ def cases() -> list[KernelCase]:
             for name, (kernel, shape) in flat.items():
                 label = f"conditioned_transition.{short}.{c}.{name}"
                 found.append(make_case(label, kernel, Config({}, 4), short, {**shape, "C": c, "H": 2 * c}))
-        found += _gated(short)
+        found += _gated(short) + _outer(short)
     return found
 
 
@@ -62,4 +64,15 @@ def _gated(short: str) -> list[KernelCase]:
     found.append(
         make_case(f"gated_output.{short}.residual", gated.residual_kernel, Config({}, 4), short, sizes)
     )
+    return found
+
+
+def _outer(short: str) -> list[KernelCase]:
+    """Outer product mean at 32 hidden and 128 pair channels."""
+    sizes = {"C": 32, "D": 32, "Z": 128, "BZ": 128, "FRESH": False}
+    kernels = {"project": outer.project_kernel, "expand": outer.expand_kernel, "weight": outer.weight_kernel}
+    found = []
+    for name, fn in kernels.items():
+        config = outer_launch.default(f"outer_product_mean.{name}", 128, getattr(torch, DTYPES[short]))
+        found.append(make_case(f"outer_product_mean.{short}.{name}", fn, config, short, sizes))
     return found

@@ -1,0 +1,309 @@
+"""One GPU call for the operators outside the Pairformer's core: errors, repeatability, time and memory.
+
+python bench/ops_lab.py --out DIR      (under 90 s on one H200; a crash costs one case, the rest is reported)
+
+Conditioned transition and adaptive LayerNorm of the diffusion transformer, gated output, outer product mean and
+pair-weighted averaging, each at AF3 sizes against its definition, eager and compiled: error against float64 over
+the eager error, bitwise repeats, median of `do_bench` forward and forward with backward, peak memory, host time.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import Tensor
+from triton.testing import do_bench
+
+from optimized.ops.adaptive_layer_norm import adaptive_layer_norm, adaptive_layer_norm_reference
+from optimized.ops.conditioned_transition import (
+    ConditionedWeights,
+    conditioned_transition,
+    conditioned_transition_reference,
+)
+from optimized.ops.gated_output import (
+    add_update,
+    add_update_reference,
+    conditioned_output,
+    conditioned_output_reference,
+    gated_output,
+    gated_output_reference,
+)
+
+BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
+START = time.time()
+Fn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one size: function, definition, inputs of both and the gradient of the result."""
+
+    name: str
+    ours: Fn
+    definition: Fn
+    tensors: list[Tensor]
+    grad: Tensor
+    floor_ms: tuple[float, float]
+    """What forward, and forward with backward, would take at full bandwidth and full matrix rate."""
+
+
+def floor(passes: float, elements: float, size: int, flop: float) -> float:
+    """Milliseconds for `passes` over `elements` values of `size` bytes, or for `flop`, whichever is longer."""
+    return max(passes * elements * size / 4.27e12, flop / (790e12 if size == 2 else 55e12)) * 1e3
+
+
+def random(seed: int) -> Fn:
+    """A source of normal numbers on the GPU."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, device="cuda", generator=g)
+
+
+def matrices(normal: Fn, *shapes: tuple[int, int]) -> list[Tensor]:
+    """Weights of unit gain."""
+    return [normal(*shape) / shape[1] ** 0.5 for shape in shapes]
+
+
+def conditioned_cases(n: int, samples: int, dtype: torch.dtype, atoms: bool) -> list[Case]:
+    """The three conditioned operators, on tokens (768 channels, 384 of s) or atoms (128, s shared by samples)."""
+    normal = random(n + samples)
+    rows, c, cs = (9 * n, 128, 128) if atoms else (n, 768, 384)
+    own = (rows,) if atoms else (samples, rows)
+    a, s = (normal(samples, rows, c) * 2).to(dtype), normal(*own, cs).to(dtype)
+    grad = normal(samples, rows, c).to(dtype)
+    w = matrices(normal, (c, cs), (c, cs), (2 * c, c), (2 * c, c), (c, 2 * c), (c, cs), (c, c))
+    gamma, bias, gate_bias = 1 + 0.2 * normal(cs), 0.5 * normal(c), normal(c) - 1
+    adaptive = [gamma, w[0], bias, w[1]]
+    label = f"{'atoms' if atoms else 'tokens'} {samples}x{rows} {str(dtype).removeprefix('torch.')}"
+    size, total, shared = dtype.itemsize, samples * rows * c, (1 if atoms else samples) * rows * c
+    project = 2.0 * shared * cs
+
+    def transition(fn: Fn) -> Fn:
+        return lambda a, s, *p: fn(a, s, ConditionedWeights(*p))
+
+    ffn, gate = 2.0 * total * 6 * c, normal(samples, rows, c).to(dtype)
+    return [
+        Case(
+            f"conditioned_transition {label}",
+            transition(conditioned_transition),
+            transition(conditioned_transition_reference),
+            [a, s, *adaptive, w[2], w[3], w[4], w[5], gate_bias],
+            grad,
+            (floor(16, total, size, ffn + 3 * project), floor(40, total, size, 3 * (ffn + 3 * project))),
+        ),
+        Case(
+            f"adaptive_layer_norm {label}",
+            adaptive_layer_norm,
+            adaptive_layer_norm_reference,
+            [a, s, *adaptive],
+            grad,
+            (
+                floor(2, total + shared, size, 2 * project),
+                floor(5, total + 2 * shared, size, 6 * project),
+            ),
+        ),
+        Case(
+            f"conditioned_output {label}",
+            conditioned_output,
+            conditioned_output_reference,
+            [a, gate, w[6], s, w[5], gate_bias],
+            grad,
+            (
+                floor(6, total, size, 2.0 * total * c + project),
+                floor(18, total, size, 6.0 * total * c + 3 * project),
+            ),
+        ),
+    ]
+
+
+def output_cases(n: int) -> list[Case]:
+    """The end of triangle attention with row-shared dropout, and of triangle multiplication, at 128 channels."""
+    normal, c = random(n), 128
+    x, g, z, grad = (normal(n, n, c).to(BF) for _ in range(4))
+    keep = ((normal(1, n, c) > -0.67) / 0.75).to(BF)
+    (w,) = matrices(normal, (c, c))
+    total, flop = float(n * n * c), 2.0 * n * n * c * c
+    return [
+        Case(
+            f"gated_output {n}",
+            lambda x, g, w, z: gated_output(x, g, w, z, keep),
+            lambda x, g, w, z: gated_output_reference(x, g, w, z, keep),
+            [x, g, w, z],
+            grad,
+            (floor(4, total, 2, flop), floor(9, total, 2, 3 * flop)),
+        ),
+        Case(
+            f"add_update {n}",
+            lambda z, u: add_update(z, u, keep),
+            lambda z, u: add_update_reference(z, u, keep),
+            [z, x],
+            grad,
+            (floor(3, total, 2, 0.0), floor(5, total, 2, 0.0)),
+        ),
+    ]
+
+
+def both_passes(fn: Fn, leaves: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """The result, then the gradients of all leaves."""
+    y = fn(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
+
+
+def leaves_of(case: Case, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The inputs as leaves, in another dtype if one is given."""
+    return [t.detach().to(dtype or t.dtype).requires_grad_() for t in case.tensors]
+
+
+def check(case: Case) -> dict[str, Any]:
+    """Error against fp64 of every result over the definition's, the worst of them, and repeatability."""
+    exact = both_passes(case.definition, leaves_of(case, torch.float64), case.grad)
+    ours, again = (both_passes(case.ours, leaves_of(case), case.grad) for _ in range(2))
+    eager = both_passes(case.definition, leaves_of(case), case.grad)
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return ((a.double() - b).norm() / b.norm()).item()
+
+    pairs = [(distance(a, d), distance(e, d)) for a, e, d in zip(ours, eager, exact, strict=True)]
+    worst = max(range(len(pairs)), key=lambda k: pairs[k][0] / max(pairs[k][1], 1e-30))
+    same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    ratio = pairs[worst][0] / max(pairs[worst][1], 1e-30)
+    return {"pairs": pairs, "worst": worst, "ratio": ratio, "bitwise": same}
+
+
+def measure(fn: Fn, case: Case) -> dict[str, float]:
+    """Milliseconds forward and forward with backward, peak MiB above the inputs, host ms of both passes."""
+    leaves = leaves_of(case)
+
+    def forward() -> None:
+        with torch.no_grad():
+            fn(*leaves)
+
+    both_passes(fn, leaves, case.grad)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    held = both_passes(fn, leaves, case.grad)
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - base) / 2**20
+    del held
+    begun = time.perf_counter()
+    for _ in range(5):
+        both_passes(fn, leaves, case.grad)
+    host = (time.perf_counter() - begun) / 5 * 1e3
+    torch.cuda.synchronize()
+    return {
+        "fwd": do_bench(forward, warmup=5, rep=20, return_mode="median"),
+        "fwd_bwd": do_bench(
+            lambda: both_passes(fn, leaves, case.grad), warmup=5, rep=40, return_mode="median"
+        ),
+        "peak_mib": peak,
+        "host": host,
+    }
+
+
+BUILDERS: list[tuple[str, Callable[[], list[Case]], Callable[[], list[Case]] | None]] = [
+    (
+        "conditioned tokens",
+        lambda: conditioned_cases(384, 4, FULL, False) + conditioned_cases(384, 48, BF, False),
+        lambda: conditioned_cases(96, 3, FULL, False) + conditioned_cases(96, 3, BF, False),
+    ),
+    (
+        "conditioned atoms",
+        lambda: conditioned_cases(384, 4, FULL, True) + conditioned_cases(768, 4, BF, True),
+        lambda: conditioned_cases(32, 3, FULL, True) + conditioned_cases(32, 3, BF, True),
+    ),
+    ("output", lambda: output_cases(384) + output_cases(768), lambda: output_cases(101)),
+]
+"""Name, the cases to time and the smaller ones to check against fp64."""
+
+
+class Lab:
+    """Runs cases until the time is up; every line and row is kept."""
+
+    def __init__(self, out: Path, budget: float, compiled: bool) -> None:
+        self.out, self.budget, self.compiled = out, budget, compiled
+        self.rows: list[dict[str, Any]] = []
+
+    def note(self, text: str) -> None:
+        """One line with the time since the start."""
+        print(f"[{time.time() - START:5.1f}] {text}", flush=True)
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """One result, written at once."""
+        self.rows.append(row)
+        (self.out / "ops_lab.json").write_text(json.dumps(self.rows, indent=1))
+
+    def guarded(self, name: str, job: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """The job's row, or None: out of time, or it raised, which is reported."""
+        if time.time() - START > self.budget:
+            self.note(f"{name}: left out, the time is up")
+            self.keep({"name": name, "left_out": True})
+            return None
+        try:
+            return job()
+        except Exception as error:  # a failing case is a finding; the others still run
+            self.note(f"{name}: {type(error).__name__} {str(error)[:200]}")
+            self.keep({"name": name, "error": traceback.format_exc()[-2000:]})
+            return None
+        finally:
+            torch.cuda.empty_cache()
+
+    def check(self, case: Case) -> None:
+        """Print and keep one check."""
+        found = self.guarded(case.name, lambda: check(case))
+        if found:
+            ours, eager = found["pairs"][found["worst"]]
+            self.note(
+                f"check {case.name}: worst result {found['worst']} {ours:.2e} eager {eager:.2e}"
+                f" ratio {found['ratio']:.2f} bitwise {found['bitwise']}"
+            )
+            self.keep({"name": case.name, "check": found})
+
+    def time(self, case: Case) -> None:
+        """Print and keep the times of one case."""
+        arms = {"ours": case.ours, "eager": case.definition}
+        if self.compiled:
+            arms["compiled"] = torch.compile(case.definition, dynamic=False)
+        parts = []
+        for arm, fn in arms.items():
+            row = self.guarded(f"{case.name} {arm}", lambda fn=fn: measure(fn, case))
+            if row:
+                self.keep({"name": case.name, "arm": arm, "floor": case.floor_ms, **row})
+                parts.append(
+                    f"{arm} {row['fwd']:.3f}/{row['fwd_bwd']:.3f} ms {row['peak_mib']:.0f} MiB host {row['host']:.2f}"
+                )
+        floors = "/".join(f"{f:.3f}" for f in case.floor_ms)
+        self.note(f"{case.name} floor {floors} | " + " | ".join(parts))
+
+
+def main() -> None:
+    """Checks first, then times, in the order of `BUILDERS`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", default=os.environ.get("OUT", "."))
+    parser.add_argument("--budget", type=float, default=85.0, help="seconds after which no case is begun")
+    parser.add_argument("--only", default="", help="part of a builder's name")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the definition out")
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    lab = Lab(Path(options.out), options.budget, not options.no_compile)
+    chosen = [b for b in BUILDERS if options.only in b[0]]
+    for _, _, small in chosen:
+        for case in small() if small else []:
+            lab.check(case)
+    for name, build, _ in chosen:
+        built = lab.guarded(name, lambda build=build: {"cases": build()})
+        for case in built["cases"] if built else []:
+            lab.time(case)
+    lab.note("done")
+
+
+if __name__ == "__main__":
+    main()
