@@ -33,7 +33,7 @@ def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping
     for argument in (n for n in kernel.arg_names if n not in constants):
         if argument == "mask_ptr":
             signature[argument] = "*i1"
-        elif argument.startswith(("gamma", "beta")) or "partial" in argument:
+        elif argument.startswith(("gamma", "beta", "lse", "dw_ptr")) or "partial" in argument:
             signature[argument] = "*fp32"
         elif argument.endswith("_ptr"):
             signature[argument] = f"*{dtype}"

@@ -12,6 +12,8 @@ from optimized.ops.gated_output import launch as gated_launch
 from optimized.ops.offline import KernelCase
 from optimized.ops.outer_product_mean import kernels as outer
 from optimized.ops.outer_product_mean import launch as outer_launch
+from optimized.ops.pair_weighted_averaging import kernels as averaging
+from optimized.ops.pair_weighted_averaging import launch as averaging_launch
 from optimized.ops.tuning import Config
 
 WIDTHS = (128, 384, 768)
@@ -41,7 +43,7 @@ def cases() -> list[KernelCase]:
             for name, (kernel, shape) in flat.items():
                 label = f"conditioned_transition.{short}.{c}.{name}"
                 found.append(make_case(label, kernel, Config({}, 4), short, {**shape, "C": c, "H": 2 * c}))
-        found += _gated(short) + _outer(short)
+        found += _gated(short) + _outer(short) + _averaging(short)
     return found
 
 
@@ -75,4 +77,29 @@ def _outer(short: str) -> list[KernelCase]:
     for name, fn in kernels.items():
         config = outer_launch.default(f"outer_product_mean.{name}", 128, getattr(torch, DTYPES[short]))
         found.append(make_case(f"outer_product_mean.{short}.{name}", fn, config, short, sizes))
+    return found
+
+
+def _averaging(short: str) -> list[KernelCase]:
+    """Pair-weighted averaging with 8 heads of 8 (AlphaFold 3) and of 32 (Boltz)."""
+    heads = {"H": 8, "BH": 8, "BJ": averaging_launch.KEYS, "MASKED": True}
+    found = [
+        make_case(f"pair_weighted_averaging.{short}.{name}", fn, Config({}, 4), short, heads)
+        for name, fn in (
+            ("softmax", averaging.softmax_kernel),
+            ("softmax_backward", averaging.softmax_backward_kernel),
+        )
+    ]
+    kernels = (
+        ("average", averaging.average_kernel, False),
+        ("average", averaging.average_kernel, True),
+        ("weight", averaging.weight_gradient_kernel, False),
+    )
+    for width in (8, 32):
+        for name, fn, transposed in kernels:
+            kernel = f"pair_weighted_averaging.{name}"
+            config = averaging_launch.default(kernel, width, getattr(torch, DTYPES[short]))
+            label = f"pair_weighted_averaging.{short}.{width}.{name}{'.transposed' if transposed else ''}"
+            sizes = {"H": 8, "D": width, "TRANSPOSED": transposed}
+            found.append(make_case(label, fn, config, short, sizes))
     return found

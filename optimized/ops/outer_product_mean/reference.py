@@ -32,13 +32,13 @@ def projected_outer_reference(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor
     return F.linear(outer, weight.to(dtype), bias.to(dtype)) * scale.to(dtype).unsqueeze(-1)
 
 
-def rows_present(mask: Tensor, eps: float) -> Tensor:
-    """1 / (eps + rows in which both tokens are present) `[N, N]` from a boolean mask `[S, N]`; fp32, no gradient.
+def rows_present(mask: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """1 / (eps + rows in which both tokens are present) `[N, N]` in `dtype` from a boolean mask `[S, N]`; no gradient.
 
     The counts are integers up to the depth of the alignment, which bf16 would round.
     """
     with torch.autocast("cpu" if mask.device.type == "meta" else mask.device.type, enabled=False):
-        rows = mask.float()
+        rows = mask.to(dtype)
         return 1.0 / (eps + rows.transpose(0, 1) @ rows)
 
 
@@ -53,6 +53,6 @@ def outer_product_mean_reference(
     dtype = m.dtype
     w = OuterWeights(*(t.to(dtype) for t in weights))
     n = F.layer_norm(m, m.shape[-1:], w.norm_weight, w.norm_bias, norm_eps)
-    present = mask.unsqueeze(-1)
+    present, wide = mask.unsqueeze(-1), torch.promote_types(dtype, torch.float32)
     a, b = F.linear(n, w.a) * present, F.linear(n, w.b) * present
-    return projected_outer_reference(a, b, w.out, w.out_bias, rows_present(mask, eps))
+    return projected_outer_reference(a, b, w.out, w.out_bias, rows_present(mask, eps, wide))
