@@ -14,9 +14,12 @@ from optimized.ops import attention as attention_op
 from optimized.ops import conditioned_transition as conditioned_op
 from optimized.ops import gated_output as output_op
 from optimized.ops import layer_norm_linear as norm_linear_op
+from optimized.ops import outer_product_mean as outer_op
+from optimized.ops import pair_weighted_averaging as averaging_op
 from optimized.ops import transition as transition_op
 from optimized.ops import triangle_multiplication as multiplication_op
 from optimized.ops.conditioned_transition import ConditionedWeights
+from optimized.ops.outer_product_mean import OuterWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
 from optimized.recipes import Fallbacks
 
@@ -263,3 +266,51 @@ def conditioned_transition(
     """Conditioned transition (AF3 Algorithm 25) on a [*, N, c_a] given s [*', N, c_s], without the residual."""
     fallbacks.check("conditioned_transition", conditioned_op.supported(a, s, weights))
     return conditioned_op.conditioned_transition(a, s, weights, eps)
+
+
+def outer_product_mean(
+    m: Tensor, mask: Tensor, weights: OuterWeights, norm_eps: float, eps: float, fallbacks: Fallbacks
+) -> Tensor:
+    """Outer product mean (AF3 Algorithm 9) [N, N, c_z] of m [S, N, c_m], mask [S, N] True = keep, without residual."""
+    fallbacks.check("outer_product_mean", outer_op.supported(m, mask, weights))
+    return outer_op.outer_product_mean(m, mask, weights, norm_eps, eps)
+
+
+class AveragingWeights(NamedTuple):
+    """Parameters of one pair-weighted averaging; c_m channels of the MSA, c_z of the pair, h heads of width d."""
+
+    norm_m: tuple[Tensor, Tensor]
+    """Scale and offset `[c_m]`."""
+    norm_z: tuple[Tensor, Tensor]
+    """Scale and offset `[c_z]`."""
+    z: Tensor
+    """`[h, c_z]`"""
+    v: Tensor
+    """`[h·d, c_m]`"""
+    g: Tensor
+    """`[h·d, c_m]`, the output gate."""
+
+
+def pair_weighted_averaging(
+    m: Tensor,
+    z: Tensor,
+    mask: Tensor | None,
+    weights: AveragingWeights,
+    eps: float,
+    out: Callable[[Tensor], Tensor] | GatedOutput,
+    fallbacks: Fallbacks,
+) -> Tensor:
+    """Pair-weighted averaging (AF3 Algorithm 10) of m [S, N, c_m] with weights from z [N, N, c_z].
+
+    `mask` [N], True = keep as key; `out` is the output projection, or the whole end of the update as one operator.
+    Values and gate read m once, and the weights are the only N² intermediate. Without any key the average is zero.
+    """
+    values, projections = [weights.v, weights.g], (weights.norm_m, weights.norm_z)
+    for x, norm, maps in zip((m, z), projections, (values, [weights.z]), strict=True):
+        fallbacks.check("layer_norm_linear", norm_linear_op.supported(x, *norm, maps))
+    v, g = norm_linear_op.layer_norm_linear(m, *weights.norm_m, values, None, eps)
+    (logits,) = norm_linear_op.layer_norm_linear(z, *weights.norm_z, [weights.z], None, eps)
+    v, logits = v.unflatten(-1, (weights.z.shape[0], -1)), logits.movedim(-1, 0)
+    fallbacks.check("pair_weighted_averaging", averaging_op.supported(v, logits, mask))
+    x = averaging_op.weighted_average(v, logits, mask).flatten(-2)
+    return out(x, g, fallbacks) if isinstance(out, GatedOutput) else out(x * torch.sigmoid(g))

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.af3 import attention_pair_bias, pairformer, primitives, triangle
+from baselines.af3 import attention_pair_bias, msa, pairformer, primitives, triangle
 from baselines.af3.primitives import LayerNorm, SharedDropout
 from optimized import forwards
 from optimized.forwards import (
     AdaptiveGate,
     AdaptiveWeights,
+    AveragingWeights,
     GatedOutput,
     Into,
     Orientation,
@@ -24,8 +25,19 @@ from optimized.forwards import (
 )
 from optimized.ops.conditioned_transition import ConditionedWeights
 from optimized.ops.launching import compute_dtype
+from optimized.ops.outer_product_mean import OuterWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
-from optimized.recipes import Fused, Recipe, adaptive, affine, first, head_size, width, without_bias
+from optimized.recipes import (
+    Fused,
+    Recipe,
+    adaptive,
+    affine,
+    averaging_size,
+    first,
+    head_size,
+    width,
+    without_bias,
+)
 
 
 def _pairs(mask: Tensor | None) -> Tensor | None:
@@ -117,7 +129,7 @@ class PairBlock(Fused, pairformer.PairBlock):
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """The new z [N, N, c_z]. `mask` [N]: tokens to keep."""
         for update in (self.tri_mul_out, self.tri_mul_in):
-            z = forwards.add_update(update(z, mask), self._into(z, self.row_dropout), self.fallbacks)
+            z = forwards.add_update(update(z, mask), _into(z, self.row_dropout), self.fallbacks)
         z = self._attend(self.tri_att_start, z, mask, self.row_dropout)
         z = self._attend(self.tri_att_end, z, mask, self.column_dropout)
         return z + self.pair_transition(z)
@@ -127,16 +139,67 @@ class PairBlock(Fused, pairformer.PairBlock):
     ) -> Tensor:
         """z and its triangle attention; hooks on that are handed the update itself, so they cost the fusion."""
         if isinstance(update, TriangleAttention) and not update._forward_hooks:
-            return update(z, mask, self._into(z, dropout))
-        return forwards.add_update(update(z, mask), self._into(z, dropout), self.fallbacks)
+            return update(z, mask, _into(z, dropout))
+        return forwards.add_update(update(z, mask), _into(z, dropout), self.fallbacks)
 
-    def _into(self, z: Tensor, dropout: SharedDropout) -> Into:
-        """z, and the factors that `dropout` would draw for its update."""
-        if not dropout.training or dropout.p == 0.0:
-            return Into(z, None)
-        shape = list(z.shape)
-        shape[dropout.shared] = 1
-        return Into(z, F.dropout(z.new_ones(shape, dtype=compute_dtype(z)), dropout.p))
+
+class OuterProductMean(Fused, msa.OuterProductMean):
+    """Outer product mean (AF3 Algorithm 9): two operators, a block of tokens at a time."""
+
+    def forward(self, m: Tensor, mask: Tensor) -> Tensor:
+        """[N, N, c_z] from m [S, N, c_m] and mask [S, N] bool."""
+        norm, out = self.layer_norm, self.linear_out
+        assert norm.weight is not None and norm.bias is not None
+        weights = OuterWeights(
+            norm.weight, norm.bias, self.linear_a.weight, self.linear_b.weight, out.weight, out.bias
+        )
+        return forwards.outer_product_mean(m, mask, weights, norm.eps, self.eps, self.fallbacks)
+
+
+class PairWeightedAveraging(Fused, msa.PairWeightedAveraging):
+    """Pair-weighted averaging (AF3 Algorithm 10) on operators."""
+
+    def forward(self, m: Tensor, z: Tensor, mask: Tensor, into: Into | None = None) -> Tensor:
+        """The update of m [S, N, c_m] given z [N, N, c_z], or with `into` that added to a residual.
+
+        `mask` [S, N]: a token absent from every row takes no part in the averages.
+        """
+        norm_m, norm_z = self.layer_norm_m, self.layer_norm_z
+        assert norm_m.weight is not None and norm_m.bias is not None
+        assert norm_z.weight is not None and norm_z.bias is not None
+        weights = AveragingWeights(
+            (norm_m.weight, norm_m.bias), (norm_z.weight, norm_z.bias),
+            self.linear_z.weight, self.linear_v.weight, self.linear_g.weight,
+        )  # fmt: skip
+        out: primitives.Linear | GatedOutput = self.linear_o
+        if into is not None or "gated_output" in self.fused_ops:
+            out = GatedOutput(self.linear_o.weight, into)
+        return forwards.pair_weighted_averaging(
+            m, z, mask.any(dim=0), weights, norm_m.eps, out, self.fallbacks
+        )
+
+
+class MSABlock(Fused, msa.MSABlock):
+    """A block of the MSA module (AF3 Algorithm 8) whose averages go into m with their dropout at once."""
+
+    def _update_msa(self, m: Tensor, z: Tensor, msa_mask: Tensor) -> Tensor:
+        update = self.averaging
+        if update is None or self.msa_transition is None:
+            return m
+        if isinstance(update, PairWeightedAveraging) and not update._forward_hooks:
+            m = update(m, z, msa_mask, _into(m, self.msa_dropout))
+        else:
+            m = forwards.add_update(update(m, z, msa_mask), _into(m, self.msa_dropout), self.fallbacks)
+        return m + self.msa_transition(m)
+
+
+def _into(residual: Tensor, dropout: SharedDropout) -> Into:
+    """The residual, and the factors that `dropout` would draw for its update."""
+    if not dropout.training or dropout.p == 0.0:
+        return Into(residual, None)
+    shape = list(residual.shape)
+    shape[dropout.shared] = 1
+    return Into(residual, F.dropout(residual.new_ones(shape, dtype=compute_dtype(residual)), dropout.p))
 
 
 def _adaptive_weights(m: primitives.AdaptiveLayerNorm) -> AdaptiveWeights:
@@ -192,6 +255,26 @@ def _check_pair_bias(m: attention_pair_bias.AttentionPairBias) -> str:
     return head_size(m.linear_q.out_features, m.heads)
 
 
+def _check_outer(m: msa.OuterProductMean) -> str:
+    return first(
+        affine(m.layer_norm),
+        without_bias((m.linear_a, m.linear_b)),
+        width("outer_product_mean", m.linear_out.out_features),
+    )
+
+
+def _check_averaging(m: msa.PairWeightedAveraging) -> str:
+    return first(
+        affine(m.layer_norm_m, m.layer_norm_z),
+        without_bias((m.linear_z, m.linear_v, m.linear_g, m.linear_o)),
+        averaging_size(m.linear_v.out_features, m.heads),
+    )
+
+
+def _check_msa_block(m: msa.MSABlock) -> str:
+    return "" if m.averaging is None else without_bias((m.averaging.linear_o,))
+
+
 def _check_pair_block(m: pairformer.PairBlock) -> str:
     return without_bias((m.tri_att_start.linear_o, m.tri_att_end.linear_o))
 
@@ -217,6 +300,11 @@ RECIPES = {
         "attention_pair_bias", AttentionPairBias, _check_pair_bias
     ),
     "baselines.af3.pairformer.PairBlock": Recipe("gated_output", PairBlock, _check_pair_block),
+    "baselines.af3.msa.MSABlock": Recipe("gated_output", MSABlock, _check_msa_block),
+    "baselines.af3.msa.OuterProductMean": Recipe("outer_product_mean", OuterProductMean, _check_outer),
+    "baselines.af3.msa.PairWeightedAveraging": Recipe(
+        "pair_weighted_averaging", PairWeightedAveraging, _check_averaging
+    ),
     "baselines.af3.primitives.AdaptiveLayerNorm": Recipe(
         "adaptive_layer_norm", AdaptiveLayerNorm, _check_adaptive
     ),
@@ -226,8 +314,6 @@ RECIPES = {
 }
 
 WITHOUT_OPERATOR = {
-    "baselines.af3.msa.OuterProductMean": "outer product mean",
-    "baselines.af3.msa.PairWeightedAveraging": "pair-weighted averaging",
     "baselines.af3.atom_attention.AtomAttention": "windowed attention",
 }
 """Classes that stay as they are, and what they would need an operator for."""

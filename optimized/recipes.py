@@ -13,6 +13,8 @@ from torch import nn
 from optimized.ops.adaptive_layer_norm import op as adaptive_layer_norm_op
 from optimized.ops.attention.operator import HEAD_DIMS
 from optimized.ops.layer_norm_linear import op as layer_norm_linear_op
+from optimized.ops.outer_product_mean import op as outer_product_mean_op
+from optimized.ops.pair_weighted_averaging.op import WIDTHS
 from optimized.ops.support import Supported
 from optimized.ops.transition import op as transition_op
 from optimized.ops.triangle_multiplication import op as triangle_multiplication_op
@@ -25,6 +27,8 @@ OPS = (
     "adaptive_layer_norm",
     "conditioned_transition",
     "gated_output",
+    "outer_product_mean",
+    "pair_weighted_averaging",
 )
 """The operators that can be switched one by one."""
 
@@ -128,6 +132,12 @@ def head_size(channels: int, heads: int) -> str:
     return "" if size in HEAD_DIMS else f"head size {size} is not one of {', '.join(map(str, HEAD_DIMS))}"
 
 
+def averaging_size(channels: int, heads: int) -> str:
+    """Whether the averaging kernels know this number of channels per head."""
+    size = channels // heads
+    return "" if size in WIDTHS else f"{size} channels per head, not one of {', '.join(map(str, WIDTHS))}"
+
+
 def width(op: str, channels: int) -> str:
     """Whether the kernels of `op` hold this many channels."""
     limits = {
@@ -135,6 +145,7 @@ def width(op: str, channels: int) -> str:
         "triangle_attention": layer_norm_linear_op.MAX_CHANNELS,
         "transition": transition_op.MAX_CHANNELS,
         "adaptive_layer_norm": adaptive_layer_norm_op.MAX_CHANNELS,
+        "outer_product_mean": outer_product_mean_op.MAX_CHANNELS,
     }
     return "" if channels <= limits[op] else f"{channels} channels; the kernels hold at most {limits[op]}"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.af3 import attention_pair_bias, pairformer, primitives, triangle
+from baselines.af3 import attention_pair_bias, msa, pairformer, primitives, triangle
 from baselines.af3.config import PairConfig
 from optimized import modules
 from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
@@ -136,6 +136,21 @@ def test_pair_block(orientation, training):
 
     built = [kind.PairBlock(C, config, "sdpa") for kind in (pairformer, modules)]
     compare(*built, [randn(N, N, C)], call)
+
+
+ROWS = torch.rand(5, N, generator=torch.Generator().manual_seed(4)) > 0.3
+
+
+def test_outer_product_mean():
+    sizes = (12, 8, C, 1e-3)
+    built = [kind.OuterProductMean(*sizes) for kind in (msa, modules)]
+    compare(*built, [randn(5, N, 12)], lambda m, x: m(x, ROWS))
+
+
+def test_pair_weighted_averaging():
+    sizes = (12, C, HEADS, WIDTH)
+    built = [kind.PairWeightedAveraging(*sizes) for kind in (msa, modules)]
+    compare(*built, [randn(5, N, 12), randn(N, N, C, seed=2)], lambda m, x, z: m(x, z, ROWS))
 
 
 @pytest.mark.parametrize("own", [(3, N), (N,), (1, N)], ids=["each", "shared", "broadcast"])

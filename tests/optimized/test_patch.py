@@ -10,9 +10,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import optimized
-from baselines.af3.config import DiffusionConfig, PairConfig, PairformerConfig, preset
+from baselines.af3.config import DiffusionConfig, MSAConfig, PairConfig, PairformerConfig, preset
 from baselines.af3.diffusion import TokenBlock
 from baselines.af3.model import AlphaFold3
+from baselines.af3.msa import MSABlock
 from baselines.af3.pairformer import PairBlock, PairformerBlock
 from baselines.af3.primitives import Transition
 from baselines.checkpointing import checkpoint_units
@@ -65,12 +66,12 @@ def test_whole_model():
         "attention_pair_bias": 48 + 4 + 24,
         "adaptive_layer_norm": 24 * 2 + 9 * 3,  # two in a token block, three in an atom block
         "conditioned_transition": 24 + 9,
-        "gated_output": blocks,
+        "gated_output": blocks + 4,  # pair blocks and MSA blocks
+        "outer_product_mean": 4,
+        "pair_weighted_averaging": 3,
     }
     assert [n for n, _ in model.named_parameters()] == names
     assert report.reasons() == {
-        "OuterProductMean: no fused operator for outer product mean": 4,
-        "PairWeightedAveraging: no fused operator for pair-weighted averaging": 3,
         "AtomAttention: no fused operator for windowed attention": 9,
     }
     assert "triangle_attention: 116 replaced" in str(report)
@@ -85,6 +86,32 @@ def test_each_operator_alone(op):
     assert all(r.reason.endswith("was not asked for") for r in report.left)
     assert_same(run(patched, INPUTS, call), expected, 2e-5)
     assert op in {key.partition(":")[0] for key in report.fallbacks.counts}
+
+
+MSA_OPS = ("outer_product_mean", "pair_weighted_averaging", "gated_output")
+"""Those that only a block of the MSA module has, and how its updates end."""
+
+
+@pytest.mark.parametrize("ops", [*((op,) for op in MSA_OPS), MSA_OPS], ids=lambda ops: "+".join(ops))
+@pytest.mark.parametrize("order", ["outer_first", "averaging_first"])
+def test_msa_block(ops, order):
+    config = MSAConfig(
+        c_m=24, outer_hidden=8, averaging_heads=2, averaging_width=8, dropout=0.3, order=order, pair=PAIR
+    )
+    expected = randomise(MSABlock(C_Z, config, "sdpa"))
+    patched = copy.deepcopy(expected)
+    report = apply(patched, ops)
+    assert report.counts().keys() == set(ops)
+    mask = torch.arange(4 * N).view(4, N) % 5 != 1
+    mask[:, 3] = False  # a token that no row has
+
+    def run_block(m: nn.Module, msa: torch.Tensor, z: torch.Tensor):
+        torch.manual_seed(0)
+        return m(msa, z, mask)
+
+    inputs = [randn(4, N, 24), randn(N, N, C_Z, seed=2)]
+    assert_same(run(patched, inputs, run_block), run(expected, inputs, run_block), 2e-5)
+    assert {key.partition(":")[0] for key in report.fallbacks.counts} >= set(ops)
 
 
 @pytest.mark.parametrize("op", TOKEN_OPS)
