@@ -10,6 +10,7 @@ the eager error, bitwise repeats, median of `do_bench` forward and forward with 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -37,6 +38,8 @@ from optimized.ops.gated_output import (
     gated_output,
     gated_output_reference,
 )
+from optimized.ops.outer_product_mean import projected_outer, projected_outer_reference
+from optimized.ops.pair_weighted_averaging import weighted_average, weighted_average_reference
 
 BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
 START = time.time()
@@ -151,6 +154,44 @@ def output_cases(n: int) -> list[Case]:
     ]
 
 
+def outer_cases(n: int, rows: int) -> list[Case]:
+    """The outer product mean behind its projections, 32 hidden and 128 pair channels."""
+    normal, c, z = random(n), 32, 128
+    a, b, grad = normal(rows, n, c).to(BF), normal(rows, n, c).to(BF), normal(n, n, z).to(BF)
+    (w,), bias = matrices(normal, (z, c * c)), 0.3 * normal(z)
+    scale = torch.full((n, n), 1.0 / rows, device="cuda")
+    outer, project = 2.0 * rows * n * n * c * c, 2.0 * n * n * c * c * z
+    return [
+        Case(
+            f"outer_product_mean {rows}x{n}",
+            lambda a, b, w, bias: projected_outer(a, b, w, bias, scale),
+            lambda a, b, w, bias: projected_outer_reference(a, b, w, bias, scale.to(a.dtype)),
+            [a, b, w, bias],
+            grad,
+            (floor(0, 0, 2, outer + project), floor(0, 0, 2, 4 * outer + 3 * project)),
+        )
+    ]
+
+
+def averaging_cases(n: int, rows: int, width: int) -> list[Case]:
+    """Pair-weighted averaging between its projections, 8 heads."""
+    normal, heads = random(n + width), 8
+    v, grad = normal(rows, n, heads, width).to(BF), normal(rows, n, heads, width).to(BF)
+    logits = normal(n, n, heads).to(BF)
+    mask = normal(n) > -1.2
+    total, flop = float(rows * n * heads * width), 2.0 * rows * n * n * heads * width
+    return [
+        Case(
+            f"pair_weighted_averaging {rows}x{n}x{heads}x{width}",
+            lambda v, x: weighted_average(v, x.movedim(-1, 0), mask),
+            lambda v, x: weighted_average_reference(v, x.movedim(-1, 0), mask),
+            [v, logits],
+            grad,
+            (floor(2, total, 2, flop), floor(6, total, 2, 3 * flop)),
+        )
+    ]
+
+
 def both_passes(fn: Fn, leaves: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
     """The result, then the gradients of all leaves."""
     y = fn(*leaves)
@@ -209,24 +250,63 @@ def measure(fn: Fn, case: Case) -> dict[str, float]:
     }
 
 
-BUILDERS: list[tuple[str, Callable[[], list[Case]], Callable[[], list[Case]] | None]] = [
-    (
-        "conditioned tokens",
-        lambda: conditioned_cases(384, 4, FULL, False) + conditioned_cases(384, 48, BF, False),
-        lambda: conditioned_cases(96, 3, FULL, False) + conditioned_cases(96, 3, BF, False),
+@dataclass(frozen=True)
+class Group:
+    """Cases to time, and smaller ones to check against fp64."""
+
+    name: str
+    timed: Callable[[], list[Case]]
+    checked: Callable[[], list[Case]]
+
+
+GROUPS = [
+    Group(
+        "tokens fp32, chunk of 4",
+        lambda: conditioned_cases(384, 4, FULL, False),
+        lambda: conditioned_cases(96, 3, FULL, False),
     ),
-    (
-        "conditioned atoms",
-        lambda: conditioned_cases(384, 4, FULL, True) + conditioned_cases(768, 4, BF, True),
-        lambda: conditioned_cases(32, 3, FULL, True) + conditioned_cases(32, 3, BF, True),
+    Group(
+        "tokens bf16, 48 samples",
+        lambda: conditioned_cases(384, 48, BF, False),
+        lambda: conditioned_cases(96, 3, BF, False),
     ),
-    ("output", lambda: output_cases(384) + output_cases(768), lambda: output_cases(101)),
+    Group(
+        "atoms fp32, chunk of 4",
+        lambda: conditioned_cases(384, 4, FULL, True),
+        lambda: conditioned_cases(32, 3, FULL, True),
+    ),
+    Group(
+        "atoms bf16, chunk of 4",
+        lambda: conditioned_cases(768, 4, BF, True),
+        lambda: conditioned_cases(32, 3, BF, True),
+    ),
+    Group("output 384", lambda: output_cases(384), lambda: output_cases(101)),
+    Group("output 768", lambda: output_cases(768), lambda: output_cases(150)),
+    Group("outer 384", lambda: outer_cases(384, 1024), lambda: outer_cases(75, 96)),
+    Group("outer 768", lambda: outer_cases(768, 1024), lambda: outer_cases(200, 40)),
+    Group("averaging 384", lambda: averaging_cases(384, 1024, 8), lambda: averaging_cases(77, 50, 8)),
+    Group("averaging 768", lambda: averaging_cases(768, 1024, 8), lambda: averaging_cases(300, 12, 8)),
+    Group("averaging wide", lambda: averaging_cases(384, 1024, 32), lambda: averaging_cases(150, 20, 32)),
 ]
-"""Name, the cases to time and the smaller ones to check against fp64."""
+# Averages of 1024 rows and outer products in fp64 would not fit the time: the checks are small.
+
+
+def prepare(index: int, compiled: bool) -> None:
+    """One group's checks as JSON lines; then everything it times once, which fills the compilers' caches."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    group = GROUPS[index]
+    for case in group.checked():
+        print("@" + json.dumps({"name": case.name, "check": check(case)}), flush=True)
+    for case in group.timed():
+        for fn in (case.ours, *([torch.compile(case.definition, dynamic=False)] if compiled else [])):
+            both_passes(fn, leaves_of(case), case.grad)
+            with torch.no_grad():
+                fn(*leaves_of(case))
+    torch.cuda.synchronize()
 
 
 class Lab:
-    """Runs cases until the time is up; every line and row is kept."""
+    """The parent: checks and compilation in one process per group, then the times, one after another."""
 
     def __init__(self, out: Path, budget: float, compiled: bool) -> None:
         self.out, self.budget, self.compiled = out, budget, compiled
@@ -241,67 +321,92 @@ class Lab:
         self.rows.append(row)
         (self.out / "ops_lab.json").write_text(json.dumps(self.rows, indent=1))
 
-    def guarded(self, name: str, job: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """The job's row, or None: out of time, or it raised, which is reported."""
-        if time.time() - START > self.budget:
-            self.note(f"{name}: left out, the time is up")
-            self.keep({"name": name, "left_out": True})
-            return None
-        try:
-            return job()
-        except Exception as error:  # a failing case is a finding; the others still run
-            self.note(f"{name}: {type(error).__name__} {str(error)[:200]}")
-            self.keep({"name": name, "error": traceback.format_exc()[-2000:]})
-            return None
-        finally:
-            torch.cuda.empty_cache()
-
-    def check(self, case: Case) -> None:
-        """Print and keep one check."""
-        found = self.guarded(case.name, lambda: check(case))
-        if found:
-            ours, eager = found["pairs"][found["worst"]]
-            self.note(
-                f"check {case.name}: worst result {found['worst']} {ours:.2e} eager {eager:.2e}"
-                f" ratio {found['ratio']:.2f} bitwise {found['bitwise']}"
+    def prepare(self, chosen: list[int], seconds: float) -> None:
+        """All groups at once; what has not finished in time is compiled when it is timed."""
+        flags = [] if self.compiled else ["--no-compile"]
+        running = {
+            k: subprocess.Popen(
+                [sys.executable, str(Path(__file__).resolve()), "--prepare", str(k), *flags],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
             )
-            self.keep({"name": case.name, "check": found})
+            for k in chosen
+        }
+        until = time.time() + seconds
+        for k, worker in running.items():
+            try:
+                text, trouble = worker.communicate(timeout=max(0.1, until - time.time()))
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                text, trouble = worker.communicate()
+                trouble += "\nstopped: out of time"
+            for line in text.splitlines():
+                if line.startswith("@"):
+                    self.checked(json.loads(line[1:]))
+            if worker.returncode:
+                last = [t for t in trouble.strip().splitlines() if t][-1:]
+                self.note(f"{GROUPS[k].name}: ended early: {''.join(last)[:200]}")
+                self.keep({"name": GROUPS[k].name, "error": trouble[-3000:]})
+
+    def checked(self, row: dict[str, Any]) -> None:
+        """Print and keep one check."""
+        found = row["check"]
+        ours, eager = found["pairs"][found["worst"]]
+        self.note(
+            f"check {row['name']}: worst result {found['worst']} {ours:.2e} eager {eager:.2e}"
+            f" ratio {found['ratio']:.2f} bitwise {found['bitwise']}"
+        )
+        self.keep(row)
 
     def time(self, case: Case) -> None:
-        """Print and keep the times of one case."""
+        """Print and keep the times of one case; an arm that raises is reported and the others still run."""
         arms = {"ours": case.ours, "eager": case.definition}
         if self.compiled:
             arms["compiled"] = torch.compile(case.definition, dynamic=False)
         parts = []
         for arm, fn in arms.items():
-            row = self.guarded(f"{case.name} {arm}", lambda fn=fn: measure(fn, case))
-            if row:
-                self.keep({"name": case.name, "arm": arm, "floor": case.floor_ms, **row})
-                parts.append(
-                    f"{arm} {row['fwd']:.3f}/{row['fwd_bwd']:.3f} ms {row['peak_mib']:.0f} MiB host {row['host']:.2f}"
-                )
+            if time.time() - START > self.budget:
+                parts.append(f"{arm} left out, the time is up")
+                self.keep({"name": case.name, "arm": arm, "left_out": True})
+                continue
+            try:
+                row = measure(fn, case)
+            except Exception as error:
+                parts.append(f"{arm} {type(error).__name__} {str(error)[:120]}")
+                self.keep({"name": case.name, "arm": arm, "error": traceback.format_exc()[-2000:]})
+                continue
+            self.keep({"name": case.name, "arm": arm, "floor": case.floor_ms, **row})
+            parts.append(
+                f"{arm} {row['fwd']:.3f}/{row['fwd_bwd']:.3f} ms {row['peak_mib']:.0f} MiB host {row['host']:.2f}"
+            )
+            torch.cuda.empty_cache()
         floors = "/".join(f"{f:.3f}" for f in case.floor_ms)
         self.note(f"{case.name} floor {floors} | " + " | ".join(parts))
 
 
 def main() -> None:
-    """Checks first, then times, in the order of `BUILDERS`."""
+    """Parent or, with --prepare, one of its children."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
-    parser.add_argument("--budget", type=float, default=85.0, help="seconds after which no case is begun")
-    parser.add_argument("--only", default="", help="part of a builder's name")
+    parser.add_argument("--budget", type=float, default=85.0, help="seconds after which nothing is begun")
+    parser.add_argument("--only", default="", help="part of a group's name")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the definition out")
+    parser.add_argument("--prepare", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = False
+    if options.prepare is not None:
+        prepare(options.prepare, not options.no_compile)
+        return
     lab = Lab(Path(options.out), options.budget, not options.no_compile)
-    chosen = [b for b in BUILDERS if options.only in b[0]]
-    for _, _, small in chosen:
-        for case in small() if small else []:
-            lab.check(case)
-    for name, build, _ in chosen:
-        built = lab.guarded(name, lambda build=build: {"cases": build()})
-        for case in built["cases"] if built else []:
+    chosen = [k for k, group in enumerate(GROUPS) if options.only in group.name]
+    lab.prepare(chosen, 0.5 * options.budget)
+    lab.note("prepared")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for k in chosen:
+        for case in GROUPS[k].timed():
             lab.time(case)
+        torch.cuda.empty_cache()
     lab.note("done")
 
 
