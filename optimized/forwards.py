@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,13 @@ class GatedOutput(NamedTuple):
         residual, keep = self.into
         flip = None if keep is None else keep.transpose(-3, -2)
         return GatedOutput(self.weight, Into(residual.transpose(-3, -2), flip))
+
+
+def ending(linear: Any, fused_ops: frozenset[str], into: Into | None = None) -> Any:
+    """The end of an update with output projection `linear`: one operator where it was asked for and has no bias."""
+    if into is None and ("gated_output" not in fused_ops or linear.bias is not None):
+        return linear
+    return GatedOutput(linear.weight, into)
 
 
 def add_update(update: Tensor, into: Into, fallbacks: Fallbacks) -> Tensor:

@@ -79,9 +79,7 @@ class TriangleAttention(Fused, triangle.TriangleAttention):
         keys = None
         if mask is not None:
             keys = (mask[None, :] if self.starting else mask[:, None]).expand(z.shape[:2])
-        out: primitives.Linear | GatedOutput = self.linear_o
-        if into is not None or "gated_output" in self.fused_ops:
-            out = GatedOutput(self.linear_o.weight, into)
+        out = forwards.ending(self.linear_o, self.fused_ops, into)
         return forwards.triangle_attention(z, weights, self.heads, way, out, keys, norm.eps, self.fallbacks)
 
 
@@ -171,9 +169,7 @@ class PairWeightedAveraging(Fused, msa.PairWeightedAveraging):
             (norm_m.weight, norm_m.bias), (norm_z.weight, norm_z.bias),
             self.linear_z.weight, self.linear_v.weight, self.linear_g.weight,
         )  # fmt: skip
-        out: primitives.Linear | GatedOutput = self.linear_o
-        if into is not None or "gated_output" in self.fused_ops:
-            out = GatedOutput(self.linear_o.weight, into)
+        out = forwards.ending(self.linear_o, self.fused_ops, into)
         return forwards.pair_weighted_averaging(
             m, z, mask.any(dim=0), weights, norm_m.eps, out, self.fallbacks
         )
