@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -313,12 +314,10 @@ def test_shapes_and_memory_without_computing(monkeypatch):
     assert not report.fallbacks.counts
 
 
-def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
-    """As `torch.compile` sees it where the kernels apply: no graph break, and every operator as a node."""
-    pretend_kernels(monkeypatch)
+def operators_in_the_graph(module: nn.Module, *inputs: torch.Tensor) -> list[str]:
+    """The operators `torch.compile` sees in a module, in order; a graph break is an error."""
     torch._dynamo.reset()
-    patched, nodes = block(dropout=0.0), []
-    apply(patched)
+    nodes: list[str] = []
 
     def record(graph: torch.fx.GraphModule, _: list[torch.Tensor]):
         nodes.extend(str(n.target) for n in graph.graph.nodes if "megafold_bench" in str(n.target))
@@ -326,14 +325,45 @@ def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
             n.meta["example_value"] for n in graph.graph.find_nodes(op="output")[0].args[0]
         ]
 
-    compiled = torch.compile(type(patched).forward, backend=record, fullgraph=True, dynamic=False)
-    compiled(patched, *INPUTS, torch.arange(N) < N - 2)
-    assert [n.removeprefix("megafold_bench.").removesuffix(".default") for n in nodes] == [
+    compiled = torch.compile(type(module).forward, backend=record, fullgraph=True, dynamic=False)
+    compiled(module, *inputs)
+    return [n.removeprefix("megafold_bench.").removesuffix(".default") for n in nodes]
+
+
+def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
+    """As `torch.compile` sees it where the kernels apply: no graph break, and every operator as a node."""
+    pretend_kernels(monkeypatch)
+    patched = block(dropout=0.0)
+    apply(patched)
+    assert operators_in_the_graph(patched, *INPUTS, torch.arange(N) < N - 2) == [
         *["triangle_multiplication", "add_update"] * 2,
         *["layer_norm_linear", "pair_attention", "gated_output"] * 2,
         "transition",
         "pair_attention",
         "gated_output",
+        "transition",
+    ]
+
+
+def test_token_and_msa_blocks_are_one_graph_of_operators(monkeypatch):
+    pretend_kernels(monkeypatch)
+    token = TokenBlock(C_S, C_Z, DiffusionConfig(heads=4), "sdpa")
+    apply(token)
+    inputs = [randn(3, N, C_S), randn(3, N, C_Z), randn(4, N, N)]
+    assert operators_in_the_graph(token, *inputs) == [
+        "adaptive_layer_norm", "pair_attention", "conditioned_output", "conditioned_transition",
+    ]  # fmt: skip
+    config = MSAConfig(
+        c_m=24, outer_hidden=8, averaging_heads=2, averaging_width=8, pair=replace(PAIR, dropout=0.0)
+    )
+    msa = MSABlock(C_Z, config, "sdpa")
+    apply(msa, ["outer_product_mean", "pair_weighted_averaging", "gated_output", "transition"])
+    rows = torch.ones(4, N, dtype=torch.bool)
+    assert operators_in_the_graph(msa, randn(4, N, 24), randn(N, N, C_Z), rows) == [
+        *["layer_norm_linear", "projected_outer"],
+        *["layer_norm_linear"] * 2,
+        *["weighted_average", "gated_output", "transition"],
+        *["add_update"] * 4,
         "transition",
     ]
 
@@ -346,5 +376,10 @@ def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "triangle_multiplication.op",
         "layer_norm_linear.op",
         "gated_output.op",
+        "gated_output.conditioned",
+        "adaptive_layer_norm.op",
+        "conditioned_transition.op",
+        "outer_product_mean.op",
+        "pair_weighted_averaging.op",
     ):
         monkeypatch.setattr(f"optimized.ops.{op}.triton_support", lambda *tensors: Supported(True))
