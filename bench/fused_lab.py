@@ -1,6 +1,7 @@
 """One GPU call for the fused operators: whole operators first, then errors, then tile shapes; each in its own process.
 
-python bench/fused_lab.py --out DIR      (under 150 s on one H200; a crash costs one group, the rest is reported)
+python bench/fused_lab.py --ship DIR/fused_lab.json      puts the fastest tiles into the package
+python bench/fused_lab.py --out DIR      (under 120 s on one H200; a crash costs one group, the rest is reported)
 
 Processes compile everything beforehand without launching a kernel. Then one worker per group measures, one at
 a time; a tile that kills its worker is reported and left out, and a new worker takes up behind it.
@@ -23,9 +24,10 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
-from optimized.ops.launching import in_dtype, packed, tile
+from optimized.ops.launching import checked, tile
 from optimized.ops.layer_norm_linear import launch as ln
 from optimized.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
+from optimized.ops.parameters import fold, pack
 from optimized.ops.transition import launch as tr
 from optimized.ops.transition import transition, transition_reference
 from optimized.ops.triangle_multiplication import (
@@ -34,34 +36,77 @@ from optimized.ops.triangle_multiplication import (
     triangle_multiplication_reference,
 )
 from optimized.ops.triangle_multiplication import launch as tm
+from optimized.ops.tuning import Config
 
 C, EPS, BF, FULL = 128, 1e-5, torch.bfloat16, torch.float32
 LENGTHS = (384, 450, 768, 1024, 2048)
-LIMIT = 142.0
+LIMIT = 118.0
 START = time.time()
 Fn = Callable[..., Any]
 
-# BM, BN, warps, depth of the pipeline, and optionally a cap on registers per thread.
+# BM, BN, warps, depth of the pipeline, and optionally a cap on registers per thread. A name ending in "'" is the
+# kernel with channels as the rows of its products.
 TILES: dict[str, list[tuple[int, ...]]] = {
-    "tr.forward": [(64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 3), (64, 64, 4, 2, 168)],
-    "tr.input_gradient": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2, 168)],
-    "tr.weight_gradient": [
-        (128, 32, 8, 1),
-        (128, 32, 8, 2),
-        (128, 64, 8, 1),
+    "tr.forward": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 3)],
+    "tr.input_gradient": [(128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2)],
+    "tr.weight_gradient": [(128, 64, 8, 1), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
+    "tm.project": [
         (128, 64, 8, 2),
-        (64, 32, 4, 2),
+        (64, 128, 4, 1),
+        (64, 128, 4, 2),
+        (128, 128, 8, 1),
+        (128, 128, 8, 2),
+        (32, 128, 4, 1),
+        (32, 128, 4, 2),
+        (32, 128, 8, 2),
+        (64, 64, 4, 2),
     ],
-    "tm.project": [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)],
-    "tm.project_input": [(64, 32, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 2)],
-    "tm.project_weight": [(64, 32, 4, 2), (128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 2)],
-    "tm.output": [(64, 32, 4, 1), (64, 64, 4, 1), (64, 64, 4, 2), (128, 32, 8, 1), (128, 64, 8, 1)],
-    "tm.output_input": [(64, 32, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1), (128, 32, 8, 2)],
-    "tm.output_weight": [(64, 32, 4, 1), (64, 64, 4, 1), (128, 32, 8, 1), (128, 64, 8, 1), (32, 64, 8, 1)],
-    "ln.forward": [(64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 1)],
-    "ln.input_gradient": [(64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)],
-    "ln.weight_gradient": [(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 4, 3)],
+    "tm.project_input": [
+        (64, 32, 4, 2),
+        (64, 32, 4, 3),
+        (128, 64, 8, 2),
+        (128, 32, 8, 2),
+        (32, 64, 4, 2),
+        (32, 64, 8, 2),
+        (32, 32, 4, 2),
+    ],
+    "tm.project_weight": [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 128, 8, 1)],
+    "tm.project_weight'": [
+        (32, 64, 4, 2),
+        (32, 64, 4, 3),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 128, 8, 2),
+        (32, 128, 8, 3),
+    ],
+    "tm.output": [
+        (64, 32, 4, 1),
+        (64, 128, 4, 1),
+        (64, 128, 4, 2),
+        (128, 128, 8, 1),
+        (128, 128, 8, 2),
+        (32, 128, 4, 1),
+        (32, 128, 4, 2),
+        (32, 128, 8, 2),
+        (32, 64, 4, 1),
+    ],
+    "tm.output_backward": [
+        (64, 32, 4, 1),
+        (64, 32, 4, 2),
+        (64, 128, 4, 1),
+        (128, 128, 8, 1),
+        (32, 128, 4, 1),
+        (32, 128, 8, 1),
+        (32, 128, 8, 2),
+        (32, 64, 4, 1),
+        (32, 64, 8, 1),
+    ],
+    "tm.output_weight": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3)],
+    "ln.forward": [(64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 1), (32, 64, 4, 2)],
+    "ln.input_gradient": [(64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4), (64, 64, 4, 3), (32, 64, 4, 3)],
+    "ln.weight_gradient": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3)],
 }
+OPERATORS = {"tr": "transition", "tm": "triangle_multiplication", "ln": "layer_norm_linear"}
 # GEMM units of 2·N²·c·c FLOP, and passes over N²·c bf16 values: the floors in the table.
 WORK = {
     "tr.forward": (12, 2),
@@ -70,9 +115,10 @@ WORK = {
     "tm.project": (4, 3),
     "tm.project_input": (8, 6),
     "tm.project_weight": (8, 3),
+    "tm.project_weight'": (8, 3),
     "tm.output": (2, 3),
-    "tm.output_input": (4, 5),
-    "tm.output_weight": (4, 3),
+    "tm.output_backward": (4, 9),
+    "tm.output_weight": (2, 4),
     "ln.forward": (4, 5),
     "ln.input_gradient": (4, 7),
     "ln.weight_gradient": (4, 5),
@@ -162,9 +208,9 @@ def whole(op: str, n: int, outgoing: bool = True, measure: bool = True) -> dict[
     f = do_bench(forward, warmup=10, rep=40, return_mode="median")
     fb = do_bench(lambda: both_passes(fn, leaves, grads), warmup=10, rep=60, return_mode="median")
     host = time.perf_counter()
-    for _ in range(10):
+    for _ in range(20):
         both_passes(fn, leaves, grads)
-    host = (time.perf_counter() - host) / 10 * 1e3
+    host = (time.perf_counter() - host) / 20 * 1e3
     torch.cuda.synchronize()
     return {"op": op, "n": n, "outgoing": outgoing, "fwd": f, "fwd_bwd": fb, "peak_mib": peak, "host": host}
 
@@ -240,43 +286,93 @@ class Bench:
             torch.randn(n, n, C, device="cuda").to(BF),
         )
         p = parameters("tr")
-        self.norm, self.tw = (p[0], p[1]), in_dtype(p[2:], BF)
+        self.norm, self.tw = (p[0], p[1]), pack(p[2:], BF)
         w = TriangleWeights(*parameters("tm"))
         self.shape = tm.Shape.of(self.z, C)
         self.norms = (w.norm_out_weight, w.norm_out_bias, *self.norm)
-        self.ps, self.ends = packed([w.a_p, w.b_p, w.a_g, w.b_g], BF), in_dtype([w.out, w.g], BF)
+        self.mw = tm.pack_weights(w, BF)
         self.grad = torch.randn(2 * C, self.shape.padded, self.shape.padded, device="cuda").to(BF)
         self.n = torch.randn(self.shape.padded**2 * C, device="cuda").to(BF)
-        self.lw = parameters("ln")
-        self.dn, self.head = torch.randn_like(self.z), self.lw[6].to(BF)
+        self.dn = torch.randn_like(self.z)
+        self.lw = pack(parameters("ln")[2:], BF)
+        self.widths = ln.Widths(C, 4, 4)
         self.dys = [torch.randn(n * n, C, device="cuda").to(BF) for _ in range(4)]
         self.ds = torch.randn(4, n * n, device="cuda").to(BF)
 
     def call(self, name: str, shape: tuple[int, ...]) -> Fn:
         """The launch of one kernel with one tile."""
         t = tile(*shape)
+        if name.startswith("tm.project_weight"):
+            t = Config(t.constants | {"TURNED": name.endswith("'")}, t.num_warps)
+        family, _, kernel = name.removesuffix("'").partition(".")
+        checked(t, f"{OPERATORS[family]}.{kernel}")
         z, rows, dy, s = self.z, self.z.view(-1, C), self.dy, self.shape
-        args = (self.grad[:C], z, self.norms, self.ends)
+        args = (self.grad[:C], z, self.norms, self.mw)
         flat = dy.view(-1, C)
+        pairs = ((self.dys[0], self.dys[1]), (self.dys[2], self.dys[3]))
         calls: dict[str, Fn] = {
-            "tr.forward": lambda: tr.forward(rows, self.norm, self.tw, EPS, BF, t),
+            "tr.forward": lambda: tr.forward(rows, self.norm, self.tw, EPS, t),
             "tr.input_gradient": lambda: tr.input_gradient(rows, self.norm, self.tw, flat, EPS, t),
             "tr.weight_gradient": lambda: tr.weight_gradient(rows, self.tw, flat, t),
-            "tm.project": lambda: tm.project_forward(z, self.norm, self.ps, None, s, EPS, t),
+            "tm.project": lambda: tm.project_forward(z, self.norm, self.mw, None, s, EPS, t),
             "tm.output": lambda: tm.output_forward(*args, s, EPS, t),
-            "tm.output_input": lambda: tm.output_input_gradient(*args, dy, s, EPS, t),
-            "tm.output_weight": lambda: tm.output_weight_gradient(*args, dy, s, EPS, t),
+            "tm.output_backward": lambda: tm.output_backward(*args, dy, s, EPS, t),
+            "tm.output_weight": lambda: tm.output_weight_gradient(pairs, s, t),
             "tm.project_input": lambda: tm.project_input_gradient(
-                z, self.norm, self.ps, None, self.grad, self.dn, self.n, s, EPS, t
+                z, self.norm, self.mw, None, self.grad, self.dn, self.n, s, EPS, t
             ),
-            "tm.project_weight": lambda: tm.project_weight_gradient(self.n, self.grad, self.ps, s, t),
-            "ln.forward": lambda: ln.forward(rows, self.norm, self.lw[2:6], self.head, EPS, BF, t),
+            "tm.project_weight": lambda: tm.project_weight_gradient(self.n, self.grad, self.mw, s, t),
+            "ln.forward": lambda: ln.forward(rows, self.norm, self.lw, self.widths, EPS, t),
             "ln.input_gradient": lambda: ln.input_gradient(
-                rows, self.norm, self.ps, self.head, [*self.dys, self.ds], EPS, t
+                rows, self.norm, self.lw, self.widths, [*self.dys, self.ds], EPS, t
             ),
             "ln.weight_gradient": lambda: ln.weight_gradient(rows, self.dys, t),
         }
-        return calls[name]
+        return calls[name.removesuffix("'")]
+
+
+def bare_group() -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the library's matrix products and the small launches take, for comparison."""
+    for n in (384, 768):
+        g, x = (torch.randn(n * n, C, device="cuda").to(BF) for _ in range(2))
+        wide, w = torch.randn(n * n, 4 * C, device="cuda").to(BF), torch.randn(4 * C, C, device="cuda").to(BF)
+        weights = parameters("tm")
+        shares, partial = torch.randn(1152, 256, device="cuda"), torch.randn(33, 4 * C * C, device="cuda")
+        jobs: dict[str, Fn] = {
+            "g^T n 128x128": lambda g=g, x=x: torch.mm(g.t(), x),
+            "g^T n 512x128": lambda wide=wide, x=x: torch.mm(wide.t(), x),
+            "n w^T 128->512": lambda x=x, w=w: torch.mm(x, w.t()),
+            "h w 512->128": lambda wide=wide, w=w: torch.mm(wide, w),
+            "copy": lambda x=x, g=g: g.copy_(x),
+            "pack": lambda weights=weights: pack(weights[2:6], BF),
+            "fold": lambda shares=shares, partial=partial: fold([shares, shares], [partial], FULL),
+        }
+        for name, job in jobs.items():
+            ms = do_bench(job, warmup=8, rep=30, return_mode="median")
+            yield f"bare {name:16s} N={n} {ms:.4f} ms", {"bare": name, "n": n, "ms": ms}
+
+
+def trace_group() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Time of every kernel in one forward and backward pass with the default tiles."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for op in ("tr", "tm", "ln"):
+        for n in (384, 768):
+            z, grad = (torch.randn(n, n, C, device="cuda").to(BF) for _ in range(2))
+            leaves = [t.detach().requires_grad_() for t in (z, *parameters(op))]
+            fn, grads = functions(op)[0], output_gradients(op, grad)
+            for _ in range(2):
+                both_passes(fn, leaves, grads)
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                for _ in range(5):
+                    both_passes(fn, leaves, grads)
+                torch.cuda.synchronize()
+            found = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
+            rows = [(e.key[:60], e.count / 5, e.self_device_time_total / 5e3) for e in found]
+            total = sum(ms for _, _, ms in rows)
+            text = "".join(f"\n      {ms:.4f} ms {count:g} x {key}" for key, count, ms in rows[:14])
+            yield f"trace {op} N={n}: {total:.4f} ms{text}", {"trace": op, "n": n, "rows": rows}
 
 
 def tile_jobs(family: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -304,8 +400,8 @@ def compile_share(index: int, count: int) -> None:
     """Compile every `count`-th job from `index` on: the code runs, no kernel is launched."""
     launch = JITFunction.run
 
-    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return launch(self, *args, grid=grid, warmup=True, **options)
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launch(self, *args, grid=grid, warmup=True, **options)
 
     JITFunction.run = only_compile
     jobs: list[Fn] = [
@@ -329,6 +425,10 @@ def work(group: str, first: int) -> None:
     found = (
         check_group()
         if kind == "check"
+        else bare_group()
+        if kind == "bare"
+        else trace_group()
+        if kind == "trace"
         else whole_group(name)
         if kind == "whole"
         else tile_group(name, first)
@@ -417,7 +517,8 @@ class Lab:
         """All groups in order of importance."""
         self.compile()
         groups = [f"whole:{op}" for op in ("tr", "tm", "ln")] + ["check:all"]
-        groups += [f"tiles:{family}" for family in ("tr", "tm.output", "tm.project", "ln")]
+        groups += [f"tiles:{family}" for family in ("tm.output", "tm.project", "tr", "ln")]
+        groups += ["trace:all", "bare:all"]
         waiting = {g: self.start("--group", g) for g in groups}
         for group, first in waiting.items():
             died = self.run(first, group, 40.0)
@@ -429,6 +530,25 @@ class Lab:
         self.table()
 
 
+def ship(results: Path) -> None:
+    """Put the fastest tile of every kernel (shares of the best time at both lengths) into the shipped file."""
+    file = Path(__file__).resolve().parents[1] / "optimized" / "ops" / "tuned" / "nvidia-h200.json"
+    entries = json.loads(file.read_text())
+    rows = [r for r in json.loads(results.read_text()) if r.get("kind") == "tiles" and "ms" in r]
+    for kernel in sorted({r["kernel"].removesuffix("'") for r in rows}):
+        own = [r for r in rows if r["kernel"].removesuffix("'") == kernel]
+        least = {n: min(r["ms"][n] for r in own) for n in own[0]["ms"]}
+        best = min(own, key=lambda r: sum(r["ms"][n] / least[n] for n in least))
+        family, _, name = kernel.partition(".")
+        config = tile(*best["tile"])
+        if kernel == "tm.project_weight":
+            config.constants["TURNED"] = best["kernel"].endswith("'")
+        for dtype in ("bfloat16", "float16"):
+            entries[f"{OPERATORS[family]}.{name}/{dtype}/{C}"] = config.to_json()
+        print(kernel, best["tile"], best["ms"])
+    file.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> None:
     """Parent or worker."""
     parser = argparse.ArgumentParser()
@@ -436,8 +556,13 @@ def main() -> None:
     parser.add_argument("--share", type=int, nargs=2)
     parser.add_argument("--group")
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument(
+        "--ship", type=Path, help="write the fastest tiles of a fused_lab.json into the package"
+    )
     options = parser.parse_args()
-    if options.share:
+    if options.ship:
+        ship(options.ship)
+    elif options.share:
         compile_share(*options.share)
     elif options.group:
         work(options.group, options.first)

@@ -5,6 +5,7 @@ from typing import Any
 
 import triton
 
+from optimized.ops import outer_products, parameters
 from optimized.ops.layer_norm_linear import kernels as linear_kernels
 from optimized.ops.layer_norm_linear import launch as linear
 from optimized.ops.offline import KernelCase
@@ -20,8 +21,8 @@ TRIANGLE = {
     "project_input": project.input_gradient_kernel,
     "project_weight": project.weight_gradient_kernel,
     "output": output.forward_kernel,
-    "output_input": output.input_gradient_kernel,
-    "output_weight": output.weight_gradient_kernel,
+    "output_backward": output.backward_kernel,
+    "output_weight": outer_products.products_kernel,
 }
 
 
@@ -39,7 +40,8 @@ def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping
             signature[argument] = f"*{dtype}"
         else:
             signature[argument] = "fp32" if argument == "eps" else "i32"
-    aligned = tuple(n for n, t in signature.items() if t.startswith("*") or (t == "i32" and n != "splits"))
+    odd = ("splits", "group")
+    aligned = tuple(n for n, t in signature.items() if t.startswith("*") or (t == "i32" and n not in odd))
     return KernelCase(
         name,
         kernel,
@@ -57,16 +59,22 @@ def cases() -> list[KernelCase]:
     import torch
 
     found: list[KernelCase] = []
+    for kernel, config in (
+        (parameters.pack_kernel, parameters.PACK),
+        (parameters.fold_kernel, parameters.FOLD),
+    ):
+        found.append(make_case(f"parameters.bf16.{kernel.__name__}", kernel, config, "bf16", {}))
     for short, full in DTYPES.items():
         dtype = getattr(torch, full)
         for c, h in ((64, 128), (64, 256), (128, 512), (384, 1536)):
-            sizes = {"C": c, "H": h, "BC": triton.next_power_of_2(c)}
+            sizes = {"C": c, "H": h, "BC": triton.next_power_of_2(c), "FAST": False}
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = transition.default(f"transition.{kernel}", c, dtype)
                 fn = getattr(transition_kernels, f"{kernel}_kernel")
                 found.append(make_case(f"transition.{short}.{c}x{h}.{kernel}", fn, config, short, sizes))
         for c in (64, 128):
-            sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True}
+            sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
+            sizes |= {"G": c, "N0": c, "N1": c}
             for kernel, fn in TRIANGLE.items():
                 config = triangle.default(f"triangle_multiplication.{kernel}", c, dtype)
                 found.append(

@@ -1,6 +1,6 @@
-"""Host side shared by the fused operators: compute dtype, weight copies, split counts, tile shapes."""
+"""Host side shared by the fused operators: compute dtype, tile shapes, how many programs share a sum."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -19,16 +19,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def in_dtype(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights as contiguous tensors of `dtype`; those that must be converted are copied in one launch."""
-    result = list(weights)
-    slots = [k for k, w in enumerate(weights) if w.dtype != dtype or not w.is_contiguous()]
-    if slots:
-        copies = [torch.empty(weights[k].shape, dtype=dtype, device=weights[k].device) for k in slots]
-        torch._foreach_copy_(copies, [weights[k] for k in slots])
-        for k, copy in zip(slots, copies, strict=True):
-            result[k] = copy
-    return result
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. (Triton's own function of this kind costs microseconds on the host.)"""
+    return -(-a // b)
+
+
+@cache
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n; 1 for n = 0."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @cache
@@ -39,29 +38,36 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def packed(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Weights `[h, c]` of one shape stacked into one contiguous `[len·h, c]` tensor of `dtype`, in one launch."""
-    height, width = weights[0].shape
-    whole = torch.empty((len(weights) * height, width), dtype=dtype, device=weights[0].device)
-    torch._foreach_copy_(list(whole.split(height)), weights)
-    return whole
+# Programs that leave a partial sum each: enough to fill the largest device a few times, few enough to fold fast.
+SHARES = 1200
 
 
-def unpacked(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Consecutive parts of a vector of gradients, in the shapes and dtypes of `parameters`."""
-    parts = flat.split([p.numel() for p in parameters])
-    return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+def grouped(steps: int) -> tuple[int, int]:
+    """How many programs take `steps` tiles of rows, and how many consecutive tiles each takes."""
+    group = ceil_div(steps, SHARES)
+    return ceil_div(steps, group), group
 
 
-def checked(config: Config) -> Config:
-    """`config` itself; ValueError where its warps outnumber its rows.
+@cache
+def fast_sigmoid(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the sigmoid may use the hardware's tanh, whose error of 2⁻¹¹ is lost in bf16's 2⁻⁹."""
+    return dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None
+
+
+# Kernels whose every product has BN rows: the tile's BM positions are what they sum over.
+SUMMING = ("triangle_multiplication.output_weight", "layer_norm_linear.weight_gradient")
+
+
+def checked(config: Config, kernel: str = "") -> Config:
+    """`config` itself; ValueError where its warps outnumber the rows of the kernel's products.
 
     From 64 rows on, Hopper multiplies in warp groups of 64 rows. With fewer than 16 rows a warp, two groups
     compute the same rows: twice the matrix work for nothing. Triton 3.6 also made one such shape (the
     transition's weight gradient, 64 rows, 32 wide, 8 warps) end in an illegal memory access on an H200, though
     every address in its PTX lies inside its buffers.
     """
-    rows = config.constants["BM"]
+    summing = kernel in SUMMING or config.constants.get("TURNED", 0)
+    rows = config.constants["BN" if summing else "BM"]
     if 64 <= rows < 16 * config.num_warps:
         raise ValueError(
             f"{rows} rows for {config.num_warps} warps; at most {rows // 16} warps can share them"
@@ -71,11 +77,11 @@ def checked(config: Config) -> Config:
 
 def tile(rows: int, width: int, warps: int, stages: int, max_registers: int = 0) -> Config:
     """A launch configuration: BM rows and BN output channels per step, warps, depth of the load pipeline."""
-    return checked(Config({"BM": rows, "BN": width, "STAGES": stages}, warps, max_registers=max_registers))
+    return Config({"BM": rows, "BN": width, "STAGES": stages}, warps, max_registers=max_registers)
 
 
 @cache
 def chosen(kernel: str, channels: int, dtype: torch.dtype, device: torch.device, default: _Default) -> Config:
     """The configuration of `kernel`: tuned for this device where there is one, else the default for the dtype."""
     key = (str(dtype).removeprefix("torch."), channels)
-    return checked(lookup(kernel, key, device, default(kernel, channels, dtype)))
+    return checked(lookup(kernel, key, device, default(kernel, channels, dtype)), kernel)

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from optimized.ops.adaptive_layer_norm import kernels
-from optimized.ops.products import side_by_side, side_by_side_backward, weight_product
+from optimized.ops.library_products import side_by_side, side_by_side_backward, weight_product
 
 TILE = 4096
 """Elements a program holds: 32 fp32 values per thread of 4 warps and tile."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from optimized.ops.adaptive_layer_norm import launch as adaptive
 from optimized.ops.conditioned_transition import kernels
 from optimized.ops.conditioned_transition.reference import ConditionedWeights
-from optimized.ops.products import side_by_side, side_by_side_backward, weight_product
+from optimized.ops.library_products import side_by_side, side_by_side_backward, weight_product
 
 BLOCK = 1024
 """Elements per program of the elementwise kernels: with four warps, 8 values a thread, a 16-byte load in bf16."""

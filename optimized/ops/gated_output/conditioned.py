@@ -58,7 +58,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from optimized.ops.conditioned_transition import launch as conditioned
     from optimized.ops.gated_output import launch
-    from optimized.ops.products import side_by_side
+    from optimized.ops.library_products import side_by_side
 
     o = side_by_side(launch.gate(as_rows(x), as_rows(gate), dtype), [weight])
     g = side_by_side(as_rows(s).to(dtype), [w_gate])
@@ -94,7 +94,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from optimized.ops.conditioned_transition import launch as conditioned
     from optimized.ops.gated_output import launch
-    from optimized.ops.products import side_by_side_backward, weight_product
+    from optimized.ops.library_products import side_by_side_backward, weight_product
 
     do, dg, d_bias = conditioned.gate_backward(as_rows(y), g, b_gate, as_rows(dy))
     dx, d_gate, gated = launch.gate_backward(as_rows(x), as_rows(gate), side_by_side_backward(do, [weight]))

@@ -9,8 +9,8 @@ from torch import Tensor
 from optimized.ops.conditioned_transition.launch import grid
 from optimized.ops.conditioned_transition.launch import tile as flat_tile
 from optimized.ops.gated_output import kernels
-from optimized.ops.launching import chosen, in_dtype, processors, tile
-from optimized.ops.products import side_by_side, side_by_side_backward, weight_product
+from optimized.ops.launching import chosen, processors, tile
+from optimized.ops.library_products import side_by_side, side_by_side_backward, weight_product
 from optimized.ops.tuning import Config
 
 MAX_FUSED = 256
@@ -98,7 +98,7 @@ def forward(
     kernels.forward_kernel[(triton.cdiv(rows, config.constants["BM"]),)](
         x,
         g,
-        in_dtype([weight], dtype)[0],
+        weight.to(dtype).contiguous(),
         out if residual is None else residual,
         mask.values,
         out,
@@ -142,7 +142,7 @@ def backward(
     kernels.backward_kernel[(chunks, splits)](
         x,
         g,
-        in_dtype([weight], dtype)[0],
+        weight.to(dtype).contiguous(),
         mask.values,
         dout,
         dx,

@@ -12,7 +12,7 @@ FLOP: 2·rows·c·(T·h + heads) forward, twice that backward. Bytes: forward re
 import triton
 import triton.language as tl
 
-from optimized.ops.rows import normalise_rows, normalise_rows_backward
+from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward
 
 
 @triton.jit
@@ -34,7 +34,6 @@ def forward_kernel(
     gamma_ptr,
     beta_ptr,
     w_ptr,
-    head_ptr,
     y0_ptr,
     y1_ptr,
     y2_ptr,
@@ -52,7 +51,7 @@ def forward_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """All results of BM rows; the weights `[T·H, C]` are packed, the narrow one is `[HEADS, C]`."""
+    """All results of BM rows; the weights `[T·H, C]` and the narrow one `[HEADS, C]` are packed."""
     dtype = w_ptr.dtype.element_ty
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
@@ -76,20 +75,21 @@ def forward_kernel(
     if HEADS > 0:
         k = tl.arange(0, BS)
         head = tl.load(
-            head_ptr + k[:, None] * C + c[None, :], mask=(k < HEADS)[:, None] & (c < C)[None, :], other=0.0
+            w_ptr + (T * H + k)[:, None] * C + c[None, :],
+            mask=(k < HEADS)[:, None] & (c < C)[None, :],
+            other=0.0,
         )
         s = tl.dot(n, tl.trans(head), input_precision="ieee").to(s_ptr.dtype.element_ty)
         where = s_ptr + k.to(tl.int64)[None, :] * rows + m[:, None]
         tl.store(where, s, mask=(m < rows)[:, None] & (k < HEADS)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def input_gradient_kernel(
     x_ptr,
     gamma_ptr,
     beta_ptr,
     w_ptr,
-    head_ptr,
     dy0_ptr,
     dy1_ptr,
     dy2_ptr,
@@ -99,6 +99,7 @@ def input_gradient_kernel(
     n_ptr,
     norm_partial_ptr,
     rows,
+    group,
     eps,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -110,45 +111,47 @@ def input_gradient_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx of BM rows, n for the weight gradients, and this tile's share of dγ and dβ."""
+    """`group` tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ."""
     dtype = w_ptr.dtype.element_ty
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
-    acc = tl.zeros([BM, BC], tl.float32)
-    for t in tl.static_range(T):
-        dy_ptr = pick(t, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr)
-        for start in tl.range(0, H, BN, num_stages=STAGES):
-            j = start + tl.arange(0, BN)
-            w = tl.load(
-                w_ptr + (t * H + j)[:, None] * C + c[None, :],
-                mask=(j < H)[:, None] & (c < C)[None, :],
+    for step in range(group):
+        m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
+        acc = tl.zeros([BM, BC], tl.float32)
+        for t in tl.static_range(T):
+            dy_ptr = pick(t, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr)
+            for start in tl.range(0, H, BN, num_stages=STAGES):
+                j = start + tl.arange(0, BN)
+                w = tl.load(
+                    w_ptr + (t * H + j)[:, None] * C + c[None, :],
+                    mask=(j < H)[:, None] & (c < C)[None, :],
+                    other=0.0,
+                )
+                where = dy_ptr + m[:, None] * H + j[None, :]
+                dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(dtype)
+                acc = accumulate(acc, dy, w)
+        if HEADS > 0:
+            k = tl.arange(0, BS)
+            head = tl.load(
+                w_ptr + (T * H + k)[:, None] * C + c[None, :],
+                mask=(k < HEADS)[:, None] & (c < C)[None, :],
                 other=0.0,
             )
-            dy = tl.load(
-                dy_ptr + m[:, None] * H + j[None, :], mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0
-            ).to(dtype)
-            acc = tl.dot(dy, w, acc, input_precision="ieee")
-    if HEADS > 0:
-        k = tl.arange(0, BS)
-        head = tl.load(
-            head_ptr + k[:, None] * C + c[None, :], mask=(k < HEADS)[:, None] & (c < C)[None, :], other=0.0
-        )
-        where = ds_ptr + k.to(tl.int64)[None, :] * rows + m[:, None]
-        ds = tl.load(where, mask=(m < rows)[:, None] & (k < HEADS)[None, :], other=0.0).to(dtype)
-        acc = tl.dot(ds, head, acc, input_precision="ieee")
-    inside = (m < rows)[:, None] & (c < C)[None, :]
-    tile = m[:, None] * C + c[None, :]
-    x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normal, rstd = normalise_rows(x, c, eps, C)
-    n = normal * gamma[None, :] + beta[None, :]
-    tl.store(n_ptr + tile, n.to(dtype), mask=inside)
-    dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
-    tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    share = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
-    tl.store(share, tl.sum(acc * normal, 0), mask=c < C)
-    tl.store(share + C, tl.sum(acc, 0), mask=c < C)
+            where = ds_ptr + k.to(tl.int64)[None, :] * rows + m[:, None]
+            ds = tl.load(where, mask=(m < rows)[:, None] & (k < HEADS)[None, :], other=0.0).to(dtype)
+            acc = accumulate(acc, ds, head)
+        inside = (m < rows)[:, None] & (c < C)[None, :]
+        tile = m[:, None] * C + c[None, :]
+        x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+        gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        normal, rstd = normalise_rows(x, c, eps, C)
+        n = normal * gamma[None, :] + beta[None, :]
+        tl.store(n_ptr + tile, n.to(dtype), mask=inside)
+        dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
+        tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
+        add_share(share_ptr, c, tl.sum(acc * normal, 0), step > 0, C)
+        add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -192,6 +195,6 @@ def weight_gradient_kernel(
         )
         where = dy_ptr + m[:, None] * stride_row + j.to(tl.int64)[None, :] * stride_column
         dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(n.dtype)
-        acc = tl.dot(tl.trans(dy), n, acc, input_precision="ieee")
+        acc = accumulate(acc, tl.trans(dy), n)
     share = partial_ptr + (split.to(tl.int64) * T + t) * H * C
     tl.store(share + j[:, None] * C + c[None, :], acc, mask=(j < H)[:, None] & (c < C)[None, :])

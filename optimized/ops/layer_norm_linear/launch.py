@@ -1,16 +1,21 @@
 """Launches of the LayerNorm + Linear kernels: tile shapes, grids and workspaces."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
 import torch
-import triton
 from torch import Tensor
 
-from optimized.ops.launching import chosen, packed, processors, tile
+from optimized.ops.launcher import launch
+from optimized.ops.launching import ceil_div, chosen, grouped, power_of_two, processors, tile
 from optimized.ops.layer_norm_linear import kernels
+from optimized.ops.parameters import fold, gradient_dtype, pack
 from optimized.ops.tuning import Config
 
 HALF = {
     "forward": tile(64, 64, 4, 2),
-    "input_gradient": tile(128, 64, 8, 2),
+    "input_gradient": tile(64, 32, 4, 3),
     "weight_gradient": tile(64, 64, 4, 3),
 }
 HALF_WIDE = dict.fromkeys(HALF, tile(32, 32, 8, 1))
@@ -27,86 +32,90 @@ def _config(kernel: str, x: Tensor, dtype: torch.dtype) -> Config:
     return chosen(f"layer_norm_linear.{kernel}", x.shape[1], dtype, x.device, default)
 
 
-def _four(tensors: list[Tensor]) -> list[Tensor]:
-    """Four pointers for the kernels; the unused ones repeat the first."""
-    return tensors + tensors[:1] * (4 - len(tensors))
+@cache
+def _narrow(shape: tuple[int, ...]) -> Config:
+    return tile(*shape)
 
 
-def _blocks(channels: int, hidden: int, heads: int, count: int) -> dict[str, int]:
-    return {
-        "C": channels,
-        "H": hidden,
-        "HEADS": heads,
-        "T": count,
-        "BC": triton.next_power_of_2(channels),
-        "BS": max(16, triton.next_power_of_2(max(heads, 1))),
-    }
+def _narrowed(config: Config, width: int) -> Config:
+    """The same tile with at most `width` output channels (always the same object for the same tile)."""
+    constants = config.constants
+    shape = (constants["BM"], width, config.num_warps, constants["STAGES"], config.max_registers)
+    return _narrow(shape)
+
+
+def _four(tensors: list[Tensor], spare: Tensor) -> list[Tensor]:
+    """Four pointers for the kernels; the unused ones point to `spare`."""
+    return tensors + [spare] * (4 - len(tensors))
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of the maps of one call: T ≤ 4 weights `[h, c]` and a head weight `[heads, c]`; any may be absent."""
+
+    hidden: int
+    heads: int
+    count: int
+
+    @staticmethod
+    def of(weights: Sequence[Tensor], head: Tensor | None) -> "Widths":
+        """The sizes of these weights."""
+        hidden = weights[0].shape[0] if weights else 0
+        return Widths(hidden, head.shape[0] if head is not None else 0, len(weights))
+
+    def blocks(self, channels: int) -> dict[str, int]:
+        """Compile-time sizes of the kernels."""
+        return {
+            "C": channels,
+            "H": self.hidden,
+            "HEADS": self.heads,
+            "T": self.count,
+            "BC": power_of_two(channels),
+            "BS": max(16, power_of_two(max(self.heads, 1))),
+        }
 
 
 def forward(
     x: Tensor,
     norm: tuple[Tensor, Tensor],
-    weights: list[Tensor],
-    head: Tensor | None,
+    w: Tensor,
+    widths: Widths,
     eps: float,
-    dtype: torch.dtype,
     config: Config | None = None,
 ) -> list[Tensor]:
-    """The results `[rows, h]` of every weight, then `[heads, rows]` when there is a head weight."""
+    """The results `[rows, h]` of every weight, then `[heads, rows]` when there is a head weight.
+
+    `w` holds the weights and the head weight one after another, in the dtype of the results.
+    """
     rows, channels = x.shape
-    hidden, heads = weights[0].shape[0], (head.shape[0] if head is not None else 0)
-    config = config or _config("forward", x, dtype)
-    whole = packed(weights, dtype)
-    outs = [torch.empty((rows, hidden), dtype=dtype, device=x.device) for _ in weights]
-    narrow = torch.empty((heads, rows), dtype=dtype, device=x.device) if heads else outs[0]
-    kernels.forward_kernel[(triton.cdiv(rows, config.constants["BM"]),)](
-        x,
-        *norm,
-        whole,
-        head.to(dtype) if head is not None else whole,
-        *_four(outs),
-        narrow,
-        rows,
-        eps,
-        **config.launch(),
-        **_blocks(channels, hidden, heads, len(weights)),
-    )
-    return [*outs, narrow] if heads else outs
+    config = config or _config("forward", x, w.dtype)
+    outs = [torch.empty((rows, widths.hidden), dtype=w.dtype, device=x.device) for _ in range(widths.count)]
+    narrow = [torch.empty((widths.heads, rows), dtype=w.dtype, device=x.device)] if widths.heads else []
+    arguments = (x, *norm, w, *_four(outs, w), *(narrow or [w]), rows, eps)
+    grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
+    launch(kernels.forward_kernel, grid, config, arguments, **widths.blocks(channels))
+    return outs + narrow
 
 
 def input_gradient(
     x: Tensor,
     norm: tuple[Tensor, Tensor],
-    whole: Tensor,
-    head: Tensor | None,
+    w: Tensor,
+    widths: Widths,
     grads: list[Tensor],
     eps: float,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, n = LN(x) in the weights' dtype, and partial sums of dγ and dβ `[programs, 2c]`."""
     rows, channels = x.shape
-    heads = head.shape[0] if head is not None else 0
-    wide = grads[:-1] if heads else grads
-    config = config or _config("input_gradient", x, whole.dtype)
-    programs = triton.cdiv(rows, config.constants["BM"])
+    config = config or _config("input_gradient", x, w.dtype)
+    programs, group = grouped(ceil_div(rows, config.constants["BM"]))
     dx = torch.empty_like(x)
-    n = torch.empty((rows, channels), dtype=whole.dtype, device=x.device)
+    n = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
     shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)
-    kernels.input_gradient_kernel[(programs,)](
-        x,
-        *norm,
-        whole,
-        head if head is not None else whole,
-        *_four(wide),
-        grads[-1],
-        dx,
-        n,
-        shares,
-        rows,
-        eps,
-        **config.launch(),
-        **_blocks(channels, wide[0].shape[1], heads, len(wide)),
-    )
+    pointers = (*_four(grads[: widths.count], w), grads[-1], dx, n, shares)
+    arguments = (x, *norm, w, *pointers, rows, group, eps)
+    launch(kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **widths.blocks(channels))
     return dx, n, shares
 
 
@@ -115,25 +124,15 @@ def weight_gradient(n: Tensor, grads: list[Tensor], config: Config | None = None
     rows, channels = n.shape
     hidden = grads[0].shape[1]
     config = config or _config("weight_gradient", n, n.dtype)
-    launch = config.launch()
-    launch["BN"] = min(launch["BN"], max(16, triton.next_power_of_2(hidden)))
-    programs = len(grads) * triton.cdiv(hidden, launch["BN"])
-    splits = max(1, min(2 * processors(n.device) // programs, triton.cdiv(rows, launch["BM"])))
+    if config.constants["BN"] > max(16, power_of_two(hidden)):
+        config = _narrowed(config, max(16, power_of_two(hidden)))
+    programs = len(grads) * ceil_div(hidden, config.constants["BN"])
+    steps = ceil_div(rows, config.constants["BM"])
+    splits = max(1, min(2 * processors(n.device) // programs, steps))
     partial = torch.empty((splits, len(grads) * hidden * channels), dtype=torch.float32, device=n.device)
-    kernels.weight_gradient_kernel[(programs, splits)](
-        n,
-        *_four(grads),
-        partial,
-        rows,
-        splits,
-        grads[0].stride(0),
-        grads[0].stride(1),
-        C=channels,
-        H=hidden,
-        T=len(grads),
-        BC=triton.next_power_of_2(channels),
-        **launch,
-    )
+    arguments = (n, *_four(grads, n), partial, rows, splits, grads[0].stride(0), grads[0].stride(1))
+    blocks = {"C": channels, "H": hidden, "T": len(grads), "BC": power_of_two(channels)}
+    launch(kernels.weight_gradient_kernel, (programs, splits, 1), config, arguments, **blocks)
     return partial
 
 
@@ -145,15 +144,12 @@ def backward(
     head: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dx, and the gradients of γ, β, the weights and the head weight one after another in one fp32 vector."""
-    dtype = grads[0].dtype
-    narrow = head.to(dtype) if head is not None else None
-    sizes = [2 * x.shape[1], len(weights) * weights[0].numel(), head.numel() if head is not None else 0]
-    flat = torch.empty(sum(sizes), dtype=torch.float32, device=x.device)
-    d_norm, d_weights, d_head = flat.split(sizes)
-    dx, n, shares = input_gradient(x, norm, packed(weights, dtype), narrow, grads, eps)
-    torch.sum(shares, 0, out=d_norm)
-    torch.sum(weight_gradient(n, grads[: len(weights)]), 0, out=d_weights)
+    """dx, and the gradients of γ, β, the weights and the head weight one after another in one vector."""
+    widths = Widths.of(weights, head)
+    matrices = [*weights, head] if head is not None else weights
+    w = pack(matrices, grads[0].dtype)
+    dx, n, shares = input_gradient(x, norm, w, widths, grads, eps)
+    partials = [weight_gradient(n, grads[: widths.count])] if weights else []
     if head is not None:
-        torch.sum(weight_gradient(n, [grads[-1].t()]), 0, out=d_head)
-    return dx, flat
+        partials.append(weight_gradient(n, [grads[-1].t()]))
+    return dx, fold([shares], partials, gradient_dtype((*norm, *matrices)))

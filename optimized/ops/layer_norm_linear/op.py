@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from optimized.ops.launching import compute_dtype, unpacked
+from optimized.ops.launcher import direct
+from optimized.ops.launching import compute_dtype
 from optimized.ops.layer_norm_linear import launch
 from optimized.ops.layer_norm_linear.reference import layer_norm_linear_reference
+from optimized.ops.parameters import gradient_dtype, pack, unpacked
 from optimized.ops.support import Supported, triton_support
 
 MAX_CHANNELS = 512
@@ -31,8 +34,10 @@ def supported(
         return Supported(
             False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
         )
-    if not 1 <= len(weights) <= MAX_WEIGHTS:
-        return Supported(False, f"{len(weights)} weights; the kernels take 1 to {MAX_WEIGHTS}")
+    if len(weights) > MAX_WEIGHTS:
+        return Supported(False, f"{len(weights)} weights; the kernels take at most {MAX_WEIGHTS}")
+    if not weights and head_weight is None:
+        return Supported(False, "there is no weight")
     if len({w.shape for w in weights}) > 1:
         return Supported(False, f"the weights have different shapes: {[list(w.shape) for w in weights]}")
     if head_weight is not None and head_weight.shape[0] > 64:
@@ -58,9 +63,56 @@ def layer_norm_linear(
     """
     dtype = compute_dtype(x)
     if not supported(x, norm_weight, norm_bias, weights, head_weight).ok:
-        return layer_norm_linear_reference(x.to(dtype), norm_weight, norm_bias, weights, head_weight, eps)
+        return layer_norm_linear_reference(x, norm_weight, norm_bias, weights, head_weight, eps, dtype)
+    heads = [head_weight] if head_weight is not None else []
+    if direct((x, norm_weight, norm_bias, *weights, *heads)):
+        everything = (norm_weight, norm_bias, *weights, *heads)
+        return list(_LayerNormLinear.apply(x, len(weights), eps, dtype, *everything))
     op = torch.ops.megafold_bench.layer_norm_linear
     return op(x, norm_weight, norm_bias, list(weights), head_weight, eps, dtype)
+
+
+class _LayerNormLinear(torch.autograd.Function):
+    """The same passes without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, count: int, eps: float, dtype: torch.dtype, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *parameters)
+        ctx.settings = (count, eps)
+        return tuple(_forward(x, list(parameters), count, eps, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        count, eps = ctx.settings
+        x, *parameters = ctx.saved_tensors
+        dx, flat = _backward(grads, x, parameters, count, eps)
+        return (dx, None, None, None, *unpacked(flat, parameters))
+
+
+def _forward(x: Tensor, parameters: list[Tensor], count: int, eps: float, dtype: torch.dtype) -> list[Tensor]:
+    """`parameters` are γ, β, `count` weights and perhaps the head weight."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    matrices = parameters[2:]
+    head = matrices[count] if len(matrices) > count else None
+    widths = launch.Widths.of(matrices[:count], head)
+    outs = launch.forward(rows, (parameters[0], parameters[1]), pack(matrices, dtype), widths, eps)
+    shaped = [y.view(*x.shape[:-1], -1) for y in outs[:count]]
+    return shaped + [s.view(-1, *x.shape[:-1]) for s in outs[count:]]
+
+
+def _backward(
+    grads: Sequence[Tensor], x: Tensor, parameters: list[Tensor], count: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    flat = [g.reshape(rows.shape[0], -1).contiguous() for g in grads[:count]]
+    flat += [g.reshape(-1, rows.shape[0]).contiguous() for g in grads[count:]]
+    matrices = parameters[2:]
+    head = matrices[count] if len(matrices) > count else None
+    dx, gradients = launch.backward(flat, rows, (parameters[0], parameters[1]), matrices[:count], head, eps)
+    return dx.view(x.shape), gradients
 
 
 @torch.library.custom_op("megafold_bench::layer_norm_linear", mutates_args=())
@@ -73,10 +125,8 @@ def _layer_norm_linear(
     eps: float,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    outs = launch.forward(rows, (norm_weight, norm_bias), list(weights), head_weight, eps, dtype)
-    shaped = [y.view(*x.shape[:-1], -1) for y in outs[: len(weights)]]
-    return shaped + [s.view(-1, *x.shape[:-1]) for s in outs[len(weights) :]]
+    heads = [head_weight] if head_weight is not None else []
+    return _forward(x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps, dtype)
 
 
 @_layer_norm_linear.register_fake
@@ -105,12 +155,8 @@ def _layer_norm_linear_backward(
     head_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    count = len(weights)
-    flat = [g.reshape(rows.shape[0], -1).contiguous() for g in grads[:count]]
-    flat += [g.reshape(-1, rows.shape[0]).contiguous() for g in grads[count:]]
-    dx, parameters = launch.backward(flat, rows, (norm_weight, norm_bias), list(weights), head_weight, eps)
-    return dx.view(x.shape), parameters
+    heads = [head_weight] if head_weight is not None else []
+    return _backward(grads, x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps)
 
 
 @_layer_norm_linear_backward.register_fake
@@ -124,8 +170,9 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     heads = [head_weight] if head_weight is not None else []
-    size = sum(p.numel() for p in (norm_weight, norm_bias, *weights, *heads))
-    return x.new_empty(x.shape), x.new_empty(size, dtype=torch.float32)
+    parameters = (norm_weight, norm_bias, *weights, *heads)
+    size = sum(p.numel() for p in parameters)
+    return x.new_empty(x.shape), x.new_empty(size, dtype=gradient_dtype(parameters))
 
 
 def _keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

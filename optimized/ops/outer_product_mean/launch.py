@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from optimized.ops.launching import chosen, in_dtype, processors, tile
+from optimized.ops.launching import chosen, processors, tile
 from optimized.ops.outer_product_mean import kernels
 from optimized.ops.tuning import Config
 
@@ -72,7 +72,7 @@ def _space(a: Tensor, b: Tensor, limit: int, length: int, other: int) -> tuple[T
 
 def forward(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     """out `[I, J, z]` in a's dtype from contiguous a `[S, I, c]` and b `[S, J, d]`."""
-    (weight,) = in_dtype([weight], a.dtype)
+    weight = weight.to(a.dtype).contiguous()
     rows, total = a.shape[1], b.shape[1]
     config, sizes = _config("project", weight), _sizes(a, b, weight)
     out = torch.empty((rows, total, weight.shape[0]), dtype=a.dtype, device=a.device)
@@ -89,7 +89,7 @@ def backward(
     dout: Tensor, a: Tensor, b: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """da, db, and the gradients of weight and bias in fp32; the outer products are computed again."""
-    (weight,) = in_dtype([weight], a.dtype)
+    weight = weight.to(a.dtype).contiguous()
     d_weight, d_bias = weight_gradients(dout, a, b, weight, scale)
     da, db = factor_gradients(dout, a, b, weight, scale)
     return da, db, d_weight, d_bias

@@ -19,7 +19,7 @@ Weight gradients are fp32 partial sums over fixed sets of rows, folded afterward
 import triton
 import triton.language as tl
 
-from optimized.ops.rows import normalise_rows, normalise_rows_backward, sigmoid
+from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
 
 
 @triton.jit
@@ -27,21 +27,23 @@ def forward_kernel(
     x_ptr,
     gamma_ptr,
     beta_ptr,
-    wa_ptr,
-    wb_ptr,
-    wo_ptr,
+    w_ptr,
     out_ptr,
     rows,
     eps,
     C: tl.constexpr,
     H: tl.constexpr,
     BC: tl.constexpr,
+    FAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One tile of BM rows: y = h·w_outᵀ, hidden chunk by hidden chunk."""
-    dtype = wa_ptr.dtype.element_ty
+    dtype = w_ptr.dtype.element_ty
+    wa_ptr = w_ptr
+    wb_ptr = w_ptr + H * C
+    wo_ptr = w_ptr + 2 * H * C
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
     inside = (m < rows)[:, None] & (c < C)[None, :]
@@ -66,101 +68,108 @@ def forward_kernel(
             wo = tl.load(wo_ptr + tall, mask=(j < H)[None, :] & (c < C)[:, None], other=0.0)
         a = tl.dot(n, tl.trans(wa), input_precision="ieee")
         b = tl.dot(n, tl.trans(wb), input_precision="ieee")
-        h = (a * sigmoid(a) * b).to(dtype)
-        acc = tl.dot(h, tl.trans(wo), acc, input_precision="ieee")
+        h = (a * sigmoid(a, FAST) * b).to(dtype)
+        acc = accumulate(acc, h, tl.trans(wo))
     tl.store(out_ptr + tile, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def hidden_gradients(a, b, dh):
+def hidden_gradients(a, b, dh, FAST: tl.constexpr):
     """From the pre-activations and dh: h, da, db (fp32)."""
-    s = sigmoid(a)
+    s = sigmoid(a, FAST)
     swish = a * s
     return swish * b, dh * b * (s + swish * (1.0 - s)), dh * swish
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def input_gradient_kernel(
     x_ptr,
     gamma_ptr,
     beta_ptr,
-    wa_ptr,
-    wb_ptr,
-    wo_ptr,
+    w_ptr,
     dy_ptr,
     dx_ptr,
     n_ptr,
     norm_partial_ptr,
     rows,
+    group,
     eps,
     C: tl.constexpr,
     H: tl.constexpr,
     BC: tl.constexpr,
+    FAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile of BM rows: dx, n for the weight gradients, and this tile's share of dγ and dβ."""
-    dtype = wa_ptr.dtype.element_ty
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    """`group` consecutive tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ."""
+    dtype = w_ptr.dtype.element_ty
+    wa_ptr = w_ptr
+    wb_ptr = w_ptr + H * C
+    wo_ptr = w_ptr + 2 * H * C
     c = tl.arange(0, BC)
-    inside = (m < rows)[:, None] & (c < C)[None, :]
-    tile = m[:, None] * C + c[None, :]
-    x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normal, _ = normalise_rows(x, c, eps, C)
-    n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
-    tl.store(n_ptr + tile, n, mask=inside)
-    dy = tl.load(dy_ptr + tile, mask=inside, other=0.0).to(dtype)
-    acc = tl.zeros([BM, BC], tl.float32)
-    for start in tl.range(0, H, BN, num_stages=STAGES):
-        j = start + tl.arange(0, BN)
-        wide = j[:, None] * C + c[None, :]
-        tall = c[:, None] * H + j[None, :]
-        if C == BC and H % BN == 0:
-            wa = tl.load(wa_ptr + wide)
-            wb = tl.load(wb_ptr + wide)
-            wo = tl.load(wo_ptr + tall)
-        else:
-            wa = tl.load(wa_ptr + wide, mask=(j < H)[:, None] & (c < C)[None, :], other=0.0)
-            wb = tl.load(wb_ptr + wide, mask=(j < H)[:, None] & (c < C)[None, :], other=0.0)
-            wo = tl.load(wo_ptr + tall, mask=(j < H)[None, :] & (c < C)[:, None], other=0.0)
-        a = tl.dot(n, tl.trans(wa), input_precision="ieee")
-        b = tl.dot(n, tl.trans(wb), input_precision="ieee")
-        dh = tl.dot(dy, wo, input_precision="ieee")
-        _h, da, db = hidden_gradients(a, b, dh)
-        acc = tl.dot(da.to(dtype), wa, acc, input_precision="ieee")
-        acc = tl.dot(db.to(dtype), wb, acc, input_precision="ieee")
-    # The row tile is read again (from L2): keeping it would cost BM·BC registers through the loop.
-    x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-    normal, rstd = normalise_rows(x, c, eps, C)
-    dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
-    tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    share = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
-    tl.store(share, tl.sum(acc * normal, 0), mask=c < C)
-    tl.store(share + C, tl.sum(acc, 0), mask=c < C)
+    for step in range(group):
+        m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
+        inside = (m < rows)[:, None] & (c < C)[None, :]
+        tile = m[:, None] * C + c[None, :]
+        x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+        gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        normal, _ = normalise_rows(x, c, eps, C)
+        n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
+        tl.store(n_ptr + tile, n, mask=inside)
+        dy = tl.load(dy_ptr + tile, mask=inside, other=0.0).to(dtype)
+        acc = tl.zeros([BM, BC], tl.float32)
+        for start in tl.range(0, H, BN, num_stages=STAGES):
+            j = start + tl.arange(0, BN)
+            wide = j[:, None] * C + c[None, :]
+            tall = c[:, None] * H + j[None, :]
+            if C == BC and H % BN == 0:
+                wa = tl.load(wa_ptr + wide)
+                wb = tl.load(wb_ptr + wide)
+                wo = tl.load(wo_ptr + tall)
+            else:
+                wa = tl.load(wa_ptr + wide, mask=(j < H)[:, None] & (c < C)[None, :], other=0.0)
+                wb = tl.load(wb_ptr + wide, mask=(j < H)[:, None] & (c < C)[None, :], other=0.0)
+                wo = tl.load(wo_ptr + tall, mask=(j < H)[None, :] & (c < C)[:, None], other=0.0)
+            a = tl.dot(n, tl.trans(wa), input_precision="ieee")
+            b = tl.dot(n, tl.trans(wb), input_precision="ieee")
+            dh = tl.dot(dy, wo, input_precision="ieee")
+            _h, da, db = hidden_gradients(a, b, dh, FAST)
+            acc = accumulate(acc, da.to(dtype), wa)
+            acc = accumulate(acc, db.to(dtype), wb)
+        # The row tile is read again (from L2): keeping it would cost BM·BC registers through the loop.
+        x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+        gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        normal, rstd = normalise_rows(x, c, eps, C)
+        dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
+        tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
+        add_share(share_ptr, c, tl.sum(acc * normal, 0), step > 0, C)
+        add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def weight_gradient_kernel(
     n_ptr,
     dy_ptr,
-    wa_ptr,
-    wb_ptr,
-    wo_ptr,
+    w_ptr,
     partial_ptr,
     rows,
     splits,
     C: tl.constexpr,
     H: tl.constexpr,
     BC: tl.constexpr,
+    FAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One chunk of BN hidden units over every `splits`-th row tile: partial dw_a, dw_b `[H, C]`, dw_out `[C, H]`."""
-    dtype = wa_ptr.dtype.element_ty
+    dtype = w_ptr.dtype.element_ty
+    wa_ptr = w_ptr
+    wb_ptr = w_ptr + H * C
+    wo_ptr = w_ptr + 2 * H * C
     split = tl.program_id(1)
     j = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
@@ -182,10 +191,10 @@ def weight_gradient_kernel(
         a = tl.dot(n, wa, input_precision="ieee")
         b = tl.dot(n, wb, input_precision="ieee")
         dh = tl.dot(dy, wo, input_precision="ieee")
-        h, da, db = hidden_gradients(a, b, dh)
-        dwa = tl.dot(tl.trans(n), da.to(dtype), dwa, input_precision="ieee")
-        dwb = tl.dot(tl.trans(n), db.to(dtype), dwb, input_precision="ieee")
-        dwo = tl.dot(tl.trans(dy), h.to(dtype), dwo, input_precision="ieee")
+        h, da, db = hidden_gradients(a, b, dh, FAST)
+        dwa = accumulate(dwa, tl.trans(n), da.to(dtype))
+        dwb = accumulate(dwb, tl.trans(n), db.to(dtype))
+        dwo = accumulate(dwo, tl.trans(dy), h.to(dtype))
     share = partial_ptr + split.to(tl.int64) * 3 * C * H
     tl.store(share + wide, dwa, mask=real)
     tl.store(share + C * H + wide, dwb, mask=real)

@@ -4,8 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from optimized.ops.launching import compute_dtype, unpacked
+from optimized.ops.launcher import direct
+from optimized.ops.launching import compute_dtype
+from optimized.ops.parameters import gradient_dtype, pack, unpacked
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.transition import launch
 from optimized.ops.transition.reference import transition_reference
@@ -46,8 +49,42 @@ def transition(
     parameters = (norm_weight, norm_bias, w_a, w_b, w_out)
     dtype = compute_dtype(x)
     if not supported(x, *parameters).ok:
-        return transition_reference(x.to(dtype), *parameters, eps)
+        return transition_reference(x, *parameters, eps, dtype)
+    if direct((x, *parameters)):
+        return _Transition.apply(x, *parameters, eps, dtype)
     return torch.ops.megafold_bench.transition(x, *parameters, eps, dtype)
+
+
+class _Transition(torch.autograd.Function):
+    """The same passes without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *parameters, eps, dtype = rest
+        ctx.save_for_backward(x, *parameters)
+        ctx.eps = eps
+        return _forward(x, parameters, eps, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        dx, flat = _backward(dy, x, parameters, ctx.eps)
+        return (dx, *unpacked(flat, parameters), None, None)
+
+
+def _forward(x: Tensor, parameters: list[Tensor], eps: float, dtype: torch.dtype) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return launch.forward(rows, (parameters[0], parameters[1]), pack(parameters[2:], dtype), eps).view(
+        x.shape
+    )
+
+
+def _backward(dy: Tensor, x: Tensor, parameters: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    dy = dy.reshape(rows.shape).contiguous()
+    dx, flat = launch.backward(dy, rows, (parameters[0], parameters[1]), parameters[2:], eps)
+    return dx.view(x.shape), flat
 
 
 @torch.library.custom_op("megafold_bench::transition", mutates_args=())
@@ -61,8 +98,7 @@ def _transition(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return launch.forward(rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps, dtype).view(x.shape)
+    return _forward(x, [norm_weight, norm_bias, w_a, w_b, w_out], eps, dtype)
 
 
 @_transition.register_fake
@@ -90,10 +126,7 @@ def _transition_backward(
     w_out: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    dy = dy.reshape(rows.shape).contiguous()
-    dx, flat = launch.backward(dy, rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps)
-    return dx.view(x.shape), flat
+    return _backward(dy, x, [norm_weight, norm_bias, w_a, w_b, w_out], eps)
 
 
 @_transition_backward.register_fake
@@ -107,7 +140,8 @@ def _(
     w_out: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(2 * x.shape[-1] + 3 * w_a.numel(), dtype=torch.float32)
+    dtype = gradient_dtype((norm_weight, norm_bias, w_a, w_b, w_out))
+    return x.new_empty(x.shape), x.new_empty(2 * x.shape[-1] + 3 * w_a.numel(), dtype=dtype)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:

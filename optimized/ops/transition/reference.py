@@ -1,5 +1,6 @@
 """Transition (AF3 Algorithm 11) in plain PyTorch: the definition that the kernels are checked against."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,13 +13,14 @@ def transition_reference(
     w_b: Tensor,
     w_out: Tensor,
     eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """w_out · (swish(w_a · LN(x)) ⊙ w_b · LN(x)), every product in the dtype of `x`.
+    """w_out · (swish(w_a · LN(x)) ⊙ w_b · LN(x)): LN in the dtype of `x`, every product in `dtype` (that of x).
 
     x `[..., c]`; norm_weight, norm_bias `[c]`; w_a, w_b `[h, c]`; w_out `[c, h]`, h = 4c in the paper.
     """
-    dtype = x.dtype
-    normed = F.layer_norm(x, x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
+    dtype = dtype or x.dtype
+    normed = F.layer_norm(x, x.shape[-1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps).to(dtype)
     a = F.linear(normed, w_a.to(dtype))
     b = F.linear(normed, w_b.to(dtype))
     return F.linear(F.silu(a) * b, w_out.to(dtype))

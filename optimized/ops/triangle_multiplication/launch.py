@@ -1,12 +1,15 @@
 """Launches of the triangle multiplication kernels: tile shapes, grids, workspaces and the contraction."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from optimized.ops.launching import chosen, in_dtype, packed, processors, tile
+from optimized.ops.launcher import launch
+from optimized.ops.launching import ceil_div, chosen, fast_sigmoid, grouped, power_of_two, processors, tile
+from optimized.ops.outer_products import products
+from optimized.ops.parameters import fold, gradient_dtype, pack
 from optimized.ops.triangle_multiplication import output, project
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
 from optimized.ops.tuning import Config
@@ -14,15 +17,15 @@ from optimized.ops.tuning import Config
 ALIGNMENT = 16
 
 HALF = {
-    "project": tile(64, 64, 4, 2),
-    "project_input": tile(128, 32, 8, 2),
-    "project_weight": tile(128, 64, 8, 1),
-    "output": tile(64, 32, 4, 2),
-    "output_input": tile(64, 32, 4, 2),
-    "output_weight": tile(128, 32, 8, 1),
+    "project": tile(128, 64, 8, 2),
+    "project_input": tile(128, 64, 8, 2),
+    "project_weight": tile(128, 64, 8, 2),
+    "output": tile(64, 32, 4, 1),
+    "output_backward": tile(64, 32, 4, 2),
+    "output_weight": tile(64, 64, 4, 3),
 }
 # Weight gradients have c or h rows: more than four warps would share 64 of them.
-HALF_NARROW = HALF | {"project_weight": tile(64, 32, 4, 2), "output_weight": tile(64, 32, 4, 1)}
+HALF_NARROW = HALF | {"project_weight": tile(64, 32, 4, 2)}
 FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1))
 
 
@@ -51,11 +54,26 @@ class Shape:
         tokens = z.shape[0]
         return Shape(tokens, -(-tokens // ALIGNMENT) * ALIGNMENT, z.shape[2], hidden)
 
-    @property
-    def blocks(self) -> dict[str, int]:
-        """Compile-time sizes of the kernels."""
+    def blocks(self, w: Tensor) -> dict[str, int]:
+        """Compile-time sizes of the kernels, for weights `w`."""
         c, h = self.channels, self.hidden
-        return {"C": c, "H": h, "BC": triton.next_power_of_2(c), "BH": triton.next_power_of_2(h)}
+        blocks = {"C": c, "H": h, "BC": power_of_two(c), "BH": power_of_two(h)}
+        return blocks | {"FAST": fast_sigmoid(w.dtype, w.device)}
+
+    def inner(self, w: Tensor) -> dict[str, int]:
+        """The same for kernels that do not see the contraction."""
+        blocks = self.blocks(w)
+        del blocks["BH"]
+        return blocks
+
+    def place(self, z: Tensor) -> tuple[int, int, int, int]:
+        """Run-time sizes: N, P and the strides of z."""
+        return self.tokens, self.padded, z.stride(0), z.stride(1)
+
+
+def pack_weights(w: TriangleWeights, dtype: torch.dtype) -> Tensor:
+    """a_p, b_p, a_g, b_g `[h, c]`, out `[c, h]` and g `[c, c]` one after another in `dtype`."""
+    return pack([w.a_p, w.b_p, w.a_g, w.b_g, w.out, w.g], dtype)
 
 
 def project_forward(
@@ -67,26 +85,13 @@ def project_forward(
     eps: float,
     config: Config | None = None,
 ) -> Tensor:
-    """a and b, `[2h, P, P]`, from z `[N, N, c]` (any strides over i and j) and the packed weights `[4h, c]`."""
+    """a and b, `[2h, P, P]`, from z `[N, N, c]` (any strides over i and j) and the packed weights."""
     config = config or _config("project", shape, w)
-    blocks = shape.blocks
-    del blocks["BH"]
+    programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=w.dtype, device=z.device)
-    project.forward_kernel[(triton.cdiv(shape.padded**2, config.constants["BM"]),)](
-        z,
-        *norm,
-        w,
-        mask if mask is not None else z,
-        ab,
-        shape.tokens,
-        shape.padded,
-        z.stride(0),
-        z.stride(1),
-        eps,
-        MASKED=mask is not None,
-        **config.launch(),
-        **blocks,
-    )
+    arguments = (z, *norm, w, mask if mask is not None else z, ab, *shape.place(z), group, eps)
+    sizes = shape.inner(w) | {"MASKED": mask is not None}
+    launch(project.forward_kernel, (programs, 2, 1), config, arguments, **sizes)
     return ab
 
 
@@ -114,101 +119,64 @@ def output_forward(
     x: Tensor,
     z: Tensor,
     norms: tuple[Tensor, ...],
-    w: list[Tensor],
+    w: Tensor,
     shape: Shape,
     eps: float,
     config: Config | None = None,
 ) -> Tensor:
-    """y `[N, N, c]`; `norms` is γ, β of the output norm and of the input norm; `w` is out and g."""
+    """y `[N, N, c]`; `norms` is γ, β of the output norm and of the input norm; `w` is all the packed weights."""
     config = config or _config("output", shape, x)
+    programs, group = grouped(ceil_div(shape.tokens * shape.padded, config.constants["BM"]))
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
-    output.forward_kernel[(triton.cdiv(shape.tokens * shape.padded, config.constants["BM"]),)](
-        x,
-        z,
-        *norms,
-        *w,
-        y,
-        shape.tokens,
-        shape.padded,
-        z.stride(0),
-        z.stride(1),
-        eps,
-        **config.launch(),
-        **shape.blocks,
-    )
+    arguments = (x, z, *norms, w, y, *shape.place(z), group, eps)
+    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
     return y
 
 
-def output_input_gradient(
+class OutputGradients(NamedTuple):
+    """What the backward pass of the output side leaves."""
+
+    dx: Tensor
+    """`[h, P, P]`, padding zero."""
+    dn: Tensor
+    """The gate's gradient to LN(z), in z's dtype, `[N, N, c]`."""
+    shares: Tensor
+    """Partial sums of the output norm's gradients `[programs, 2h]`."""
+    pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """d_linear and LN(x), d_gate and LN(z): the weight gradients are their products."""
+
+
+def output_backward(
     x: Tensor,
     z: Tensor,
     norms: tuple[Tensor, ...],
-    w: list[Tensor],
+    w: Tensor,
     dy: Tensor,
     shape: Shape,
     eps: float,
     config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx `[h, P, P]`, the gate's gradient to LN(z) in z's dtype `[N, N, c]`, shares of the output norm's gradients."""
-    config = config or _config("output_input", shape, x)
-    programs = triton.cdiv(shape.padded**2, config.constants["BM"])
+) -> OutputGradients:
+    """Gradients of the output side except those of its weights."""
+    config = config or _config("output_backward", shape, x)
+    programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
+    rows, c, h = shape.tokens**2, shape.channels, shape.hidden
     dx = torch.empty_like(x)
-    dn = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=z.dtype, device=x.device)
-    shares = torch.empty((programs, 2 * shape.hidden), dtype=torch.float32, device=x.device)
-    output.input_gradient_kernel[(programs,)](
-        x,
-        z,
-        *norms,
-        *w,
-        dy,
-        dx,
-        dn,
-        shares,
-        shape.tokens,
-        shape.padded,
-        z.stride(0),
-        z.stride(1),
-        eps,
-        **config.launch(),
-        **shape.blocks,
+    dn = torch.empty((shape.tokens, shape.tokens, c), dtype=z.dtype, device=x.device)
+    nx, nz, d_linear, d_gate = (
+        torch.empty((rows, width), dtype=x.dtype, device=x.device) for width in (h, c, c, c)
     )
-    return dx, dn, shares
+    shares = torch.empty((programs, 2 * h), dtype=torch.float32, device=x.device)
+    outs = (dx, dn, nx, nz, d_linear, d_gate, shares)
+    arguments = (x, z, *norms, w, dy, *outs, *shape.place(z), group, eps)
+    launch(output.backward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
+    return OutputGradients(dx, dn, shares, ((d_linear, nx), (d_gate, nz)))
 
 
 def output_weight_gradient(
-    x: Tensor,
-    z: Tensor,
-    norms: tuple[Tensor, ...],
-    w: list[Tensor],
-    dy: Tensor,
-    shape: Shape,
-    eps: float,
-    config: Config | None = None,
+    pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], shape: Shape, config: Config | None = None
 ) -> Tensor:
     """Partial gradients of out and g, `[splits, c·h + c·c]` in fp32."""
-    config = config or _config("output_weight", shape, x)
-    c, h = shape.channels, shape.hidden
-    chunks = triton.cdiv(c, config.constants["BN"])
-    steps = triton.cdiv(shape.tokens * shape.padded, config.constants["BM"])
-    splits = max(1, min(processors(x.device) // chunks, steps))
-    partial = torch.empty((splits, c * (h + c)), dtype=torch.float32, device=x.device)
-    output.weight_gradient_kernel[(chunks, splits)](
-        x,
-        z,
-        *norms,
-        *w,
-        dy,
-        partial,
-        shape.tokens,
-        shape.padded,
-        z.stride(0),
-        z.stride(1),
-        eps,
-        splits,
-        **config.launch(),
-        **shape.blocks,
-    )
-    return partial
+    return products(pairs, config or _config("output_weight", shape, pairs[0][0]))
 
 
 def project_input_gradient(
@@ -225,52 +193,30 @@ def project_input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """dz, written over `dn`, and shares of the input norm's gradients; LN(z), masked, goes to `n` `[P·P, c]`."""
     config = config or _config("project_input", shape, w)
-    blocks = shape.blocks
-    del blocks["BH"]
-    programs = triton.cdiv(shape.padded**2, config.constants["BM"])
+    programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
-    project.input_gradient_kernel[(programs,)](
-        z,
-        *norm,
-        w,
-        mask if mask is not None else z,
-        grad,
-        dn,
-        dn,
-        n,
-        shares,
-        shape.tokens,
-        shape.padded,
-        z.stride(0),
-        z.stride(1),
-        eps,
-        MASKED=mask is not None,
-        **config.launch(),
-        **blocks,
-    )
+    pointers = (mask if mask is not None else z, grad, dn, dn, n, shares)
+    arguments = (z, *norm, w, *pointers, *shape.place(z), group, eps)
+    sizes = shape.inner(w) | {"MASKED": mask is not None}
+    launch(project.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dn, shares
 
 
 def project_weight_gradient(
     n: Tensor, grad: Tensor, w: Tensor, shape: Shape, config: Config | None = None
 ) -> Tensor:
-    """Partial gradients of the packed weights, `[splits, 4h·c]` in fp32."""
+    """Partial gradients of the four input projections, `[splits, 4h·c]` in fp32."""
     config = config or _config("project_weight", shape, w)
-    blocks = shape.blocks
-    del blocks["BH"]
-    chunks = triton.cdiv(2 * shape.hidden, config.constants["BN"])
-    splits = max(1, min(processors(n.device) // chunks, triton.cdiv(shape.padded**2, config.constants["BM"])))
-    partial = torch.empty((splits, w.numel()), dtype=torch.float32, device=n.device)
-    project.weight_gradient_kernel[(chunks, splits)](
-        n,
-        grad,
-        w,
-        partial,
-        shape.padded**2,
-        splits,
-        **config.launch(),
-        **blocks,
-    )
+    area = shape.padded**2
+    chunks = ceil_div(2 * shape.hidden, config.constants["BN"])
+    steps = ceil_div(area, config.constants["BM"])
+    splits = max(1, min(processors(n.device) // chunks, steps))
+    size = 4 * shape.hidden * shape.channels
+    partial = torch.empty((splits, size), dtype=torch.float32, device=n.device)
+    turned = {} if "TURNED" in config.constants else {"TURNED": False}
+    arguments = (n, grad, w, partial, area, splits)
+    sizes = shape.inner(w) | turned
+    launch(project.weight_gradient_kernel, (chunks, splits, 1), config, arguments, **sizes)
     return partial
 
 
@@ -279,39 +225,33 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y `[N, N, c]` and the contraction `[h, P, P]`, which is kept for the backward pass."""
     shape = Shape.of(z, w.a_p.shape[0])
+    packed = pack_weights(w, dtype)
     norm_in = (w.norm_in_weight, w.norm_in_bias)
-    ab = project_forward(z, norm_in, packed([w.a_p, w.b_p, w.a_g, w.b_g], dtype), mask, shape, eps)
-    x = contract(ab, outgoing)
-    del ab
+    x = contract(project_forward(z, norm_in, packed, mask, shape, eps), outgoing)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
-    return output_forward(x, z, norms, in_dtype([w.out, w.g], dtype), shape, eps), x
+    return output_forward(x, z, norms, packed, shape, eps), x
 
 
 def backward(
     dy: Tensor, x: Tensor, z: Tensor, w: TriangleWeights, mask: Tensor | None, outgoing: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """dz, and the parameter gradients one after another in one fp32 vector; a and b are recomputed.
+    """dz, and the parameter gradients one after another in one vector; a and b are recomputed.
 
-    Order of the vector: norm_in γ, β; a_p, b_p, a_g, b_g; norm_out γ, β; out, g.
+    Order of the vector: norm_in γ, β; norm_out γ, β; a_p, b_p, a_g, b_g; out, g.
     """
     shape = Shape.of(z, w.a_p.shape[0])
-    c, h = shape.channels, shape.hidden
-    sizes = [2 * c, 4 * h * c, 2 * h, c * h + c * c]
-    flat = torch.empty(sum(sizes), dtype=torch.float32, device=z.device)
-    d_norm_in, d_project, d_norm_out, d_ends = flat.split(sizes)
     norm_in = (w.norm_in_weight, w.norm_in_bias)
+    packed = pack_weights(w, x.dtype)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
-    ends = in_dtype([w.out, w.g], x.dtype)
-    torch.sum(output_weight_gradient(x, z, norms, ends, dy, shape, eps), 0, out=d_ends)
-    dx, dn, shares = output_input_gradient(x, z, norms, ends, dy, shape, eps)
-    torch.sum(shares, 0, out=d_norm_out)
-    ps = packed([w.a_p, w.b_p, w.a_g, w.b_g], x.dtype)
-    ab = project_forward(z, norm_in, ps, mask, shape, eps)
+    dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
+    d_ends = output_weight_gradient(pairs, shape)
+    del pairs
+    ab = project_forward(z, norm_in, packed, mask, shape, eps)
     grad = contract_backward(dx, ab, outgoing)
     del dx
     # a and b are spent: their memory takes LN(z) where it is large enough.
-    n = ab.view(-1)[: shape.padded**2 * c] if c <= 2 * h else ab.new_empty(shape.padded**2 * c)
-    dz, shares = project_input_gradient(z, norm_in, ps, mask, grad, dn, n, shape, eps)
-    torch.sum(shares, 0, out=d_norm_in)
-    torch.sum(project_weight_gradient(n, grad, ps, shape), 0, out=d_project)
-    return dz, flat
+    size = shape.padded**2 * shape.channels
+    n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
+    dz, shares_in = project_input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps)
+    d_project = project_weight_gradient(n, grad, packed, shape)
+    return dz, fold([shares_in, shares_out], [d_project, d_ends], gradient_dtype(w))

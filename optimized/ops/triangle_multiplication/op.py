@@ -4,8 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from optimized.ops.launching import compute_dtype, unpacked
+from optimized.ops.launcher import direct
+from optimized.ops.launching import compute_dtype
+from optimized.ops.parameters import gradient_dtype, unpacked
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.triangle_multiplication import launch
 from optimized.ops.triangle_multiplication.reference import TriangleWeights, triangle_multiplication_reference
@@ -44,8 +47,46 @@ def triangle_multiplication(
     """
     dtype = compute_dtype(z)
     if not supported(z, weights, mask).ok:
-        return triangle_multiplication_reference(z.to(dtype), weights, outgoing, mask, eps)
+        return triangle_multiplication_reference(z, weights, outgoing, mask, eps, dtype)
+    if direct((z, *weights)):
+        return _TriangleMultiplication.apply(z, mask, outgoing, eps, dtype, *weights)
     return torch.ops.megafold_bench.triangle_multiplication(z, *weights, mask, outgoing, eps, dtype)[0]
+
+
+class _TriangleMultiplication(torch.autograd.Function):
+    """The same passes without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        mask: Tensor | None,
+        outgoing: bool,
+        eps: float,
+        dtype: torch.dtype,
+        *weights: Tensor,
+    ) -> Tensor:
+        plain, mask = _plain(z, mask)
+        y, x = launch.forward(plain, TriangleWeights(*weights), mask, outgoing, eps, dtype)
+        ctx.save_for_backward(x, z, mask, *weights)
+        ctx.settings = (outgoing, eps)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, mask, *weights = ctx.saved_tensors
+        w = TriangleWeights(*weights)
+        plain, mask = _plain(z, mask)
+        dz, flat = launch.backward(dy.contiguous(), x, plain, w, mask, *ctx.settings)
+        return (dz, None, None, None, None, *_in_order(flat, w))
+
+
+def _in_order(flat: Tensor, w: TriangleWeights) -> list[Tensor]:
+    """The gradients that `launch.backward` returns in one vector, in the order of the parameters."""
+    order = (*w[:2], *w[6:8], w.a_p, w.b_p, w.a_g, w.b_g, *w[8:])
+    gamma, beta, gamma_out, beta_out, a_p, b_p, a_g, b_g, out, g = unpacked(flat, order)
+    return [gamma, beta, a_p, a_g, b_p, b_g, gamma_out, beta_out, out, g]
 
 
 def _plain(z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +186,8 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     parameters = (norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g)
-    return z.new_empty(z.shape), z.new_empty(sum(p.numel() for p in parameters), dtype=torch.float32)
+    size = sum(p.numel() for p in parameters)
+    return z.new_empty(z.shape), z.new_empty(size, dtype=gradient_dtype(parameters))
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -159,10 +201,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> tuple[Tens
         return (None,) * 15
     saved = ctx.saved_tensors
     dz, flat = torch.ops.megafold_bench.triangle_multiplication_backward(dy, *saved, *ctx.settings)
-    w = TriangleWeights(*saved[2:12])
-    order = (w.norm_in_weight, w.norm_in_bias, w.a_p, w.b_p, w.a_g, w.b_g, *w[6:])
-    gamma, beta, a_p, b_p, a_g, b_g, *rest = unpacked(flat, order)
-    return (dz, gamma, beta, a_p, a_g, b_p, b_g, *rest, None, None, None, None)
+    return (dz, *_in_order(flat, TriangleWeights(*saved[2:12])), None, None, None, None)
 
 
 _triangle_multiplication.register_autograd(_differentiate, setup_context=_keep)

@@ -16,7 +16,7 @@ gate's share of dn and writes dz and n; weight_gradient reads n and the two grad
 import triton
 import triton.language as tl
 
-from optimized.ops.rows import normalise_rows, normalise_rows_backward, sigmoid
+from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
 
 
 @triton.jit
@@ -49,6 +49,20 @@ def keep_rows(mask_ptr, inside, dense, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_weights(w_ptr, t, c, H: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
+    """Rows t of the projections and of their gates, `[BN, BC]` each; FULL: every row and column is real."""
+    cells = t[:, None] * C + c[None, :]
+    if FULL:
+        wp = tl.load(w_ptr + cells)
+        wg = tl.load(w_ptr + 2 * H * C + cells)
+    else:
+        real = (t < 2 * H)[:, None] & (c < C)[None, :]
+        wp = tl.load(w_ptr + cells, mask=real, other=0.0)
+        wg = tl.load(w_ptr + 2 * H * C + cells, mask=real, other=0.0)
+    return wp, wg
+
+
+@triton.jit(do_not_specialize=["group"])
 def forward_kernel(
     z_ptr,
     gamma_ptr,
@@ -60,42 +74,51 @@ def forward_kernel(
     padded,
     stride_i,
     stride_j,
+    group,
     eps,
     C: tl.constexpr,
     H: tl.constexpr,
     BC: tl.constexpr,
+    FAST: tl.constexpr,
     MASKED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """a and b of BM positions of the padded square, BN of the 2h channels at a time."""
+    """a or b (by `program_id(1)`) of `group` tiles of BM positions, BN of the h channels at a time.
+
+    Where BN covers h, the program keeps its weights on the chip and the loop over tiles is pipelined.
+    """
+    RESIDENT: tl.constexpr = BN >= H
+    FULL: tl.constexpr = C == BC and H % BN == 0
     dtype = w_ptr.dtype.element_ty
-    p = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
-    inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
-    keep = keep_rows(mask_ptr, inside, dense, MASKED)
-    n, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
-    n = n.to(dtype)
+    first = tl.program_id(1) * H
     area = padded.to(tl.int64) * padded
-    for start in tl.range(0, 2 * H, BN, num_stages=STAGES):
-        t = start + tl.arange(0, BN)
-        cells = t[:, None] * C + c[None, :]
-        real = (t < 2 * H)[:, None] & (c < C)[None, :]
-        if C == BC and 2 * H % BN == 0:
-            wp = tl.load(w_ptr + cells)
-            wg = tl.load(w_ptr + 2 * H * C + cells)
-        else:
-            wp = tl.load(w_ptr + cells, mask=real, other=0.0)
-            wg = tl.load(w_ptr + 2 * H * C + cells, mask=real, other=0.0)
-        linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
-        gate = tl.dot(n, tl.trans(wg), input_precision="ieee")
-        value = tl.where(keep[:, None], linear * sigmoid(gate), 0.0)
-        where = out_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
-        tl.store(where, value.to(out_ptr.dtype.element_ty), mask=(p < area)[:, None] & (t < 2 * H)[None, :])
+    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    if RESIDENT:
+        wp, wg = load_weights(w_ptr, first + tl.arange(0, BN), c, H, C, FULL)
+    for step in tl.range(0, group, num_stages=STAGES):
+        p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
+        inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
+        keep = keep_rows(mask_ptr, inside, dense, MASKED)
+        z = tl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        normal, _ = normalise_rows(z.to(tl.float32), c, eps, C)
+        n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
+        for start in tl.range(0, H, BN, num_stages=STAGES):
+            t = first + start + tl.arange(0, BN)
+            if not RESIDENT:
+                wp, wg = load_weights(w_ptr, t, c, H, C, FULL)
+            linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
+            gate = tl.dot(n, tl.trans(wg), input_precision="ieee")
+            value = tl.where(keep[:, None], linear * sigmoid(gate, FAST), 0.0)
+            where = out_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
+            own = (p < area)[:, None] & (t < first + H)[None, :]
+            tl.store(where, value.to(out_ptr.dtype.element_ty), mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def input_gradient_kernel(
     z_ptr,
     gamma_ptr,
@@ -111,58 +134,55 @@ def input_gradient_kernel(
     padded,
     stride_i,
     stride_j,
+    group,
     eps,
     C: tl.constexpr,
     H: tl.constexpr,
     BC: tl.constexpr,
+    FAST: tl.constexpr,
     MASKED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dz of BM positions from the gradients of a and b `[2h, P, P]` and the output gate's dn `[N·N, c]`.
+    """dz of `group` tiles of BM positions from the gradients of a and b `[2h, P, P]` and the gate's dn `[N·N, c]`.
 
-    Also writes mask · n `[P·P, c]` for the weight gradients, and this tile's share of dγ and dβ.
+    Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
     """
+    FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     dtype = w_ptr.dtype.element_ty
-    p = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
-    inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
-    keep = keep_rows(mask_ptr, inside, dense, MASKED)
-    n, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
-    n = tl.where(keep[:, None], n, 0.0).to(dtype)
     area = padded.to(tl.int64) * padded
-    square = (p < area)[:, None]
-    tl.store(n_ptr + p.to(tl.int64)[:, None] * C + c[None, :], n, mask=square & (c < C)[None, :])
-    acc = tl.zeros([BM, BC], tl.float32)
-    for start in tl.range(0, 2 * H, BN, num_stages=STAGES):
-        t = start + tl.arange(0, BN)
-        cells = t[:, None] * C + c[None, :]
-        real = (t < 2 * H)[:, None] & (c < C)[None, :]
-        if C == BC and 2 * H % BN == 0:
-            wp = tl.load(w_ptr + cells)
-            wg = tl.load(w_ptr + 2 * H * C + cells)
-        else:
-            wp = tl.load(w_ptr + cells, mask=real, other=0.0)
-            wg = tl.load(w_ptr + 2 * H * C + cells, mask=real, other=0.0)
-        where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
-        grad = tl.load(where, mask=keep[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
-        linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
-        gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"))
-        d_linear = grad * gate
-        d_gate = d_linear * linear * (1.0 - gate)
-        acc = tl.dot(d_linear.to(dtype), wp, acc, input_precision="ieee")
-        acc = tl.dot(d_gate.to(dtype), wg, acc, input_precision="ieee")
-    tile = dense[:, None] * C + c[None, :]
-    valid = inside[:, None] & (c < C)[None, :]
-    acc += tl.load(dn_gate_ptr + tile, mask=valid, other=0.0).to(tl.float32)
-    # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
-    _, normal, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
-    dz = normalise_rows_backward(acc, normal, gamma, rstd, C)
-    tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=valid)
-    share = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
-    tl.store(share, tl.sum(acc * normal, 0), mask=c < C)
-    tl.store(share + C, tl.sum(acc, 0), mask=c < C)
+    for step in range(group):
+        p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
+        inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
+        keep = keep_rows(mask_ptr, inside, dense, MASKED)
+        n, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
+        n = tl.where(keep[:, None], n, 0.0).to(dtype)
+        square = (p < area)[:, None]
+        tl.store(n_ptr + p.to(tl.int64)[:, None] * C + c[None, :], n, mask=square & (c < C)[None, :])
+        acc = tl.zeros([BM, BC], tl.float32)
+        for start in tl.range(0, 2 * H, BN, num_stages=STAGES):
+            t = start + tl.arange(0, BN)
+            wp, wg = load_weights(w_ptr, t, c, H, C, FULL)
+            where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
+            grad = tl.load(where, mask=keep[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
+            linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
+            gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"), FAST)
+            d_linear = grad * gate
+            d_gate = d_linear * linear * (1.0 - gate)
+            acc = accumulate(acc, d_linear.to(dtype), wp)
+            acc = accumulate(acc, d_gate.to(dtype), wg)
+        tile = dense[:, None] * C + c[None, :]
+        valid = inside[:, None] & (c < C)[None, :]
+        acc += tl.load(dn_gate_ptr + tile, mask=valid, other=0.0).to(tl.float32)
+        # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
+        _, normal, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
+        dz = normalise_rows_backward(acc, normal, gamma, rstd, C)
+        tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=valid)
+        share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
+        add_share(share_ptr, c, tl.sum(acc * normal, 0), step > 0, C)
+        add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -176,21 +196,29 @@ def weight_gradient_kernel(
     C: tl.constexpr,
     H: tl.constexpr,
     BC: tl.constexpr,
+    FAST: tl.constexpr,
+    TURNED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Partial gradients `[4h, c]` of the packed weights for BN channels over every `splits`-th tile of positions."""
+    """Partial gradients `[4h, c]` of the packed weights for BN channels over every `splits`-th tile of positions.
+
+    TURNED: channels are the rows of every product. The gate's gradients then go from one product to the next in
+    registers, and the gradients of a and b are read as they lie; else positions are the rows of the recomputation.
+    """
+    FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     dtype = w_ptr.dtype.element_ty
     split = tl.program_id(1)
     t = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
-    real = (c < C)[:, None] & (t < 2 * H)[None, :]
-    cells = c[:, None] + t[None, :] * C
-    wp = tl.load(w_ptr + cells, mask=real, other=0.0)
-    wg = tl.load(w_ptr + 2 * H * C + cells, mask=real, other=0.0)
-    dwp = tl.zeros([BC, BN], tl.float32)
-    dwg = tl.zeros([BC, BN], tl.float32)
+    wp, wg = load_weights(w_ptr, t, c, H, C, FULL)
+    if TURNED:
+        dwp = tl.zeros([BN, BC], tl.float32)
+        dwg = tl.zeros([BN, BC], tl.float32)
+    else:
+        dwp = tl.zeros([BC, BN], tl.float32)
+        dwg = tl.zeros([BC, BN], tl.float32)
     for start in tl.range(split * BM, area, splits * BM, num_stages=STAGES):
         p = tl.arange(0, BM) + start
         inside = p < area
@@ -199,14 +227,30 @@ def weight_gradient_kernel(
             mask=inside[:, None] & (c < C)[None, :],
             other=0.0,
         )
-        where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
-        grad = tl.load(where, mask=inside[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
-        linear = tl.dot(n, wp, input_precision="ieee")
-        gate = sigmoid(tl.dot(n, wg, input_precision="ieee"))
-        d_linear = grad * gate
-        d_gate = d_linear * linear * (1.0 - gate)
-        dwp = tl.dot(tl.trans(n), d_linear.to(dtype), dwp, input_precision="ieee")
-        dwg = tl.dot(tl.trans(n), d_gate.to(dtype), dwg, input_precision="ieee")
-    share = partial_ptr + split.to(tl.int64) * 4 * H * C + cells
-    tl.store(share, dwp, mask=real)
-    tl.store(share + 2 * H * C, dwg, mask=real)
+        if TURNED:
+            where = grad_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
+            grad = tl.load(where, mask=inside[None, :] & (t < 2 * H)[:, None], other=0.0).to(tl.float32)
+            linear = tl.dot(wp, tl.trans(n), input_precision="ieee")
+            gate = sigmoid(tl.dot(wg, tl.trans(n), input_precision="ieee"), FAST)
+            d_linear = grad * gate
+            d_gate = d_linear * linear * (1.0 - gate)
+            dwp = accumulate(dwp, d_linear.to(dtype), n)
+            dwg = accumulate(dwg, d_gate.to(dtype), n)
+        else:
+            where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
+            grad = tl.load(where, mask=inside[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
+            linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
+            gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"), FAST)
+            d_linear = grad * gate
+            d_gate = d_linear * linear * (1.0 - gate)
+            dwp = accumulate(dwp, tl.trans(n), d_linear.to(dtype))
+            dwg = accumulate(dwg, tl.trans(n), d_gate.to(dtype))
+    share = partial_ptr + split.to(tl.int64) * 4 * H * C
+    if TURNED:
+        cells = t[:, None] * C + c[None, :]
+        real = (t < 2 * H)[:, None] & (c < C)[None, :]
+    else:
+        cells = c[:, None] + t[None, :] * C
+        real = (c < C)[:, None] & (t < 2 * H)[None, :]
+    tl.store(share + cells, dwp, mask=real)
+    tl.store(share + 2 * H * C + cells, dwg, mask=real)

@@ -33,15 +33,22 @@ class TriangleWeights(NamedTuple):
 
 
 def triangle_multiplication_reference(
-    z: Tensor, weights: TriangleWeights, outgoing: bool = True, mask: Tensor | None = None, eps: float = 1e-5
+    z: Tensor,
+    weights: TriangleWeights,
+    outgoing: bool = True,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """σ(g·LN(z)) ⊙ out·LN(Σ_k a ⊙ b), every product in the dtype of `z`.
+    """σ(g·LN(z)) ⊙ out·LN(Σ_k a ⊙ b): LN(z) in the dtype of `z`, every product in `dtype` (that of z).
 
     z `[N, N, c]`; mask `[N, N]` boolean, True = keep. a_ij = mask_ij · σ(a_g·LN(z_ij)) ⊙ a_p·LN(z_ij), b likewise.
     Outgoing: Σ_k a_ik ⊙ b_jk; incoming: Σ_k a_ki ⊙ b_kj.
     """
-    w = TriangleWeights(*(t.to(z.dtype) for t in weights))
-    normed = F.layer_norm(z, z.shape[-1:], w.norm_in_weight, w.norm_in_bias, eps)
+    dtype = dtype or z.dtype
+    gamma, beta = weights.norm_in_weight.to(z.dtype), weights.norm_in_bias.to(z.dtype)
+    w = TriangleWeights(*(t.to(dtype) for t in weights))
+    normed = F.layer_norm(z, z.shape[-1:], gamma, beta, eps).to(dtype)
     a = torch.sigmoid(F.linear(normed, w.a_g)) * F.linear(normed, w.a_p)
     b = torch.sigmoid(F.linear(normed, w.b_g)) * F.linear(normed, w.b_p)
     if mask is not None:

@@ -25,14 +25,21 @@ OPERATORS = {
 @pytest.mark.parametrize(("rows", "warps"), [(64, 8), (64, 16), (128, 16)])
 def test_more_warps_than_rows_can_feed_are_refused(rows, warps):
     with pytest.raises(ValueError, match="warps"):
-        tile(rows, 32, warps, 1)
+        checked(tile(rows, 32, warps, 1))
     with pytest.raises(ValueError, match="warps"):
         checked(Config({"BM": rows, "BN": 32, "STAGES": 2}, warps))
 
 
 @pytest.mark.parametrize(("rows", "warps"), [(16, 8), (32, 8), (64, 4), (128, 8)])
 def test_other_tiles_are_taken(rows, warps):
-    assert tile(rows, 32, warps, 1).num_warps == warps
+    assert checked(tile(rows, 32, warps, 1)).num_warps == warps
+
+
+def test_a_kernel_that_sums_over_its_tile_is_judged_by_its_outputs():
+    summing = "triangle_multiplication.output_weight"
+    assert checked(tile(64, 128, 8, 1), summing).num_warps == 8
+    with pytest.raises(ValueError, match="warps"):
+        checked(tile(128, 64, 8, 1), summing)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -42,8 +49,8 @@ def test_defaults_keep_the_rule(operator, channels, dtype):
     module = OPERATORS[operator]
     for kernel in module.HALF:
         name = f"{operator}.{kernel}"
-        config = checked(module.default(name, channels, dtype))
-        if name.endswith(("weight_gradient", "project_weight", "output_weight")) and channels == 64:
+        config = checked(module.default(name, channels, dtype), name)
+        if name.endswith(("weight_gradient", "project_weight")) and channels == 64:
             assert dtype == torch.float32 or config.num_warps <= 4
 
 
@@ -55,6 +62,6 @@ def test_shipped_configurations_keep_the_rule():
             operator, _, kernel = key.split("/")[0].partition(".")
             if operator in OPERATORS:
                 assert kernel in OPERATORS[operator].HALF
-                checked(Config.from_json(entry))
+                checked(Config.from_json(entry), f"{operator}.{kernel}")
                 names.add(operator)
     assert "transition" in names

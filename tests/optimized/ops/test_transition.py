@@ -1,6 +1,6 @@
 import pytest
 import torch
-from fused_checks import check_against_definition, check_bitwise, parameters
+from fused_checks import check_against_definition, check_bitwise, distance, parameters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optimized.ops.support import interpreting
@@ -63,8 +63,19 @@ def test_autocast_runs_the_products_in_its_dtype():
     with torch.autocast("cpu", dtype=BF):
         y = transition(*tensors)
     assert y.dtype == BF
-    low = transition_reference(tensors[0].to(BF), *tensors[1:])
+    low = transition_reference(*tensors, dtype=BF)
     torch.testing.assert_close(y, low, rtol=0.05, atol=0.05)
+
+
+def test_a_large_mean_is_taken_out_before_rounding():
+    tensors, _ = problem((5, 7), 32, 4, FULL, FULL)
+    tensors[0] = tensors[0] + 200
+    exact = transition_reference(*(t.double() for t in tensors))
+    with torch.autocast("cpu", dtype=BF):
+        y = transition(*tensors)
+        eager = transition_reference(*tensors, dtype=BF)
+    assert distance(eager, exact) < 0.02
+    assert distance(y, exact) <= 1.1 * distance(eager, exact)
 
 
 def test_fake_tensors_and_registration():

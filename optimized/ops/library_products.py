@@ -5,11 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optimized.ops.launching import packed
+from optimized.ops.parameters import pack
 
 
 def _ready(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return all(w.dtype == dtype and w.is_contiguous() for w in weights)
+
+
+def _stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return pack(weights, dtype).view(-1, weights[0].shape[1])
 
 
 def side_by_side(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -19,7 +23,7 @@ def side_by_side(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     they are, each into its columns.
     """
     if not _ready(weights, x.dtype):
-        return torch.mm(x, packed(list(weights), x.dtype).t())
+        return torch.mm(x, _stacked(weights, x.dtype).t())
     height = weights[0].shape[0]
     out = torch.empty((x.shape[0], len(weights) * height), dtype=x.dtype, device=x.device)
     for part, w in zip(out.split(height, 1), weights, strict=True):
@@ -32,7 +36,7 @@ def side_by_side_backward(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
     if len(weights) == 1:
         return torch.mm(dy, weights[0].to(dy.dtype))
     if dy.dtype != torch.float32 or not _ready(weights, dy.dtype):
-        return torch.mm(dy, packed(list(weights), dy.dtype))
+        return torch.mm(dy, _stacked(weights, dy.dtype))
     parts = dy.split(weights[0].shape[0], 1)
     out = torch.mm(parts[0], weights[0])
     for part, w in zip(parts[1:], weights[1:], strict=True):

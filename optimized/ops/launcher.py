@@ -1,0 +1,71 @@
+"""Launches at little host cost, and when an operator may leave the dispatcher out.
+
+Triton binds, specialises and looks up a kernel anew at every launch, some 20 µs for 20 arguments, and a
+`torch.library` operator costs as much again on each pass. At 400 tokens that is longer than the GPU's work.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from optimized.ops.support import interpreting
+from optimized.ops.tuning import Config
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+# Compiled kernels by what Triton specialises on. The value holds the objects whose ids are in the key.
+_compiled: dict[tuple, tuple[Any, tuple, Any, Config]] = {}
+
+
+def direct(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call can go straight to the kernels: ordinary tensors, nothing that watches the dispatcher.
+
+    False while compiling, for tensor subclasses (fake tensors among them), under dispatch modes (FLOP counters,
+    selective checkpointing) and in functorch transforms: there the registered operator is called.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(t) in PLAIN for t in tensors)
+
+
+def _specialised(argument: Any) -> Any:
+    """What Triton compiles a run-time argument into the code."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument % 16 == 0, argument == 1, -(2**31) <= argument < 2**31
+    return type(argument)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, int, int], config: Config, arguments: tuple, **sizes: int | bool
+) -> None:
+    """Run `kernel` on a grid; `arguments` are its run-time parameters in order, `sizes` its other constants.
+
+    The first call for a kind of arguments goes through Triton and keeps what it compiled; later ones hand their
+    arguments to the compiled kernel. Launch hooks (profilers) and the interpreter get Triton's own launch.
+    """
+    if interpreting():
+        kernel[grid](*arguments, **config.launch(), **sizes)
+        return
+    device = arguments[0].device.index
+    key = (id(kernel), id(config), device, *sizes.values(), *map(_specialised, arguments))
+    known = _compiled.get(key)
+    hooked = getattr(knobs.runtime.launch_enter_hook, "calls", knobs.runtime.launch_enter_hook)
+    if known is None or hooked:
+        compiled = kernel[grid](*arguments, **config.launch(), **sizes)
+        if hasattr(compiled, "packed_metadata"):
+            named = {**config.launch(), **sizes}
+            constants = tuple(named[n] for n in kernel.arg_names[len(arguments) :])
+            _compiled[key] = (compiled, constants, kernel, config)
+        return
+    compiled, constants, _, _ = known
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled.run(
+        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants
+    )
