@@ -1,6 +1,6 @@
 """One GPU call for the operators outside the Pairformer's core: errors, repeatability, time and memory.
 
-python bench/ops_lab.py --out DIR      (under 90 s on one H200; a crash costs one case, the rest is reported)
+python bench/ops_lab.py --out DIR      (under 90 s on one H200; a crash costs one group, the rest is reported)
 
 Conditioned transition and adaptive LayerNorm of the diffusion transformer, gated output, outer product mean and
 pair-weighted averaging, each at AF3 sizes against its definition, eager and compiled: error against float64 over
@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -291,22 +292,75 @@ GROUPS = [
 # Averages of 1024 rows and outer products in fp64 would not fit the time: the checks are small.
 
 
+def emit(text: str, row: dict[str, Any]) -> None:
+    """One result for the parent."""
+    print("@" + json.dumps({"text": text, "row": row}), flush=True)
+
+
+@contextmanager
+def reported(case: Case, what: str) -> Iterator[None]:
+    """An error inside becomes a result, and the next thing is tried."""
+    try:
+        yield
+    except Exception as error:
+        text = f"{case.name} {what}: {type(error).__name__} {str(error)[:160]}"
+        emit(text, {"name": case.name, "arm": what, "error": traceback.format_exc()[-2000:]})
+
+
 def prepare(index: int, compiled: bool) -> None:
     """One group's checks as JSON lines; then everything it times once, which fills the compilers' caches."""
     torch.backends.cuda.matmul.allow_tf32 = False
     group = GROUPS[index]
     for case in group.checked():
-        print("@" + json.dumps({"name": case.name, "check": check(case)}), flush=True)
+        with reported(case, "check"):
+            found = check(case)
+            ours, eager = found["pairs"][found["worst"]]
+            emit(
+                f"check {case.name}: worst result {found['worst']} {ours:.2e} eager {eager:.2e}"
+                f" ratio {found['ratio']:.2f} bitwise {found['bitwise']}",
+                {"name": case.name, "check": found},
+            )
     for case in group.timed():
         for fn in (case.ours, *([torch.compile(case.definition, dynamic=False)] if compiled else [])):
-            both_passes(fn, leaves_of(case), case.grad)
-            with torch.no_grad():
-                fn(*leaves_of(case))
+            with reported(case, "first call"):
+                both_passes(fn, leaves_of(case), case.grad)
+                with torch.no_grad():
+                    fn(*leaves_of(case))
     torch.cuda.synchronize()
 
 
+def time_case(case: Case, compiled: bool, deadline: float) -> None:
+    """The times of one case; an arm that raises is reported and the others still run."""
+    arms = {"ours": case.ours, "eager": case.definition}
+    if compiled:
+        arms["compiled"] = torch.compile(case.definition, dynamic=False)
+    floors = "/".join(f"{f:.3f}" for f in case.floor_ms)
+    for arm, fn in arms.items():
+        label = f"{case.name} {arm:8s}"
+        if time.time() > deadline:
+            emit(f"{label} left out, the time is up", {"name": case.name, "arm": arm, "left_out": True})
+            continue
+        with reported(case, arm):
+            row = measure(fn, case)
+            torch.cuda.empty_cache()
+            emit(
+                f"{label} {row['fwd']:.3f}/{row['fwd_bwd']:.3f} ms  {row['peak_mib']:.0f} MiB"
+                f"  host {row['host']:.2f}  floor {floors}",
+                {"name": case.name, "arm": arm, "floor": case.floor_ms, **row},
+            )
+
+
+def time_group(index: int, compiled: bool) -> None:
+    """Wait for the deadline on standard input, then time one group."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.zeros(1, device="cuda")
+    deadline = float(sys.stdin.readline())
+    for case in GROUPS[index].timed():
+        time_case(case, compiled, deadline)
+
+
 class Lab:
-    """The parent: checks and compilation in one process per group, then the times, one after another."""
+    """The parent never touches the GPU: checks and compilation in one process per group, then the times in others."""
 
     def __init__(self, out: Path, budget: float, compiled: bool) -> None:
         self.out, self.budget, self.compiled = out, budget, compiled
@@ -321,69 +375,48 @@ class Lab:
         self.rows.append(row)
         (self.out / "ops_lab.json").write_text(json.dumps(self.rows, indent=1))
 
-    def prepare(self, chosen: list[int], seconds: float) -> None:
-        """All groups at once; what has not finished in time is compiled when it is timed."""
+    def start(self, mode: str, index: int) -> subprocess.Popen[str]:
+        """This script in another process."""
         flags = [] if self.compiled else ["--no-compile"]
-        running = {
-            k: subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve()), "--prepare", str(k), *flags],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-            )
-            for k in chosen
-        }
-        until = time.time() + seconds
-        for k, worker in running.items():
-            try:
-                text, trouble = worker.communicate(timeout=max(0.1, until - time.time()))
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                text, trouble = worker.communicate()
-                trouble += "\nstopped: out of time"
-            for line in text.splitlines():
-                if line.startswith("@"):
-                    self.checked(json.loads(line[1:]))
-            if worker.returncode:
-                last = [t for t in trouble.strip().splitlines() if t][-1:]
-                self.note(f"{GROUPS[k].name}: ended early: {''.join(last)[:200]}")
-                self.keep({"name": GROUPS[k].name, "error": trouble[-3000:]})
-
-    def checked(self, row: dict[str, Any]) -> None:
-        """Print and keep one check."""
-        found = row["check"]
-        ours, eager = found["pairs"][found["worst"]]
-        self.note(
-            f"check {row['name']}: worst result {found['worst']} {ours:.2e} eager {eager:.2e}"
-            f" ratio {found['ratio']:.2f} bitwise {found['bitwise']}"
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), mode, str(index), *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
         )
-        self.keep(row)
 
-    def time(self, case: Case) -> None:
-        """Print and keep the times of one case; an arm that raises is reported and the others still run."""
-        arms = {"ours": case.ours, "eager": case.definition}
-        if self.compiled:
-            arms["compiled"] = torch.compile(case.definition, dynamic=False)
-        parts = []
-        for arm, fn in arms.items():
-            if time.time() - START > self.budget:
-                parts.append(f"{arm} left out, the time is up")
-                self.keep({"name": case.name, "arm": arm, "left_out": True})
-                continue
-            try:
-                row = measure(fn, case)
-            except Exception as error:
-                parts.append(f"{arm} {type(error).__name__} {str(error)[:120]}")
-                self.keep({"name": case.name, "arm": arm, "error": traceback.format_exc()[-2000:]})
-                continue
-            self.keep({"name": case.name, "arm": arm, "floor": case.floor_ms, **row})
-            parts.append(
-                f"{arm} {row['fwd']:.3f}/{row['fwd_bwd']:.3f} ms {row['peak_mib']:.0f} MiB host {row['host']:.2f}"
-            )
-            torch.cuda.empty_cache()
-        floors = "/".join(f"{f:.3f}" for f in case.floor_ms)
-        self.note(f"{case.name} floor {floors} | " + " | ".join(parts))
+    def finish(self, worker: subprocess.Popen[str], index: int, line: str, seconds: float) -> None:
+        """What a worker says until it ends or its seconds are over."""
+        try:
+            text, trouble = worker.communicate(line, timeout=max(0.1, seconds))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            text, trouble = worker.communicate()
+            trouble += "\nstopped: out of time"
+        for found in text.splitlines():
+            if found.startswith("@"):
+                result = json.loads(found[1:])
+                self.note(result["text"])
+                self.keep(result["row"])
+        if worker.returncode:
+            last = [t for t in trouble.strip().splitlines() if t][-1:]
+            self.note(f"{GROUPS[index].name}: ended early: {''.join(last)[:200]}")
+            self.keep({"name": GROUPS[index].name, "error": trouble[-3000:]})
+
+    def everything(self, chosen: list[int]) -> None:
+        """All checks at once, then the times of one group after another; what failed before is compiled then."""
+        until = time.time() + 0.5 * self.budget
+        running = {k: self.start("--prepare", k) for k in chosen}
+        for k, worker in running.items():
+            self.finish(worker, k, "", until - time.time())
+        self.note("prepared")
+        deadline = START + self.budget
+        waiting = {k: self.start("--time", k) for k in chosen}
+        for k, worker in waiting.items():
+            self.finish(worker, k, f"{deadline}\n", deadline + 10 - time.time())
+        self.note("done")
 
 
 def main() -> None:
@@ -394,20 +427,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a group's name")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the definition out")
     parser.add_argument("--prepare", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--time", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    compiled = not options.no_compile
     if options.prepare is not None:
-        prepare(options.prepare, not options.no_compile)
-        return
-    lab = Lab(Path(options.out), options.budget, not options.no_compile)
-    chosen = [k for k, group in enumerate(GROUPS) if options.only in group.name]
-    lab.prepare(chosen, 0.5 * options.budget)
-    lab.note("prepared")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for k in chosen:
-        for case in GROUPS[k].timed():
-            lab.time(case)
-        torch.cuda.empty_cache()
-    lab.note("done")
+        prepare(options.prepare, compiled)
+    elif options.time is not None:
+        time_group(options.time, compiled)
+    else:
+        chosen = [k for k, group in enumerate(GROUPS) if options.only in group.name]
+        Lab(Path(options.out), options.budget, compiled).everything(chosen)
 
 
 if __name__ == "__main__":
