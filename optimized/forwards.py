@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from optimized.ops import adaptive_layer_norm as adaptive_op
 from optimized.ops import attention as attention_op
+from optimized.ops import conditioned_transition as conditioned_op
+from optimized.ops import gated_output as output_op
 from optimized.ops import layer_norm_linear as norm_linear_op
+from optimized.ops import outer_product_mean as outer_op
+from optimized.ops import pair_weighted_averaging as averaging_op
 from optimized.ops import transition as transition_op
 from optimized.ops import triangle_multiplication as multiplication_op
+from optimized.ops.conditioned_transition import ConditionedWeights
+from optimized.ops.outer_product_mean import OuterWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
 from optimized.recipes import Fallbacks
 
@@ -43,6 +50,67 @@ class Orientation(NamedTuple):
     """Query i and key k of a row read the bias at (k, i) instead of (i, k)."""
 
 
+class Into(NamedTuple):
+    """Where an update goes: residual + keep ⊙ update."""
+
+    residual: Tensor
+    """`[..., I, J, c]`"""
+    keep: Tensor | None
+    """Factors of shared dropout, 1 / (1 - p) or 0, with an axis of one along which they are shared."""
+
+
+class GatedOutput(NamedTuple):
+    """The end of an update as one operator: gate, output projection and, with `into`, dropout and residual."""
+
+    weight: Tensor
+    """`[c, h]`, no bias."""
+    into: Into | None = None
+
+    def __call__(self, x: Tensor, gate: Tensor, fallbacks: Fallbacks) -> Tensor:
+        """From the values and the gate before its sigmoid, both [..., h]."""
+        into = (None, None) if self.into is None else self.into
+        fallbacks.check("gated_output", output_op.supported(x, gate, self.weight, *into))
+        return output_op.gated_output(x, gate, self.weight, *into)
+
+    def turned(self) -> GatedOutput:
+        """The same for an update with rows and columns exchanged."""
+        if self.into is None:
+            return self
+        residual, keep = self.into
+        flip = None if keep is None else keep.transpose(-3, -2)
+        return GatedOutput(self.weight, Into(residual.transpose(-3, -2), flip))
+
+
+def ending(linear: Any, fused_ops: frozenset[str], into: Into | None = None) -> Any:
+    """The end of an update with output projection `linear`: one operator where it was asked for and has no bias."""
+    if into is None and ("gated_output" not in fused_ops or linear.bias is not None):
+        return linear
+    return GatedOutput(linear.weight, into)
+
+
+def add_update(update: Tensor, into: Into, fallbacks: Fallbacks) -> Tensor:
+    """residual + keep ⊙ update in one pass."""
+    fallbacks.check("gated_output", output_op.update_supported(into.residual, update, into.keep))
+    return output_op.add_update(into.residual, update, into.keep)
+
+
+class AdaptiveGate(NamedTuple):
+    """Parameters of an adaptive output gate; c channels, conditioning of c_s."""
+
+    weight: Tensor
+    """`[c, c_s]`"""
+    bias: Tensor
+    """`[c]`"""
+
+
+def conditioned_output(
+    x: Tensor, gate: Tensor, weight: Tensor, s: Tensor, outer: AdaptiveGate, fallbacks: Fallbacks
+) -> Tensor:
+    """Gated output projection with an adaptive output gate (AF3 Algorithm 24 with conditioning)."""
+    fallbacks.check("gated_output", output_op.conditioned_supported(x, gate, weight, s, *outer))
+    return output_op.conditioned_output(x, gate, weight, s, *outer)
+
+
 def keep(mask: Tensor | None) -> Tensor | None:
     """A mask of zeros and ones, of any dtype, as a boolean one."""
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
@@ -53,20 +121,21 @@ def triangle_attention(
     weights: TriangleAttentionWeights,
     heads: int,
     way: Orientation,
-    out: Callable[[Tensor], Tensor],
+    out: Callable[[Tensor], Tensor] | GatedOutput,
     mask: Tensor | None,
     eps: float,
     fallbacks: Fallbacks,
 ) -> Tensor:
     """Triangle attention (AF3 Algorithms 14 and 15) on z [*, N, N, c], without the residual.
 
-    `mask` [*, N, N] says which keys z_ij take part, True = keep; `out` is the output projection. LayerNorm and
-    the five projections read z once. A z that is a transposed view is not copied: the attention runs over its
+    `mask` [*, N, N] says which keys z_ij take part, True = keep; `out` is the output projection, or the whole end
+    of the update as one operator. LayerNorm and the five projections read z once. A z that is a transposed view is not copied: the attention runs over its
     other axis. A row without any key gives zero.
     """
     if z.stride(-3) < z.stride(-2):
         turned = Orientation(not way.columns, not way.flipped)
         mask = None if mask is None else mask.transpose(-1, -2)
+        out = out.turned() if isinstance(out, GatedOutput) else out
         update = triangle_attention(z.transpose(-3, -2), weights, heads, turned, out, mask, eps, fallbacks)
         return update.transpose(-3, -2)
     norm, projections = weights[:2], list(weights[2:6])
@@ -80,7 +149,8 @@ def triangle_attention(
     if mask is not None and way.columns:
         mask = mask.transpose(-1, -2)
     x = _attention(q, k, v, bias.unsqueeze(-4), mask, "triangle_attention", fallbacks)
-    return out(_from_rows(x, way.columns) * torch.sigmoid(g))
+    x = _from_rows(x, way.columns)
+    return out(x, g, fallbacks) if isinstance(out, GatedOutput) else out(x * torch.sigmoid(g))
 
 
 def _to_rows(x: Tensor, heads: int, columns: bool) -> Tensor:
@@ -174,3 +244,80 @@ def transition(x: Tensor, weights: TransitionWeights, eps: float, fallbacks: Fal
     """Transition (AF3 Algorithm 11) on x [..., c], without the residual."""
     fallbacks.check("transition", transition_op.supported(x, *weights))
     return transition_op.transition(x, *weights, eps)
+
+
+class AdaptiveWeights(NamedTuple):
+    """Parameters of one adaptive layer norm; c_a channels, conditioning of c_s."""
+
+    norm_weight: Tensor
+    """`[c_s]`, scale of the norm of s."""
+    scale: Tensor
+    """`[c_a, c_s]`"""
+    scale_bias: Tensor
+    """`[c_a]`"""
+    shift: Tensor
+    """`[c_a, c_s]`"""
+
+
+def adaptive_layer_norm(
+    a: Tensor, s: Tensor, weights: AdaptiveWeights, eps: float, fallbacks: Fallbacks
+) -> Tensor:
+    """Adaptive layer norm (AF3 Algorithm 26) of a [*, N, c_a] given s [*', N, c_s], shared by the other axes of a."""
+    fallbacks.check("adaptive_layer_norm", adaptive_op.supported(a, s, *weights))
+    return adaptive_op.adaptive_layer_norm(a, s, *weights, eps)
+
+
+def conditioned_transition(
+    a: Tensor, s: Tensor, weights: ConditionedWeights, eps: float, fallbacks: Fallbacks
+) -> Tensor:
+    """Conditioned transition (AF3 Algorithm 25) on a [*, N, c_a] given s [*', N, c_s], without the residual."""
+    fallbacks.check("conditioned_transition", conditioned_op.supported(a, s, weights))
+    return conditioned_op.conditioned_transition(a, s, weights, eps)
+
+
+def outer_product_mean(
+    m: Tensor, mask: Tensor, weights: OuterWeights, norm_eps: float, eps: float, fallbacks: Fallbacks
+) -> Tensor:
+    """Outer product mean (AF3 Algorithm 9) [N, N, c_z] of m [S, N, c_m], mask [S, N] True = keep, without residual."""
+    fallbacks.check("outer_product_mean", outer_op.supported(m, mask, weights))
+    return outer_op.outer_product_mean(m, mask, weights, norm_eps, eps)
+
+
+class AveragingWeights(NamedTuple):
+    """Parameters of one pair-weighted averaging; c_m channels of the MSA, c_z of the pair, h heads of width d."""
+
+    norm_m: tuple[Tensor, Tensor]
+    """Scale and offset `[c_m]`."""
+    norm_z: tuple[Tensor, Tensor]
+    """Scale and offset `[c_z]`."""
+    z: Tensor
+    """`[h, c_z]`"""
+    v: Tensor
+    """`[h·d, c_m]`"""
+    g: Tensor
+    """`[h·d, c_m]`, the output gate."""
+
+
+def pair_weighted_averaging(
+    m: Tensor,
+    z: Tensor,
+    mask: Tensor | None,
+    weights: AveragingWeights,
+    eps: float,
+    out: Callable[[Tensor], Tensor] | GatedOutput,
+    fallbacks: Fallbacks,
+) -> Tensor:
+    """Pair-weighted averaging (AF3 Algorithm 10) of m [S, N, c_m] with weights from z [N, N, c_z].
+
+    `mask` [N], True = keep as key; `out` is the output projection, or the whole end of the update as one operator.
+    Values and gate read m once, and the weights are the only N² intermediate. Without any key the average is zero.
+    """
+    values, projections = [weights.v, weights.g], (weights.norm_m, weights.norm_z)
+    for x, norm, maps in zip((m, z), projections, (values, [weights.z]), strict=True):
+        fallbacks.check("layer_norm_linear", norm_linear_op.supported(x, *norm, maps))
+    v, g = norm_linear_op.layer_norm_linear(m, *weights.norm_m, values, None, eps)
+    (logits,) = norm_linear_op.layer_norm_linear(z, *weights.norm_z, [weights.z], None, eps)
+    v, logits = v.unflatten(-1, (weights.z.shape[0], -1)), logits.movedim(-1, 0)
+    fallbacks.check("pair_weighted_averaging", averaging_op.supported(v, logits, mask))
+    x = averaging_op.weighted_average(v, logits, mask).flatten(-2)
+    return out(x, g, fallbacks) if isinstance(out, GatedOutput) else out(x * torch.sigmoid(g))

@@ -7,14 +7,37 @@ Each class is the baseline's own with another forward, so it can be built in its
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.af3 import attention_pair_bias, primitives, triangle
-from baselines.af3.primitives import LayerNorm
+from baselines.af3 import attention_pair_bias, msa, pairformer, primitives, triangle
+from baselines.af3.primitives import LayerNorm, SharedDropout
 from optimized import forwards
-from optimized.forwards import Orientation, TransitionWeights, TriangleAttentionWeights
+from optimized.forwards import (
+    AdaptiveGate,
+    AdaptiveWeights,
+    AveragingWeights,
+    GatedOutput,
+    Into,
+    Orientation,
+    TransitionWeights,
+    TriangleAttentionWeights,
+)
+from optimized.ops.conditioned_transition import ConditionedWeights
+from optimized.ops.launching import compute_dtype
+from optimized.ops.outer_product_mean import OuterWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
-from optimized.recipes import Fused, Recipe, affine, first, head_size, width, without_bias
+from optimized.recipes import (
+    Fused,
+    Recipe,
+    adaptive,
+    affine,
+    averaging_size,
+    first,
+    head_size,
+    width,
+    without_bias,
+)
 
 
 def _pairs(mask: Tensor | None) -> Tensor | None:
@@ -43,8 +66,8 @@ class TriangleMultiplication(Fused, triangle.TriangleMultiplication):
 class TriangleAttention(Fused, triangle.TriangleAttention):
     """Triangle attention (AF3 Algorithms 14 and 15): two operators and the output projection."""
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The update of z [N, N, c_z], without the residual. `mask` [N]: tokens to keep as keys."""
+    def forward(self, z: Tensor, mask: Tensor | None = None, into: Into | None = None) -> Tensor:
+        """The update of z [N, N, c_z], or with `into` that added to a residual. `mask` [N]: tokens to keep as keys."""
         norm = self.layer_norm
         assert norm.weight is not None and norm.bias is not None
         weights = TriangleAttentionWeights(
@@ -56,9 +79,8 @@ class TriangleAttention(Fused, triangle.TriangleAttention):
         keys = None
         if mask is not None:
             keys = (mask[None, :] if self.starting else mask[:, None]).expand(z.shape[:2])
-        return forwards.triangle_attention(
-            z, weights, self.heads, way, self.linear_o, keys, norm.eps, self.fallbacks
-        )
+        out = forwards.ending(self.linear_o, self.fused_ops, into)
+        return forwards.triangle_attention(z, weights, self.heads, way, out, keys, norm.eps, self.fallbacks)
 
 
 class Transition(Fused, primitives.Transition):
@@ -89,10 +111,120 @@ class AttentionPairBias(Fused, attention_pair_bias.AttentionPairBias):
             for linear in (self.linear_q, self.linear_k, self.linear_v)
         )
         x = forwards.shared_bias_attention(q, k, v, bias, mask, self.fallbacks)
-        x = self.linear_o(x * torch.sigmoid(self.linear_g(a)))
-        if self.linear_s is not None and s is not None:
-            x = x * torch.sigmoid(self.linear_s(s))
-        return x
+        gate, weight, outer = self.linear_g(a), self.linear_o.weight, self.linear_s
+        if "gated_output" not in self.fused_ops:
+            x = self.linear_o(x * torch.sigmoid(gate))
+            return x if outer is None or s is None else x * torch.sigmoid(outer(s))
+        if outer is None or s is None:
+            return GatedOutput(weight)(x, gate, self.fallbacks)
+        adaptive_gate = AdaptiveGate(outer.weight, outer.bias)
+        return forwards.conditioned_output(x, gate, weight, s, adaptive_gate, self.fallbacks)
+
+
+class PairBlock(Fused, pairformer.PairBlock):
+    """The pair half of a Pairformer block (AF3 Algorithm 17): every update goes into z with its dropout at once."""
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The new z [N, N, c_z]. `mask` [N]: tokens to keep."""
+        for update in (self.tri_mul_out, self.tri_mul_in):
+            z = forwards.add_update(update(z, mask), _into(z, self.row_dropout), self.fallbacks)
+        z = self._attend(self.tri_att_start, z, mask, self.row_dropout)
+        z = self._attend(self.tri_att_end, z, mask, self.column_dropout)
+        return z + self.pair_transition(z)
+
+    def _attend(
+        self, update: triangle.TriangleAttention, z: Tensor, mask: Tensor | None, dropout: SharedDropout
+    ) -> Tensor:
+        """z and its triangle attention; hooks on that are handed the update itself, so they cost the fusion."""
+        if isinstance(update, TriangleAttention) and not update._forward_hooks:
+            return update(z, mask, _into(z, dropout))
+        return forwards.add_update(update(z, mask), _into(z, dropout), self.fallbacks)
+
+
+class OuterProductMean(Fused, msa.OuterProductMean):
+    """Outer product mean (AF3 Algorithm 9): two operators, a block of tokens at a time."""
+
+    def forward(self, m: Tensor, mask: Tensor) -> Tensor:
+        """[N, N, c_z] from m [S, N, c_m] and mask [S, N] bool."""
+        norm, out = self.layer_norm, self.linear_out
+        assert norm.weight is not None and norm.bias is not None
+        weights = OuterWeights(
+            norm.weight, norm.bias, self.linear_a.weight, self.linear_b.weight, out.weight, out.bias
+        )
+        return forwards.outer_product_mean(m, mask, weights, norm.eps, self.eps, self.fallbacks)
+
+
+class PairWeightedAveraging(Fused, msa.PairWeightedAveraging):
+    """Pair-weighted averaging (AF3 Algorithm 10) on operators."""
+
+    def forward(self, m: Tensor, z: Tensor, mask: Tensor, into: Into | None = None) -> Tensor:
+        """The update of m [S, N, c_m] given z [N, N, c_z], or with `into` that added to a residual.
+
+        `mask` [S, N]: a token absent from every row takes no part in the averages.
+        """
+        norm_m, norm_z = self.layer_norm_m, self.layer_norm_z
+        assert norm_m.weight is not None and norm_m.bias is not None
+        assert norm_z.weight is not None and norm_z.bias is not None
+        weights = AveragingWeights(
+            (norm_m.weight, norm_m.bias), (norm_z.weight, norm_z.bias),
+            self.linear_z.weight, self.linear_v.weight, self.linear_g.weight,
+        )  # fmt: skip
+        out = forwards.ending(self.linear_o, self.fused_ops, into)
+        return forwards.pair_weighted_averaging(
+            m, z, mask.any(dim=0), weights, norm_m.eps, out, self.fallbacks
+        )
+
+
+class MSABlock(Fused, msa.MSABlock):
+    """A block of the MSA module (AF3 Algorithm 8) whose averages go into m with their dropout at once."""
+
+    def _update_msa(self, m: Tensor, z: Tensor, msa_mask: Tensor) -> Tensor:
+        update = self.averaging
+        if update is None or self.msa_transition is None:
+            return m
+        if isinstance(update, PairWeightedAveraging) and not update._forward_hooks:
+            m = update(m, z, msa_mask, _into(m, self.msa_dropout))
+        else:
+            m = forwards.add_update(update(m, z, msa_mask), _into(m, self.msa_dropout), self.fallbacks)
+        return m + self.msa_transition(m)
+
+
+def _into(residual: Tensor, dropout: SharedDropout) -> Into:
+    """The residual, and the factors that `dropout` would draw for its update."""
+    if not dropout.training or dropout.p == 0.0:
+        return Into(residual, None)
+    shape = list(residual.shape)
+    shape[dropout.shared] = 1
+    return Into(residual, F.dropout(residual.new_ones(shape, dtype=compute_dtype(residual)), dropout.p))
+
+
+def _adaptive_weights(m: primitives.AdaptiveLayerNorm) -> AdaptiveWeights:
+    norm = m.layer_norm_s
+    assert norm.weight is not None
+    return AdaptiveWeights(norm.weight, m.linear_scale.weight, m.linear_scale.bias, m.linear_shift.weight)
+
+
+class AdaptiveLayerNorm(Fused, primitives.AdaptiveLayerNorm):
+    """Adaptive layer norm (AF3 Algorithm 26) as one operator."""
+
+    def forward(self, a: Tensor, s: Tensor) -> Tensor:
+        """[..., N, c_a] from a of that shape and s [..., N, c_s], broadcast over leading dimensions."""
+        eps = self.layer_norm_a.eps
+        return forwards.adaptive_layer_norm(a, s, _adaptive_weights(self), eps, self.fallbacks)
+
+
+class ConditionedTransition(Fused, primitives.ConditionedTransition):
+    """Conditioned transition (AF3 Algorithm 25) as one operator, its adaptive layer norm included."""
+
+    def forward(self, a: Tensor, s: Tensor) -> Tensor:
+        """The update of a [..., N, c_a] given s [..., N, c_s], without the residual."""
+        weights = ConditionedWeights(
+            *_adaptive_weights(self.ada_ln),
+            self.linear_a.weight, self.linear_b.weight, self.linear_out.weight,
+            self.linear_s.weight, self.linear_s.bias,
+        )  # fmt: skip
+        eps = self.ada_ln.layer_norm_a.eps
+        return forwards.conditioned_transition(a, s, weights, eps, self.fallbacks)
 
 
 def _check_multiplication(m: triangle.TriangleMultiplication) -> str:
@@ -119,6 +251,39 @@ def _check_pair_bias(m: attention_pair_bias.AttentionPairBias) -> str:
     return head_size(m.linear_q.out_features, m.heads)
 
 
+def _check_outer(m: msa.OuterProductMean) -> str:
+    return first(
+        affine(m.layer_norm),
+        without_bias((m.linear_a, m.linear_b)),
+        width("outer_product_mean", m.linear_out.out_features),
+    )
+
+
+def _check_averaging(m: msa.PairWeightedAveraging) -> str:
+    return first(
+        affine(m.layer_norm_m, m.layer_norm_z),
+        without_bias((m.linear_z, m.linear_v, m.linear_g, m.linear_o)),
+        averaging_size(m.linear_v.out_features, m.heads),
+    )
+
+
+def _check_msa_block(m: msa.MSABlock) -> str:
+    return "" if m.averaging is None else without_bias((m.averaging.linear_o,))
+
+
+def _check_pair_block(m: pairformer.PairBlock) -> str:
+    return without_bias((m.tri_att_start.linear_o, m.tri_att_end.linear_o))
+
+
+def _check_adaptive(m: primitives.AdaptiveLayerNorm) -> str:
+    widest = max(m.layer_norm_a.c, m.layer_norm_s.c)
+    return first(adaptive(m.layer_norm_a, m.layer_norm_s), width("adaptive_layer_norm", widest))
+
+
+def _check_conditioned(m: primitives.ConditionedTransition) -> str:
+    return _check_adaptive(m.ada_ln)
+
+
 RECIPES = {
     "baselines.af3.triangle.TriangleMultiplication": Recipe(
         "triangle_multiplication", TriangleMultiplication, _check_multiplication
@@ -130,12 +295,21 @@ RECIPES = {
     "baselines.af3.attention_pair_bias.AttentionPairBias": Recipe(
         "attention_pair_bias", AttentionPairBias, _check_pair_bias
     ),
+    "baselines.af3.pairformer.PairBlock": Recipe("gated_output", PairBlock, _check_pair_block),
+    "baselines.af3.msa.MSABlock": Recipe("gated_output", MSABlock, _check_msa_block),
+    "baselines.af3.msa.OuterProductMean": Recipe("outer_product_mean", OuterProductMean, _check_outer),
+    "baselines.af3.msa.PairWeightedAveraging": Recipe(
+        "pair_weighted_averaging", PairWeightedAveraging, _check_averaging
+    ),
+    "baselines.af3.primitives.AdaptiveLayerNorm": Recipe(
+        "adaptive_layer_norm", AdaptiveLayerNorm, _check_adaptive
+    ),
+    "baselines.af3.primitives.ConditionedTransition": Recipe(
+        "conditioned_transition", ConditionedTransition, _check_conditioned
+    ),
 }
 
 WITHOUT_OPERATOR = {
-    "baselines.af3.msa.OuterProductMean": "outer product mean",
-    "baselines.af3.msa.PairWeightedAveraging": "pair-weighted averaging",
-    "baselines.af3.primitives.ConditionedTransition": "conditioned transition",
     "baselines.af3.atom_attention.AtomAttention": "windowed attention",
 }
 """Classes that stay as they are, and what they would need an operator for."""

@@ -65,6 +65,7 @@ class Report:
         for module, kind in self.originals:
             module.__class__ = kind
             module.__dict__.pop("fallbacks", None)
+            module.__dict__.pop("fused_ops", None)
 
     def __str__(self) -> str:
         lines = [f"{op}: {n} replaced" for op, n in self.counts().items()] or ["nothing replaced"]
@@ -104,6 +105,7 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None) -> Report:
         replaced.append(Replaced(name, _qualified(kind), recipe.op))
         module.__class__ = fused_class(recipe.mixin, type(module))
         module.__dict__["fallbacks"] = log
+        module.__dict__["fused_ops"] = chosen
     if not replaced and not left:
         raise UserError(
             f"{type(model).__name__} has no module that optimized.apply knows: it takes the baseline, "

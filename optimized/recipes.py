@@ -10,13 +10,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimized.ops.adaptive_layer_norm import op as adaptive_layer_norm_op
 from optimized.ops.attention.operator import HEAD_DIMS
 from optimized.ops.layer_norm_linear import op as layer_norm_linear_op
+from optimized.ops.outer_product_mean import op as outer_product_mean_op
+from optimized.ops.pair_weighted_averaging.op import WIDTHS
 from optimized.ops.support import Supported
 from optimized.ops.transition import op as transition_op
 from optimized.ops.triangle_multiplication import op as triangle_multiplication_op
 
-OPS = ("triangle_multiplication", "triangle_attention", "transition", "attention_pair_bias")
+OPS = (
+    "triangle_multiplication",
+    "triangle_attention",
+    "transition",
+    "attention_pair_bias",
+    "adaptive_layer_norm",
+    "conditioned_transition",
+    "gated_output",
+    "outer_product_mean",
+    "pair_weighted_averaging",
+)
 """The operators that can be switched one by one."""
 
 
@@ -42,9 +55,13 @@ class Fallbacks:
 
 
 class Fused:
-    """Mixin of every replacement. `fallbacks` collects why its operators fell back, if they did."""
+    """Mixin of every replacement. `fallbacks` collects why its operators fell back, if they did.
+
+    `fused_ops` are the operators that were asked for: a module that is replaced for one may end with another.
+    """
 
     fallbacks: Fallbacks
+    fused_ops: frozenset[str] = frozenset(OPS)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -93,6 +110,17 @@ def affine(*norms: Any) -> str:
     return "" if len(eps) == 1 else f"layer norms with different eps: {', '.join(map(str, sorted(eps)))}"
 
 
+def adaptive(norm_a: Any, norm_s: Any) -> str:
+    """What keeps the norms of an adaptive layer norm out of the operators: they need one scale, that of s."""
+    if norm_a.weight is not None or norm_a.bias is not None:
+        return "an adaptive layer norm whose norm of a has parameters of its own"
+    if norm_s.weight is None or norm_s.bias is not None:
+        return "an adaptive layer norm whose norm of s has no scale, or an offset"
+    if norm_a.eps != norm_s.eps:
+        return f"layer norms with different eps: {norm_a.eps}, {norm_s.eps}"
+    return ""
+
+
 def without_bias(linears: Iterable[Any]) -> str:
     """What keeps these projections out of the operators: a bias."""
     return "a projection with a bias" if any(p.bias is not None for p in linears) else ""
@@ -104,12 +132,20 @@ def head_size(channels: int, heads: int) -> str:
     return "" if size in HEAD_DIMS else f"head size {size} is not one of {', '.join(map(str, HEAD_DIMS))}"
 
 
+def averaging_size(channels: int, heads: int) -> str:
+    """Whether the averaging kernels know this number of channels per head."""
+    size = channels // heads
+    return "" if size in WIDTHS else f"{size} channels per head, not one of {', '.join(map(str, WIDTHS))}"
+
+
 def width(op: str, channels: int) -> str:
     """Whether the kernels of `op` hold this many channels."""
     limits = {
         "triangle_multiplication": triangle_multiplication_op.MAX_CHANNELS,
         "triangle_attention": layer_norm_linear_op.MAX_CHANNELS,
         "transition": transition_op.MAX_CHANNELS,
+        "adaptive_layer_norm": adaptive_layer_norm_op.MAX_CHANNELS,
+        "outer_product_mean": outer_product_mean_op.MAX_CHANNELS,
     }
     return "" if channels <= limits[op] else f"{channels} channels; the kernels hold at most {limits[op]}"
 

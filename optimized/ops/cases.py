@@ -5,7 +5,7 @@ from typing import Any
 
 import triton
 
-from optimized.ops import parameters, products
+from optimized.ops import outer_products, parameters
 from optimized.ops.layer_norm_linear import kernels as linear_kernels
 from optimized.ops.layer_norm_linear import launch as linear
 from optimized.ops.offline import KernelCase
@@ -22,7 +22,7 @@ TRIANGLE = {
     "project_weight": project.weight_gradient_kernel,
     "output": output.forward_kernel,
     "output_backward": output.backward_kernel,
-    "output_weight": products.products_kernel,
+    "output_weight": outer_products.products_kernel,
 }
 
 
@@ -34,7 +34,7 @@ def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping
     for argument in (n for n in kernel.arg_names if n not in constants):
         if argument == "mask_ptr":
             signature[argument] = "*i1"
-        elif argument.startswith(("gamma", "beta")) or "partial" in argument:
+        elif argument.startswith(("gamma", "beta", "lse", "dw_ptr")) or "partial" in argument:
             signature[argument] = "*fp32"
         elif argument.endswith("_ptr"):
             signature[argument] = f"*{dtype}"

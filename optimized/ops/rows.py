@@ -43,15 +43,20 @@ def normalise_rows(x, columns, eps, C: tl.constexpr):
 
 
 @triton.jit
-def normalise_rows_backward(grad, normal, gamma, rstd, C: tl.constexpr):
-    """Gradient of layer norm to its input, given the gradient to its output; all fp32.
+def normal_backward(grad, normal, rstd, C: tl.constexpr):
+    """Gradient of (x - mean) · rstd to x, given the gradient to it; all fp32.
 
     `normal` is (x - mean) · rstd. Padding columns of `grad` and `normal` must be zero.
     """
-    scaled = grad * gamma[None, :]
-    first = tl.sum(scaled, 1) / C
-    second = tl.sum(scaled * normal, 1) / C
-    return (scaled - first[:, None] - normal * second[:, None]) * rstd[:, None]
+    first = tl.sum(grad, 1) / C
+    second = tl.sum(grad * normal, 1) / C
+    return (grad - first[:, None] - normal * second[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def normalise_rows_backward(grad, normal, gamma, rstd, C: tl.constexpr):
+    """Gradient of layer norm to its input, given the gradient to its output; otherwise as `normal_backward`."""
+    return normal_backward(grad * gamma[None, :], normal, rstd, C)
 
 
 @triton.jit

@@ -79,8 +79,9 @@ class TriangleAttention(Fused):
             mha.linear_v.weight, mha.linear_g.weight, self.linear_z.weight,
         )  # fmt: skip
         way = Orientation(not self.starting, flipped=self.starting == transpose_bias)
+        out = forwards.ending(mha.linear_o, self.fused_ops)
         return forwards.triangle_attention(
-            x, weights, self.no_heads, way, mha.linear_o, keep(mask), self.layer_norm.eps, self.fallbacks
+            x, weights, self.no_heads, way, out, keep(mask), self.layer_norm.eps, self.fallbacks
         )
 
 

@@ -51,8 +51,9 @@ class TriangleAttention(Fused):
             mha.linear_v.weight, mha.linear_g.weight, self.linear.weight,
         )  # fmt: skip
         way = Orientation(columns=not self.starting, flipped=not self.starting)
+        out = forwards.ending(mha.linear_o, self.fused_ops)
         return forwards.triangle_attention(
-            x, weights, self.no_heads, way, mha.linear_o, keep(mask), self.layer_norm.eps, self.fallbacks
+            x, weights, self.no_heads, way, out, keep(mask), self.layer_norm.eps, self.fallbacks
         )
 
 

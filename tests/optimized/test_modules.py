@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.af3 import attention_pair_bias, primitives, triangle
+from baselines.af3 import attention_pair_bias, msa, pairformer, primitives, triangle
+from baselines.af3.config import PairConfig
 from optimized import modules
 from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
 
@@ -116,6 +117,52 @@ def test_a_row_without_keys_is_zero():
     assert update.abs().max() == 0
     update.sum().backward()
     assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("orientation", ["ik", "ki"])
+@pytest.mark.parametrize("training", [True, False])
+def test_pair_block(orientation, training):
+    config = PairConfig(
+        triangle_hidden=8,
+        attention_heads=HEADS,
+        attention_width=WIDTH,
+        dropout=0.4,
+        ending_node_bias=orientation,
+    )
+
+    def call(m: torch.nn.Module, z: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return m.train(training)(z, KEEP)[KEEP][:, KEEP]
+
+    built = [kind.PairBlock(C, config, "sdpa") for kind in (pairformer, modules)]
+    compare(*built, [randn(N, N, C)], call)
+
+
+ROWS = torch.rand(5, N, generator=torch.Generator().manual_seed(4)) > 0.3
+
+
+def test_outer_product_mean():
+    sizes = (12, 8, C, 1e-3)
+    built = [kind.OuterProductMean(*sizes) for kind in (msa, modules)]
+    compare(*built, [randn(5, N, 12)], lambda m, x: m(x, ROWS))
+
+
+def test_pair_weighted_averaging():
+    sizes = (12, C, HEADS, WIDTH)
+    built = [kind.PairWeightedAveraging(*sizes) for kind in (msa, modules)]
+    compare(*built, [randn(5, N, 12), randn(N, N, C, seed=2)], lambda m, x, z: m(x, z, ROWS))
+
+
+@pytest.mark.parametrize("own", [(3, N), (N,), (1, N)], ids=["each", "shared", "broadcast"])
+@pytest.mark.parametrize("kind", ["AdaptiveLayerNorm", "ConditionedTransition"])
+def test_conditioned_updates(kind, own):
+    sizes = (C, 12) if kind == "AdaptiveLayerNorm" else (C, 12, 2)
+    compare(
+        getattr(primitives, kind)(*sizes),
+        getattr(modules, kind)(*sizes),
+        [randn(3, N, C), randn(*own, 12, seed=2)],
+        lambda m, a, s: m(a, s),
+    )
 
 
 def test_fallbacks_are_counted():

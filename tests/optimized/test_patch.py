@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import optimized
-from baselines.af3.config import PairConfig, PairformerConfig, preset
+from baselines.af3.config import DiffusionConfig, MSAConfig, PairConfig, PairformerConfig, preset
+from baselines.af3.diffusion import TokenBlock
 from baselines.af3.model import AlphaFold3
+from baselines.af3.msa import MSABlock
 from baselines.af3.pairformer import PairBlock, PairformerBlock
 from baselines.af3.primitives import Transition
 from baselines.checkpointing import checkpoint_units
@@ -20,12 +23,17 @@ from megafold_bench.errors import UserError
 from optimized import modules
 from optimized.ops.support import Supported
 from optimized.patch import apply
-from optimized.recipes import OPS
 from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
 
 N, C_Z, C_S = 9, 16, 32
 PAIR = PairConfig(triangle_hidden=16, attention_heads=2, attention_width=8, dropout=0.25)
 INPUTS = [randn(N, C_S), randn(N, N, C_Z, seed=2)]
+BLOCK_OPS = (
+    "triangle_multiplication", "triangle_attention", "transition", "attention_pair_bias", "gated_output",
+)  # fmt: skip
+"""The operators of a Pairformer block."""
+TOKEN_OPS = ("attention_pair_bias", "adaptive_layer_norm", "conditioned_transition")
+"""Those of a block of the token transformer."""
 
 
 def block(**pair) -> PairformerBlock:
@@ -57,18 +65,20 @@ def test_whole_model():
         "triangle_attention": 2 * blocks,
         "transition": blocks + 48 + 4 + 3 + 4,  # single tracks, MSA rows, diffusion conditioning
         "attention_pair_bias": 48 + 4 + 24,
+        "adaptive_layer_norm": 24 * 2 + 9 * 3,  # two in a token block, three in an atom block
+        "conditioned_transition": 24 + 9,
+        "gated_output": blocks + 4,  # pair blocks and MSA blocks
+        "outer_product_mean": 4,
+        "pair_weighted_averaging": 3,
     }
     assert [n for n, _ in model.named_parameters()] == names
     assert report.reasons() == {
-        "OuterProductMean: no fused operator for outer product mean": 4,
-        "PairWeightedAveraging: no fused operator for pair-weighted averaging": 3,
-        "ConditionedTransition: no fused operator for conditioned transition": 24 + 9,
         "AtomAttention: no fused operator for windowed attention": 9,
     }
     assert "triangle_attention: 116 replaced" in str(report)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", BLOCK_OPS)
 def test_each_operator_alone(op):
     expected = run(block(), INPUTS, call)
     patched = block()
@@ -79,11 +89,68 @@ def test_each_operator_alone(op):
     assert op in {key.partition(":")[0] for key in report.fallbacks.counts}
 
 
+MSA_OPS = ("outer_product_mean", "pair_weighted_averaging", "gated_output")
+"""Those that only a block of the MSA module has, and how its updates end."""
+
+
+@pytest.mark.parametrize("ops", [*((op,) for op in MSA_OPS), MSA_OPS], ids=lambda ops: "+".join(ops))
+@pytest.mark.parametrize("order", ["outer_first", "averaging_first"])
+def test_msa_block(ops, order):
+    config = MSAConfig(
+        c_m=24, outer_hidden=8, averaging_heads=2, averaging_width=8, dropout=0.3, order=order, pair=PAIR
+    )
+    expected = randomise(MSABlock(C_Z, config, "sdpa"))
+    patched = copy.deepcopy(expected)
+    report = apply(patched, ops)
+    assert report.counts().keys() == set(ops)
+    mask = torch.arange(4 * N).view(4, N) % 5 != 1
+    mask[:, 3] = False  # a token that no row has
+
+    def run_block(m: nn.Module, msa: torch.Tensor, z: torch.Tensor):
+        torch.manual_seed(0)
+        return m(msa, z, mask)
+
+    inputs = [randn(4, N, 24), randn(N, N, C_Z, seed=2)]
+    assert_same(run(patched, inputs, run_block), run(expected, inputs, run_block), 2e-5)
+    assert {key.partition(":")[0] for key in report.fallbacks.counts} >= set(ops)
+
+
+@pytest.mark.parametrize("op", TOKEN_OPS)
+def test_each_operator_of_a_token_block_alone(op):
+    expected = TokenBlock(C_S, C_Z, DiffusionConfig(heads=4), "sdpa")
+    randomise(expected)
+    patched = copy.deepcopy(expected)
+    report = apply(patched, [op])
+    assert report.counts().keys() == {op}
+    inputs = [randn(3, N, C_S), randn(3, N, C_Z, seed=2), randn(4, N, N, seed=3)]
+    assert_same(run(patched, inputs, lambda m, *x: m(*x)), run(expected, inputs, lambda m, *x: m(*x)), 2e-5)
+    assert op in {key.partition(":")[0] for key in report.fallbacks.counts}
+
+
 def test_dropout_and_residuals_are_the_blocks_own():
     expected, again = run(block(), INPUTS, call), block()
     apply(again)
     assert again.training
     assert_same(run(again, INPUTS, call), expected, 2e-5)
+
+
+@pytest.mark.parametrize("ops", [("gated_output",), ("gated_output", "triangle_attention")])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_updates_go_into_the_residual_with_the_same_dropout(ops, hooked):
+    """With and without the attention operator whose end is fused; a hook sees the update either way."""
+    seen: dict[bool, torch.Tensor] = {}
+
+    def once(patch: bool) -> dict[str, torch.Tensor]:
+        made = block()
+        if patch:
+            apply(made, ops)
+        if hooked:
+            made.pair.tri_att_end.register_forward_hook(lambda m, x, y: seen.__setitem__(patch, y.detach()))
+        return run(made, INPUTS, call)
+
+    assert_same(once(True), once(False), 2e-5)
+    if hooked:
+        torch.testing.assert_close(seen[True], seen[False], rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_state_and_optimiser_stay():
@@ -111,7 +178,7 @@ def test_applying_in_two_parts():
     patched = block()
     apply(patched, ["transition"])
     second = apply(patched)
-    assert second.counts().keys() == set(OPS) - {"transition"}
+    assert second.counts().keys() == set(BLOCK_OPS) - {"transition"}
     assert "Transition: already replaced" in second.reasons()
 
 
@@ -152,7 +219,7 @@ def test_with_compilation(first, monkeypatch):
         run(patched, INPUTS, call)
         report = apply(patched)
     assert_same(run(patched, INPUTS, call), expected, 2e-5)
-    assert {key.partition(":")[0] for key in report.fallbacks.counts} >= set(OPS)
+    assert {key.partition(":")[0] for key in report.fallbacks.counts} >= set(BLOCK_OPS)
 
 
 def test_what_does_not_fit_is_left():
@@ -209,6 +276,7 @@ def test_pair_block_of_the_template_embedder():
         "triangle_multiplication": 2,
         "triangle_attention": 2,
         "transition": 1,
+        "gated_output": 1,
     }
     inputs = [randn(5, 5, 64)]
     assert_same(run(patched, inputs, lambda m, z: m(z)), run(expected, inputs, lambda m, z: m(z)), 2e-5)
@@ -246,12 +314,10 @@ def test_shapes_and_memory_without_computing(monkeypatch):
     assert not report.fallbacks.counts
 
 
-def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
-    """As `torch.compile` sees it where the kernels apply: no graph break, and every operator as a node."""
-    pretend_kernels(monkeypatch)
+def operators_in_the_graph(module: nn.Module, *inputs: torch.Tensor) -> list[str]:
+    """The operators `torch.compile` sees in a module, in order; a graph break is an error."""
     torch._dynamo.reset()
-    patched, nodes = block(dropout=0.0), []
-    apply(patched)
+    nodes: list[str] = []
 
     def record(graph: torch.fx.GraphModule, _: list[torch.Tensor]):
         nodes.extend(str(n.target) for n in graph.graph.nodes if "megafold_bench" in str(n.target))
@@ -259,18 +325,61 @@ def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
             n.meta["example_value"] for n in graph.graph.find_nodes(op="output")[0].args[0]
         ]
 
-    compiled = torch.compile(type(patched).forward, backend=record, fullgraph=True, dynamic=False)
-    compiled(patched, *INPUTS, torch.arange(N) < N - 2)
-    assert [n.removeprefix("megafold_bench.").removesuffix(".default") for n in nodes] == [
-        *["triangle_multiplication"] * 2,
-        *["layer_norm_linear", "pair_attention"] * 2,
+    compiled = torch.compile(type(module).forward, backend=record, fullgraph=True, dynamic=False)
+    compiled(module, *inputs)
+    return [n.removeprefix("megafold_bench.").removesuffix(".default") for n in nodes]
+
+
+def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
+    """As `torch.compile` sees it where the kernels apply: no graph break, and every operator as a node."""
+    pretend_kernels(monkeypatch)
+    patched = block(dropout=0.0)
+    apply(patched)
+    assert operators_in_the_graph(patched, *INPUTS, torch.arange(N) < N - 2) == [
+        *["triangle_multiplication", "add_update"] * 2,
+        *["layer_norm_linear", "pair_attention", "gated_output"] * 2,
         "transition",
         "pair_attention",
+        "gated_output",
+        "transition",
+    ]
+
+
+def test_token_and_msa_blocks_are_one_graph_of_operators(monkeypatch):
+    pretend_kernels(monkeypatch)
+    token = TokenBlock(C_S, C_Z, DiffusionConfig(heads=4), "sdpa")
+    apply(token)
+    inputs = [randn(3, N, C_S), randn(3, N, C_Z), randn(4, N, N)]
+    assert operators_in_the_graph(token, *inputs) == [
+        "adaptive_layer_norm", "pair_attention", "conditioned_output", "conditioned_transition",
+    ]  # fmt: skip
+    config = MSAConfig(
+        c_m=24, outer_hidden=8, averaging_heads=2, averaging_width=8, pair=replace(PAIR, dropout=0.0)
+    )
+    msa = MSABlock(C_Z, config, "sdpa")
+    apply(msa, ["outer_product_mean", "pair_weighted_averaging", "gated_output", "transition"])
+    rows = torch.ones(4, N, dtype=torch.bool)
+    assert operators_in_the_graph(msa, randn(4, N, 24), randn(N, N, C_Z), rows) == [
+        *["layer_norm_linear", "projected_outer"],
+        *["layer_norm_linear"] * 2,
+        *["weighted_average", "gated_output", "transition"],
+        *["add_update"] * 4,
         "transition",
     ]
 
 
 def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the operators choose their kernels, which nothing here runs."""
-    for op in ("attention.operator", "transition.op", "triangle_multiplication.op", "layer_norm_linear.op"):
+    for op in (
+        "attention.operator",
+        "transition.op",
+        "triangle_multiplication.op",
+        "layer_norm_linear.op",
+        "gated_output.op",
+        "gated_output.conditioned",
+        "adaptive_layer_norm.op",
+        "conditioned_transition.op",
+        "outer_product_mean.op",
+        "pair_weighted_averaging.op",
+    ):
         monkeypatch.setattr(f"optimized.ops.{op}.triton_support", lambda *tensors: Supported(True))

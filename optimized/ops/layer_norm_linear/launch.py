@@ -15,8 +15,8 @@ from optimized.ops.tuning import Config
 
 HALF = {
     "forward": tile(64, 64, 4, 2),
-    "input_gradient": tile(64, 32, 4, 3),
-    "weight_gradient": tile(64, 64, 4, 3),
+    "input_gradient": tile(64, 64, 4, 3),
+    "weight_gradient": tile(64, 64, 4, 4),
 }
 HALF_WIDE = dict.fromkeys(HALF, tile(32, 32, 8, 1))
 FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1))

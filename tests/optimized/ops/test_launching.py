@@ -3,13 +3,23 @@ import json
 import pytest
 import torch
 
+from optimized.ops.gated_output import launch as gated
 from optimized.ops.launching import checked, tile
 from optimized.ops.layer_norm_linear import launch as linear
+from optimized.ops.outer_product_mean import launch as outer
+from optimized.ops.pair_weighted_averaging import launch as averaging
 from optimized.ops.transition import launch as transition
 from optimized.ops.triangle_multiplication import launch as triangle
 from optimized.ops.tuning import SHIPPED, Config
 
-OPERATORS = {"transition": transition, "triangle_multiplication": triangle, "layer_norm_linear": linear}
+OPERATORS = {
+    "transition": transition,
+    "triangle_multiplication": triangle,
+    "layer_norm_linear": linear,
+    "gated_output": gated,
+    "outer_product_mean": outer,
+    "pair_weighted_averaging": averaging,
+}
 
 
 @pytest.mark.parametrize(("rows", "warps"), [(64, 8), (64, 16), (128, 16)])

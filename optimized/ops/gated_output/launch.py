@@ -1,0 +1,210 @@
+"""Launches of the kernels at the end of an update: tile shapes, grids and workspaces."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from optimized.ops.conditioned_transition.launch import grid
+from optimized.ops.conditioned_transition.launch import tile as flat_tile
+from optimized.ops.gated_output import kernels
+from optimized.ops.launching import chosen, processors, tile
+from optimized.ops.library_products import side_by_side, side_by_side_backward, weight_product
+from optimized.ops.tuning import Config
+
+MAX_FUSED = 256
+"""Channels up to which a row tile and the weight stay on the chip."""
+BLOCK = 2048
+"""Elements per program of the elementwise kernels of the wide form."""
+
+HALF = {"forward": tile(64, 64, 4, 1), "backward": tile(128, 64, 8, 2)}
+# The weight gradient has c rows: more than four warps would share 64 of them.
+HALF_NARROW = HALF | {"backward": tile(64, 64, 4, 2)}
+HALF_WIDE = {"forward": tile(128, 64, 8, 1), "backward": tile(32, 32, 8, 1)}
+FULL = {"forward": tile(32, 16, 4, 1), "backward": tile(32, 16, 8, 1)}
+
+# 64 KiB of on-chip memory on CDNA 2 and 3 leave no room for a pipeline beside the weight gradient's operands.
+CDNA = HALF | {"backward": tile(64, 32, 4, 1)}
+CDNA_NARROW = HALF | {"backward": tile(64, 64, 4, 1)}
+CDNA_WIDE = {"forward": tile(32, 32, 4, 1), "backward": tile(16, 32, 8, 1)}
+
+
+class Keep(NamedTuple):
+    """Dropout factors of rows (i, j): a tensor, its strides along i and j, and the number of j."""
+
+    values: Tensor
+    row: int
+    column: int
+    columns: int
+
+    @staticmethod
+    def of(keep: Tensor | None, shape: torch.Size, other: Tensor) -> "Keep":
+        """The factors for an update of `shape` `[..., I, J, c]`; `other` is any tensor, read if there are none.
+
+        Leading axes are merged with i where they can be without a copy.
+        """
+        columns = shape[-2] if len(shape) > 1 else 1
+        if keep is None:
+            return Keep(other, 0, 0, columns)
+        rows = keep.expand(shape).reshape(-1, columns, shape[-1])
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        return Keep(rows, rows.stride(0), rows.stride(1), columns)
+
+
+def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
+    """The tile shape of `gated_output.<kernel>` where no tuning file has one.
+
+    `channels` are what the kernel holds at full width: of x forward, of the result backward.
+    """
+    name = kernel.partition(".")[2]
+    if dtype == torch.float32:
+        return FULL[name]
+    narrow, middle, wide = (
+        (HALF_NARROW, HALF, HALF_WIDE) if torch.version.hip is None else (CDNA_NARROW, CDNA, CDNA_WIDE)
+    )
+    return (narrow if channels <= 64 else middle if channels <= 128 else wide)[name]
+
+
+def _config(kernel: str, channels: int, dtype: torch.dtype, device: torch.device) -> Config:
+    return chosen(f"gated_output.{kernel}", channels, dtype, device, default)
+
+
+def fused(weight: Tensor) -> bool:
+    """Whether the projection happens inside the kernel."""
+    return max(weight.shape) <= MAX_FUSED
+
+
+def forward(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    keep: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> Tensor:
+    """out `[rows, c]` of `shape` `[..., I, J, c]` from rows x, g `[rows, h]` and residual `[rows, c]`."""
+    rows, hidden = x.shape
+    channels = weight.shape[0]
+    wide_dtype = dtype if residual is None else torch.promote_types(residual.dtype, dtype)
+    if not fused(weight):
+        return add(residual, side_by_side(gate(x, g, dtype), [weight]), keep, shape, wide_dtype)
+    config = config or _config("forward", hidden, dtype, x.device)
+    out = torch.empty((rows, channels), dtype=wide_dtype, device=x.device)
+    mask = Keep.of(keep, shape, out)
+    kernels.forward_kernel[(triton.cdiv(rows, config.constants["BM"]),)](
+        x,
+        g,
+        weight.to(dtype).contiguous(),
+        out if residual is None else residual,
+        mask.values,
+        out,
+        rows,
+        mask.columns,
+        mask.row,
+        mask.column,
+        RESIDUAL=residual is not None,
+        KEEP=keep is not None,
+        C=channels,
+        H=hidden,
+        BH=max(16, triton.next_power_of_2(hidden)),
+        **config.launch(),
+    )
+    return out
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    keep: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dg, and the gradient of the weight in fp32."""
+    rows, hidden = x.shape
+    channels = weight.shape[0]
+    if not fused(weight):
+        return _backward_wide(add(None, dout, keep, shape, dtype), x, g, weight)
+    config = config or _config("backward", channels, dtype, x.device)
+    launch = config.launch()
+    launch["BN"] = min(launch["BN"], max(16, triton.next_power_of_2(hidden)))
+    mask = Keep.of(keep, shape, dout)
+    chunks = triton.cdiv(hidden, launch["BN"])
+    splits = max(1, min(2 * processors(x.device) // chunks, triton.cdiv(rows, launch["BM"])))
+    dx, dg = torch.empty_like(x), torch.empty_like(g)
+    shares = torch.empty((splits, channels, hidden), dtype=torch.float32, device=x.device)
+    kernels.backward_kernel[(chunks, splits)](
+        x,
+        g,
+        weight.to(dtype).contiguous(),
+        mask.values,
+        dout,
+        dx,
+        dg,
+        shares,
+        rows,
+        mask.columns,
+        splits,
+        mask.row,
+        mask.column,
+        KEEP=keep is not None,
+        C=channels,
+        H=hidden,
+        BC=max(16, triton.next_power_of_2(channels)),
+        **launch,
+    )
+    return dx, dg, shares.sum(0)
+
+
+def _backward_wide(du: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dg, gated = gate_backward(x, g, side_by_side_backward(du, [weight]))
+    return dx, dg, weight_product(du, gated)
+
+
+def gate(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """σ(g) ⊙ x in `dtype`, elementwise."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    kernels.gate_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, g, out, x.numel(), BLOCK=BLOCK)
+    return out
+
+
+def gate_backward(x: Tensor, g: Tensor, dgated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dg and σ(g) ⊙ x in the dtype of its gradient."""
+    dx, dg, gated = torch.empty_like(x), torch.empty_like(g), torch.empty_like(dgated)
+    kernels.gate_backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+        x, g, dgated, dx, dg, gated, x.numel(), BLOCK=BLOCK
+    )
+    return dx, dg, gated
+
+
+def add(
+    residual: Tensor | None, update: Tensor, keep: Tensor | None, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """residual + keep ⊙ update `[rows, c]` in `dtype`; the update itself where there is nothing to do."""
+    if residual is None and keep is None and update.dtype == dtype:
+        return update
+    rows, channels = update.shape
+    out = torch.empty((rows, channels), dtype=dtype, device=update.device)
+    mask = Keep.of(keep, shape, update)
+    blocks = flat_tile(channels)
+    kernels.residual_kernel[grid(rows, channels, blocks)](
+        update if residual is None else residual,
+        update,
+        mask.values,
+        out,
+        rows,
+        mask.columns,
+        mask.row,
+        mask.column,
+        RESIDUAL=residual is not None,
+        KEEP=keep is not None,
+        C=channels,
+        **blocks,
+    )
+    return out

@@ -1,0 +1,133 @@
+"""Launches of the averaging kernels: tile shapes, grids and workspaces."""
+
+import torch
+import triton
+from torch import Tensor
+
+from optimized.ops.launching import checked, chosen, processors
+from optimized.ops.pair_weighted_averaging import kernels
+from optimized.ops.pair_weighted_averaging.op import padded
+from optimized.ops.tuning import Config
+
+KEYS = 128
+"""Tokens j per step of the softmax kernels."""
+
+
+def tile(rows: int, columns: int, depth: int, warps: int, stages: int) -> Config:
+    """BM rows by BN columns per program, BK deep, warps, depth of the load pipeline."""
+    return checked(Config({"BM": rows, "BN": columns, "BK": depth, "STAGES": stages}, warps))
+
+
+HALF = {"average": tile(128, 128, 64, 8, 3), "weight": tile(128, 128, 64, 8, 3)}
+FULL = {"average": tile(32, 32, 32, 4, 1), "weight": tile(32, 32, 32, 4, 1)}
+
+
+def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
+    """The tile shape of `pair_weighted_averaging.<kernel>` where no tuning file has one; `channels` per head."""
+    return (FULL if dtype == torch.float32 else HALF)[kernel.partition(".")[2]]
+
+
+def _config(kernel: str, v: Tensor) -> Config:
+    return chosen(f"pair_weighted_averaging.{kernel}", v.shape[3], v.dtype, v.device, default)
+
+
+def softmax(logits: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """w `[H, I, J padded]` in `dtype` from logits `[H, I, J]` of any strides, and lse `[I, H]` in base 2."""
+    heads, rows, columns = logits.shape
+    pitch = padded(columns)
+    w = torch.empty((heads, rows, pitch), dtype=dtype, device=logits.device)
+    lse = torch.empty((rows, heads), dtype=torch.float32, device=logits.device)
+    kernels.softmax_kernel[(rows,)](
+        logits,
+        logits if mask is None else mask,
+        w,
+        lse,
+        rows,
+        columns,
+        pitch,
+        *logits.stride(),
+        MASKED=mask is not None,
+        H=heads,
+        BH=triton.next_power_of_2(heads),
+        BJ=KEYS,
+    )
+    return w, lse
+
+
+def softmax_backward(shares: Tensor, logits: Tensor, mask: Tensor | None, lse: Tensor) -> Tensor:
+    """The gradient of logits, in their dtype and memory order, from shares of dw `[splits, H, I, J]`."""
+    heads, rows, columns = logits.shape
+    dlogits = torch.empty_like(logits)
+    if dlogits.stride() != logits.stride():
+        logits = logits.contiguous()
+    kernels.softmax_backward_kernel[(rows,)](
+        logits,
+        logits if mask is None else mask,
+        lse,
+        shares,
+        dlogits,
+        rows,
+        columns,
+        shares.shape[0],
+        *logits.stride(),
+        MASKED=mask is not None,
+        H=heads,
+        BH=triton.next_power_of_2(heads),
+        BJ=KEYS,
+    )
+    return dlogits
+
+
+def average(w: Tensor, v: Tensor, length: int, transposed: bool) -> Tensor:
+    """o `[S, length, H, d]` from contiguous v `[S, L, H, d]`; L and `length` are J and I, or I and J if `transposed`."""
+    samples, columns, heads, width = v.shape
+    config = _config("average", v)
+    launch = config.launch()
+    launch["BN"] = max(launch["BN"], width)
+    out = v.new_empty((samples, length, heads, width))
+    grid = (heads * triton.cdiv(length, launch["BM"]), triton.cdiv(samples * width, launch["BN"]))
+    kernels.average_kernel[grid](
+        w,
+        v,
+        out,
+        length,
+        columns,
+        samples,
+        w.shape[1],
+        w.shape[2],
+        TRANSPOSED=transposed,
+        H=heads,
+        D=width,
+        **launch,
+    )
+    return out
+
+
+def weight_gradient(do: Tensor, v: Tensor) -> Tensor:
+    """Shares of dw `[splits, H, I, J]` in fp32 from contiguous do `[S, I, H, d]` and v `[S, J, H, d]`."""
+    samples, rows, heads, width = do.shape
+    columns = v.shape[1]
+    config = _config("weight", v)
+    launch = config.launch()
+    tiles = triton.cdiv(rows, launch["BM"]) * triton.cdiv(columns, launch["BN"])
+    runs = triton.cdiv(samples * width, launch["BK"])
+    splits = max(1, min(2 * processors(v.device) // (tiles * heads), runs))
+    shares = torch.empty((splits, heads, rows, columns), dtype=torch.float32, device=v.device)
+    kernels.weight_gradient_kernel[(tiles, heads, splits)](
+        do, v, shares, rows, columns, samples, splits, H=heads, D=width, **launch
+    )
+    return shares
+
+
+def forward(v: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """o `[S, I, H, d]`, w and lse."""
+    w, lse = softmax(logits, mask, v.dtype)
+    return average(w, v, logits.shape[1], transposed=False), w, lse
+
+
+def backward(
+    do: Tensor, v: Tensor, logits: Tensor, mask: Tensor | None, w: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dv and the gradient of logits."""
+    dv = average(w, do, v.shape[1], transposed=True)
+    return dv, softmax_backward(weight_gradient(do, v), logits, mask, lse)

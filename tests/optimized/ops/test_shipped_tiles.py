@@ -1,0 +1,74 @@
+"""The tiles that are shipped for a device are those that whole operators launch their kernels with."""
+
+import json
+
+import pytest
+import torch
+from fused_checks import parameters
+
+from optimized.ops import launching, outer_products, tuning
+from optimized.ops.layer_norm_linear import kernels as linear_kernels
+from optimized.ops.layer_norm_linear import launch as linear
+from optimized.ops.layer_norm_linear import layer_norm_linear
+from optimized.ops.transition import kernels as transition_kernels
+from optimized.ops.transition import launch as transition_launch
+from optimized.ops.transition import transition
+from optimized.ops.triangle_multiplication import TriangleWeights, output, project, triangle_multiplication
+from optimized.ops.triangle_multiplication import launch as triangle
+
+C = 128
+PASSES = ("forward", "input_gradient", "weight_gradient")
+KERNELS = (
+    {getattr(transition_kernels, f"{k}_kernel"): f"transition.{k}" for k in PASSES}
+    | {getattr(linear_kernels, f"{k}_kernel"): f"layer_norm_linear.{k}" for k in PASSES}
+    | {
+        project.forward_kernel: "triangle_multiplication.project",
+        project.input_gradient_kernel: "triangle_multiplication.project_input",
+        project.weight_gradient_kernel: "triangle_multiplication.project_weight",
+        output.forward_kernel: "triangle_multiplication.output",
+        output.backward_kernel: "triangle_multiplication.output_backward",
+        outer_products.products_kernel: "triangle_multiplication.output_weight",
+    }
+)
+
+
+@pytest.fixture
+def launched(monkeypatch, tmp_path):
+    """What the operators launch, on a machine that says it has an H200 and nothing of its own; no kernel runs."""
+    seen = {}
+
+    def record(kernel, grid, config, arguments, **sizes):
+        seen.setdefault(KERNELS[kernel], []).append(config)
+
+    monkeypatch.setenv("MEGAFOLD_BENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "device_name", lambda device: "nvidia-h200")
+    for module in (transition_launch, linear, triangle, outer_products):
+        monkeypatch.setattr(module, "launch", record)
+    launching.chosen.cache_clear()
+    yield seen
+    launching.chosen.cache_clear()
+
+
+def both_passes(fn, shapes, dtype):
+    leaves = [t.requires_grad_() for t in (torch.randn(5, 5, C).to(dtype), *parameters(shapes, dtype))]
+    found = fn(*leaves)
+    outs = list(found) if isinstance(found, (list, tuple)) else [found]
+    torch.autograd.grad(outs, leaves, [torch.ones_like(y) for y in outs])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_operators_launch_the_shipped_tiles(launched, dtype):
+    square = (C, C)
+    both_passes(transition, [(C,), (C,), (4 * C, C), (4 * C, C), (C, 4 * C)], dtype)
+    triangle_shapes = [(C,), (C,), *[square] * 4, (C,), (C,), square, square]
+    both_passes(
+        lambda z, *w: triangle_multiplication(z, TriangleWeights(*w), True, None), triangle_shapes, dtype
+    )
+    both_passes(
+        lambda x, *p: layer_norm_linear(x, p[0], p[1], list(p[2:])), [(C,), (C,), *[square] * 4], dtype
+    )
+    shipped = json.loads((tuning.SHIPPED / "nvidia-h200.json").read_text())
+    assert set(launched) == set(KERNELS.values())
+    for kernel, configs in launched.items():
+        entry = shipped[f"{kernel}/{str(dtype).removeprefix('torch.')}/{C}"]
+        assert all(config == tuning.Config.from_json(entry) for config in configs), kernel
