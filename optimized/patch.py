@@ -12,7 +12,7 @@ from torch import nn
 from megafold_bench.errors import UserError
 from optimized import modules
 from optimized.patches import boltz, openfold3, protenix
-from optimized.recipes import OPS, Fallbacks, Fused, Recipe, fused_class
+from optimized.recipes import DEFAULT_OPS, OPS, Fallbacks, Fused, Recipe, fused_class
 
 _SOURCES = (modules, boltz, protenix, openfold3)
 
@@ -78,7 +78,7 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None) -> Report:
     """Make the modules of `model` that have a fused operator run on it, in place.
 
     Knows the baseline and the Pairformer and token transformer modules of Boltz 2, Protenix 2 and OpenFold3, by
-    the names of their classes; none of them is imported. `ops` chooses among `OPS`, all by default. A replaced
+    the names of their classes; none of them is imported. `ops` chooses among `OPS`; `DEFAULT_OPS` if not given. A replaced
     module keeps its parameters, their names, its hooks and its identity, so optimisers, checkpoints and wrappers
     stay valid; only its class changes. Call it before or after moving, checkpointing, compiling or wrapping.
 
@@ -115,7 +115,7 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None) -> Report:
 
 
 def _chosen(ops: Iterable[str] | None) -> frozenset[str]:
-    chosen = frozenset(OPS if ops is None else ops)
+    chosen = frozenset(DEFAULT_OPS if ops is None else ops)
     unknown = sorted(chosen - set(OPS))
     if unknown:
         raise UserError(f"unknown operator {unknown[0]!r}: choose from {', '.join(OPS)}")

@@ -15,7 +15,7 @@ from baselines.workload import FixedCropWorkload, build_workload
 from megafold_bench.errors import UserError
 from megafold_bench.variants import Scalar, Support
 from optimized.patch import Report, apply
-from optimized.recipes import OPS
+from optimized.recipes import DEFAULT_OPS, OPS
 
 ALL = "all"
 COMPILE = Flag(False)
@@ -26,7 +26,7 @@ class MegaFoldVariant(PyTorchVariant):
     """The step of `pytorch`, its model changed by `optimized.apply` and nothing else.
 
     Same weights, input, random choices, losses, precision policy, checkpointing and optimiser. The option
-    ``ops`` names the operators to use, separated by commas, for ablation; ``all`` by default. With the option
+    ``ops`` names the operators to use, separated by commas, or ``all``; by default those of `DEFAULT_OPS`. With the option
     ``compile`` the patched blocks are compiled as `inductor` compiles them; off by default.
     """
 
@@ -80,10 +80,10 @@ def _names(ops: Scalar) -> tuple[str, ...]:
 
 
 def _canonical(ops: Scalar) -> str:
-    """``"all"``, or the operators asked for, each once, in the order of `OPS`."""
-    if ops is None or ops == ALL:
+    """``"all"``, or the operators asked for (`DEFAULT_OPS` if none), each once, in the order of `OPS`."""
+    if ops == ALL:
         return ALL
-    asked = {name.strip() for name in str(ops).split(",")}
+    asked = set(DEFAULT_OPS) if ops is None else {name.strip() for name in str(ops).split(",")}
     unknown = sorted(asked - set(OPS))
     if unknown:
         raise UserError(f"ops: unknown operator {unknown[0]!r}; choose from {', '.join(OPS)}, or {ALL}")

@@ -20,6 +20,7 @@ from baselines.compilation import compile_units
 from baselines.systems import PYTORCH, PyTorchVariant
 from baselines.workload import FixedCropWorkload
 from optimized.patch import apply
+from optimized.recipes import OPS
 from optimized.variant import MEGAFOLD
 from tests.optimized.drop_in import SHIFTS, assert_same, randn, randomise, run
 from tests.optimized.test_patch_peers import boltz_pairformer, openfold3_pairformer, protenix_pairformer
@@ -82,7 +83,7 @@ def assert_no_further(
 @LENGTHS
 def test_block_in_float32(n):
     baseline, patched = block(), block()
-    report = apply(patched)
+    report = apply(patched, OPS)
     assert_same(run(patched, inputs(n), plain), run(baseline, inputs(n), plain), 1e-4)
     assert not report.fallbacks.counts
 
@@ -93,7 +94,7 @@ def test_block_in_bf16(how, n):
     torch._dynamo.reset()
     baseline, patched = block(), block()
     exact = run(baseline, inputs(n), plain)
-    report = apply(patched)
+    report = apply(patched, OPS)
     if how == "checkpointed":
         checkpoint_units([("block", patched)])
     if how == "compiled":
@@ -105,7 +106,7 @@ def test_block_in_bf16(how, n):
 
 def test_block_is_repeatable():
     patched = block()
-    apply(patched)
+    apply(patched, OPS)
     first = run(patched, inputs(77), in_bf16)
     for _ in range(5):
         again = run(patched, inputs(77), in_bf16)
@@ -118,7 +119,7 @@ def test_block_needs_less_memory():
     for patch in (False, True):
         made = block()
         if patch:
-            apply(made)
+            apply(made, OPS)
         s, z = (x.requires_grad_() for x in inputs(384))
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -149,7 +150,7 @@ def test_peer_in_bf16(name):
         if isinstance(part, nn.Dropout):
             part.p = 0.0
     patched = copy.deepcopy(theirs)
-    report = apply(patched)
+    report = apply(patched, OPS)
     n = 45
     arguments = [randn(n, 32).to(DEVICE), randn(n, n, 16, seed=2).to(DEVICE)]
 

@@ -23,6 +23,7 @@ from megafold_bench.errors import UserError
 from optimized import modules
 from optimized.ops.support import Supported
 from optimized.patch import apply
+from optimized.recipes import OPS
 from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
 
 N, C_Z, C_S = 9, 16, 32
@@ -58,7 +59,7 @@ def test_whole_model():
     with torch.device("meta"):
         model = AlphaFold3(preset("af3"))
     names = [n for n, _ in model.named_parameters()]
-    report = apply(model)
+    report = apply(model, OPS)
     blocks = 48 + 4 + 2 + 4  # pairformer, MSA, template, confidence
     assert report.counts() == {
         "triangle_multiplication": 2 * blocks,
@@ -129,7 +130,7 @@ def test_each_operator_of_a_token_block_alone(op):
 
 def test_dropout_and_residuals_are_the_blocks_own():
     expected, again = run(block(), INPUTS, call), block()
-    apply(again)
+    apply(again, OPS)
     assert again.training
     assert_same(run(again, INPUTS, call), expected, 2e-5)
 
@@ -157,7 +158,7 @@ def test_parameters_state_and_optimiser_stay():
     patched = block()
     optimiser = torch.optim.Adam(patched.parameters())
     parameters, state = dict(patched.named_parameters()), copy.deepcopy(patched.state_dict())
-    report = apply(patched)
+    report = apply(patched, OPS)
     assert all(p is parameters[n] for n, p in patched.named_parameters())
     assert patched.state_dict().keys() == state.keys()
     assert isinstance(patched.single_transition, Transition)
@@ -177,14 +178,14 @@ def test_parameters_state_and_optimiser_stay():
 def test_applying_in_two_parts():
     patched = block()
     apply(patched, ["transition"])
-    second = apply(patched)
+    second = apply(patched, OPS)
     assert second.counts().keys() == set(BLOCK_OPS) - {"transition"}
     assert "Transition: already replaced" in second.reasons()
 
 
 def test_copies():
     patched = block()
-    apply(patched)
+    apply(patched, OPS)
     for other in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
         assert isinstance(other.pair.tri_mul_in, modules.TriangleMultiplication)
         assert_same(run(other, INPUTS, call), run(patched, INPUTS, call), 0.0)
@@ -198,10 +199,10 @@ def test_copies():
 def test_with_checkpointing(first):
     expected, patched = run(block(), INPUTS, call), block()
     if first:
-        apply(patched)
+        apply(patched, OPS)
     checkpoint_units([("block", patched)])
     if not first:
-        apply(patched)
+        apply(patched, OPS)
     assert_same(run(patched, INPUTS, call), expected, 2e-5)
 
 
@@ -213,22 +214,22 @@ def test_with_compilation(first, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="aot_eager", **options))
     expected, patched = run(block(dropout=0.0), INPUTS, call), block(dropout=0.0)
     if first:
-        report = apply(patched)
+        report = apply(patched, OPS)
     compile_units([("block", patched)])
     if not first:
         run(patched, INPUTS, call)
-        report = apply(patched)
+        report = apply(patched, OPS)
     assert_same(run(patched, INPUTS, call), expected, 2e-5)
     assert {key.partition(":")[0] for key in report.fallbacks.counts} >= set(BLOCK_OPS)
 
 
 def test_what_does_not_fit_is_left():
     odd = block(attention_width=12)
-    report = apply(odd)
+    report = apply(odd, OPS)
     assert "triangle_attention" not in report.counts()
     assert "TriangleAttention: head size 12 is not one of 8, 16, 24, 32, 48, 64" in report.reasons()
     wide = Transition(768, 2)
-    assert apply(wide).reasons() == {"Transition: 768 channels; the kernels hold at most 512": 1}
+    assert apply(wide, OPS).reasons() == {"Transition: 768 channels; the kernels hold at most 512": 1}
 
 
 def test_replaced_forwards_are_left():
@@ -239,7 +240,7 @@ def test_replaced_forwards_are_left():
     assert apply(Louder(C_Z, 4)).reasons() == {"Transition: Louder has a forward of its own": 1}
     wrapped = Transition(C_Z, 4)
     wrapped.forward = wrapped.forward
-    (reason,) = apply(wrapped).reasons()
+    (reason,) = apply(wrapped, OPS).reasons()
     assert "on the instance" in reason
 
 
@@ -252,7 +253,7 @@ def test_subclasses_without_a_forward_are_replaced():
     named, plain = Named(C_Z, 4), Transition(C_Z, 4)
     randomise(named)
     plain.load_state_dict(named.state_dict())
-    assert apply(named).counts() == {"transition": 1}
+    assert apply(named, OPS).counts() == {"transition": 1}
     assert isinstance(named, Named) and isinstance(named, modules.Transition) and named.note == "kept"
     inputs = [randn(N, C_Z)]
     assert_same(run(named, inputs, lambda m, x: m(x)), run(plain, inputs, lambda m, x: m(x)), 2e-5)
@@ -272,7 +273,7 @@ def test_pair_block_of_the_template_embedder():
     )
     expected = randomise(PairBlock(64, config, "sdpa"))
     patched = copy.deepcopy(expected)
-    assert apply(patched).counts() == {
+    assert apply(patched, OPS).counts() == {
         "triangle_multiplication": 2,
         "triangle_attention": 2,
         "transition": 1,
@@ -309,7 +310,7 @@ def test_shapes_and_memory_without_computing(monkeypatch):
     """With the kernels' fake implementations, as memory prediction runs them."""
     pretend_kernels(monkeypatch)
     patched = block(dropout=0.0)
-    report = apply(patched)
+    report = apply(patched, OPS)
     assert kept_bytes(patched, 64) < 0.4 * kept_bytes(block(dropout=0.0), 64)
     assert not report.fallbacks.counts
 
@@ -334,7 +335,7 @@ def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
     """As `torch.compile` sees it where the kernels apply: no graph break, and every operator as a node."""
     pretend_kernels(monkeypatch)
     patched = block(dropout=0.0)
-    apply(patched)
+    apply(patched, OPS)
     assert operators_in_the_graph(patched, *INPUTS, torch.arange(N) < N - 2) == [
         *["triangle_multiplication", "add_update"] * 2,
         *["layer_norm_linear", "pair_attention", "gated_output"] * 2,
@@ -348,7 +349,7 @@ def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
 def test_token_and_msa_blocks_are_one_graph_of_operators(monkeypatch):
     pretend_kernels(monkeypatch)
     token = TokenBlock(C_S, C_Z, DiffusionConfig(heads=4), "sdpa")
-    apply(token)
+    apply(token, OPS)
     inputs = [randn(3, N, C_S), randn(3, N, C_Z), randn(4, N, N)]
     assert operators_in_the_graph(token, *inputs) == [
         "adaptive_layer_norm", "pair_attention", "conditioned_output", "conditioned_transition",

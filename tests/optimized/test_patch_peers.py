@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from optimized import modules
 from optimized.patch import apply
+from optimized.recipes import OPS
 from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
 
 pytestmark = pytest.mark.peers
@@ -136,7 +137,7 @@ def test_evaluation(name):
     build, call = PAIRFORMERS[name]
     theirs = randomise(build()).eval()
     patched = copy.deepcopy(theirs)
-    apply(patched)
+    apply(patched, OPS)
     with torch.no_grad():
         for a, b in zip(seeded(call)(theirs, *PAIRFORMER), seeded(call)(patched, *PAIRFORMER), strict=True):
             assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
@@ -146,7 +147,7 @@ def test_protenix_in_place():
     """Where Protenix lets a block work in place, the update is added to the caller's tensor."""
     theirs = randomise(protenix_pairformer()).eval()
     patched = copy.deepcopy(theirs)
-    apply(patched)
+    apply(patched, OPS)
     results = []
     with torch.no_grad():
         for module in (theirs, patched):
@@ -176,7 +177,7 @@ def test_bf16_autocast_with_checkpointing(name):
     expected = run(theirs, PAIRFORMER, recipe)
     exact = run(theirs, PAIRFORMER, seeded(call))
     patched = copy.deepcopy(theirs)
-    apply(patched)
+    apply(patched, OPS)
     found = run(patched, PAIRFORMER, recipe)
     for key in ("output 0", "output 1", "input 0", "input 1"):
         distance, allowed = ((x[key] - exact[key]).norm() / exact[key].norm() for x in (found, expected))
@@ -201,7 +202,7 @@ def test_protenix_atom_windows_stay_theirs():
         c_atom=C_S, c_atompair=8, n_blocks=1, n_heads=4
     )
     with_tokens = nn.ModuleList([theirs, protenix_pairformer()])
-    reasons = apply(with_tokens).reasons()
+    reasons = apply(with_tokens, OPS).reasons()
     assert "AttentionPairBias: windowed attention, for which there is no fused operator" in reasons
 
 
@@ -244,7 +245,7 @@ def test_msa_modules_are_recognised():
     theirs = peer("protenix.model.modules.pairformer", "MSABlock")(
         c_m=C_Z, c_z=C_Z, c_hidden=4, is_last_block=False
     )
-    report = apply(theirs)
+    report = apply(theirs, OPS)
     assert report.counts() == {"triangle_multiplication": 2, "triangle_attention": 2, "transition": 2}
     assert report.reasons().keys() == {
         "OuterProductMean: no fused operator for outer product mean",
@@ -255,6 +256,6 @@ def test_msa_modules_are_recognised():
 def test_the_libraries_and_ours_together():
     """One model may hold modules of several origins."""
     both = nn.ModuleList([protenix_pairformer(), modules.Transition(C_Z, 4)])
-    report = apply(both)
+    report = apply(both, OPS)
     assert {r.kind.partition(".")[0] for r in report.replaced} == {"protenix"}
     assert report.reasons() == {"Transition: already replaced": 1}

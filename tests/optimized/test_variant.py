@@ -10,7 +10,7 @@ from baselines.systems import PYTORCH, PyTorchVariant
 from baselines.workload import FixedCropWorkload
 from megafold_bench.errors import UserError
 from megafold_bench.variants import Variant
-from optimized.recipes import OPS, Fused
+from optimized.recipes import DEFAULT_OPS, OPS, Fused
 from optimized.variant import MEGAFOLD
 from tests.optimized.drop_in import definitions_on_the_cpu  # noqa: F401
 
@@ -38,7 +38,7 @@ def reference() -> tuple[dict, dict]:
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 def test_loss_and_every_gradient(reference, checkpointing):
     losses, gradients = reference
-    found_losses, found = losses_and_gradients(build(MEGAFOLD, checkpointing=checkpointing))
+    found_losses, found = losses_and_gradients(build(MEGAFOLD, checkpointing=checkpointing, ops="all"))
     assert found_losses.keys() == losses.keys()
     for name, value in losses.items():
         assert torch.allclose(found_losses[name], value, rtol=1e-5, atol=1e-6), name
@@ -80,7 +80,8 @@ def test_contract_and_options():
     assert "definitions" in MEGAFOLD.support("cpu").reason
     if not torch.cuda.is_available():
         assert "no CUDA" in MEGAFOLD.support("cuda").reason
-    assert MEGAFOLD.resolve(TINY, TOKENS)["ops"] == "all"
+    assert MEGAFOLD.resolve(TINY, TOKENS)["ops"] == ",".join(op for op in OPS if op in DEFAULT_OPS)
+    assert MEGAFOLD.resolve({**TINY, "ops": "all"}, TOKENS)["ops"] == "all"
     assert MEGAFOLD.resolve({**TINY, "ops": ",".join(reversed(OPS))}, TOKENS)["ops"] == "all"
     chosen = MEGAFOLD.resolve({**TINY, "ops": "transition, triangle_attention"}, TOKENS)
     assert chosen["ops"] == "triangle_attention,transition"
