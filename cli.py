@@ -60,6 +60,7 @@ Snapshot = Annotated[
     bool, typer.Option("--snapshot", help="Keep a summary of what held the memory where it runs out.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (also ROCm).")]
+Ops = Annotated[str | None, typer.Option("--op", help="Operators, separated by commas; all if not given.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--option", help="KEY=VALUE, passed to the variant; repeat for each.")
 ]
@@ -682,6 +683,46 @@ def report(
     typer.echo(str(html))
     if formats:
         typer.echo(f"figures: {figures_folder(html)}")
+
+
+@app.command()
+def kernels(
+    op: Ops = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Compile for GPUs that are not here; needs none.")
+    ] = False,
+    arch: Annotated[
+        str | None, typer.Option(help="With --offline: gfx90a,gfx942,gfx950,sm_80,sm_90,sm_100.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="With --offline: processes at a time.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for what is written.")] = None,
+) -> None:
+    """Compile every kernel and shipped configuration for GPUs that are not here."""
+    if not offline:
+        raise UserError("kernels without --offline: nothing else is offered yet")
+    _kernels_offline(op, arch, jobs, out)
+
+
+def _kernels_offline(op: str | None, arch: str | None, jobs: int | None, out: Path | None) -> None:
+    from optimized.kernels.compile_check import check, parse_architectures
+    from optimized.kernels.names import parse_list
+    from reports.compile_table import print_compile_table, save_compile_csv
+
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs}: give at least 1")
+    console = _console()
+    with console.status("compiling") as status:
+        rows = check(
+            parse_architectures(arch or ""),
+            parse_list(op),
+            jobs,
+            lambda done, total: status.update(f"compiled {done} of {total}"),
+        )
+    print_compile_table(rows, console)
+    if out is not None:
+        typer.echo(str(save_compile_csv(rows, out)))
+    if any(row["problem"] and not row["accepted"] for row in rows):
+        raise typer.Exit(1)
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,14 +1,15 @@
 """Launch configurations: the kernel's own default, one shipped with the package, or one measured on this device.
 
-A configuration is looked up by operator, device and a short key of what matters for speed (dtype, head size,
-length bucket ...), never by exact length. Nothing is timed unless `tune` is called: the first use of an operator
-costs one compilation and is safe inside a CUDA graph capture once warmed up.
+Shipped files are named after a device (measured there) or an architecture (found by compiling, where the default
+spills registers: `optimized/kernels/fit.py`). A configuration is looked up by operator, device and a short key of
+what matters for speed (dtype, head size, length bucket ...), never by exact length. Nothing is timed unless `tune`
+is called: the first use of an operator costs one compilation and is safe inside a CUDA graph capture once warmed up.
 """
 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -75,6 +76,17 @@ def device_name(device: torch.device) -> str:
 
 
 @cache
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942` and so on; `cpu` under the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
 def _load(path: Path) -> dict[str, Config]:
     if not path.is_file():
         return {}
@@ -82,31 +94,43 @@ def _load(path: Path) -> dict[str, Config]:
     return {key: Config.from_json(value) for key, value in entries.items()}
 
 
+def read_configs(path: Path) -> dict[str, Config]:
+    """The configurations of one tuning file by entry (`op/key/…`); empty where there is no such file."""
+    return dict(_load(path))
+
+
 def lookup(op: str, key: Iterable[object], device: torch.device, default: Config) -> Config:
-    """The configuration for `op` under `key`: measured here, else shipped for this device, else `default`."""
+    """The configuration for `op` under `key`: measured here, shipped for this device or architecture, or `default`."""
     name = device_name(device)
     if name == "cpu":
         return default
     entry = "/".join([op, *map(str, key)])
-    for folder in (user_cache_dir(), SHIPPED):
-        found = _load(folder / f"{name}.json").get(entry)
-        if found is not None:
-            return found
-    return default
+    files = (
+        user_cache_dir() / f"{name}.json",
+        SHIPPED / f"{name}.json",
+        SHIPPED / f"{architecture(device)}.json",
+    )
+    found = (_load(file).get(entry) for file in files)
+    return next((config for config in found if config is not None), default)
 
 
 def record(op: str, key: Iterable[object], device: torch.device, config: Config) -> Path:
     """Store a measured configuration in the user's cache (atomic replacement) and return the file."""
-    folder = user_cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{device_name(device)}.json"
-    entries = {k: v.to_json() for k, v in _load(path).items()}
-    entries["/".join([op, *map(str, key)])] = config.to_json()
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as out:
-        json.dump(entries, out, indent=1, sort_keys=True)
+    path = user_cache_dir() / f"{device_name(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_configs(path, {**read_configs(path), "/".join([op, *map(str, key)]): config})
+    return path
+
+
+def write_configs(path: Path, entries: Mapping[str, Config]) -> None:
+    """Write a tuning file, whole or not at all."""
+    plain = {entry: config.to_json() for entry, config in entries.items()}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as out:
+        json.dump(plain, out, indent=1, sort_keys=True)
+        out.write("\n")
+    Path(out.name).chmod(0o644)
     Path(out.name).replace(path)
     _load.cache_clear()
-    return path
 
 
 def tune(

@@ -1,0 +1,90 @@
+"""Every kernel with every configuration this package would launch on an architecture."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from optimized.ops import cases as fused
+from optimized.ops.attention import cases as attention
+from optimized.ops.offline import KernelCase
+from optimized.ops.tuning import SHIPPED, Config, read_configs
+
+TUNED_ON = {"nvidia-h200": "sm_90"}
+"""Architecture of the devices that shipped tuning files are named after."""
+
+
+def default_cases(arch: str) -> list[KernelCase]:
+    """Every kernel with the default configuration of its source."""
+    return [*attention.cases(arch), *fused.cases()]
+
+
+def tuned_for(arch: str) -> dict[str, dict[str, Config]]:
+    """Shipped configurations, by entry, of each device of `arch`. KeyError for a file of an unknown device."""
+    files = [file for file in sorted(SHIPPED.glob("*.json")) if not file.stem.startswith(("sm_", "gfx"))]
+    return {file.stem: read_configs(file) for file in files if TUNED_ON[file.stem] == arch}
+
+
+def fitted_for(arch: str) -> dict[str, Config]:
+    """Shipped configurations, by entry, that replace defaults on `arch`."""
+    return read_configs(SHIPPED / f"{arch}.json")
+
+
+def matches(case: KernelCase, entry: str) -> bool:
+    """Whether a tuning entry is one for this case."""
+    if case.entry.endswith("/"):
+        return entry.startswith(case.entry)
+    return bool(case.entry) and entry == case.entry
+
+
+def configured(case: KernelCase, config: Config, name: str | None = None) -> KernelCase:
+    """The case with another configuration."""
+    return replace(
+        case,
+        name=name or case.name,
+        constants={**case.constants, **config.constants},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        max_registers=config.max_registers,
+    )
+
+
+def launched(
+    cases: Iterable[KernelCase], fitted: Mapping[str, Config], tuned: Mapping[str, Mapping[str, Config]]
+) -> list[KernelCase]:
+    """The cases as launched: with `fitted` in place of the default, and again with every tuned configuration.
+
+    Raises ValueError for an entry that no case stands for: its configuration would go unchecked.
+    """
+    found: list[KernelCase] = []
+    left = {("", entry) for entry in fitted} | {
+        (d, entry) for d, entries in tuned.items() for entry in entries
+    }
+    for case in cases:
+        replaced = [entry for entry in fitted if matches(case, entry)]
+        found.append(configured(case, fitted[replaced[0]]) if replaced else case)
+        left -= {("", entry) for entry in replaced}
+        for device, entries in tuned.items():
+            for entry in (e for e in entries if matches(case, e)):
+                key = entry[len(case.entry) :]
+                found.append(
+                    configured(case, entries[entry], f"{case.name} ({' '.join([device, key]).strip()})")
+                )
+                left.discard((device, entry))
+    if left:
+        raise ValueError(f"no case stands for these configurations: {', '.join(e for _, e in sorted(left))}")
+    return found
+
+
+def _compiled(case: KernelCase) -> tuple[object, ...]:
+    """What the compiler sees of a case."""
+    parts = (sorted(case.signature.items()), sorted(case.constants.items()), sorted(case.aligned))
+    kernel = case.kernel.fn
+    name = f"{kernel.__module__}.{kernel.__name__}"
+    return (name, str(parts), case.num_warps, case.num_stages, case.max_registers)
+
+
+def catalogue(arch: str) -> list[KernelCase]:
+    """What is launched on `arch`, tuned and untuned; of two cases that compile alike, the first."""
+    unique: dict[tuple[object, ...], KernelCase] = {}
+    for case in launched(default_cases(arch), fitted_for(arch), tuned_for(arch)):
+        unique.setdefault(_compiled(case), case)
+    return list(unique.values())
