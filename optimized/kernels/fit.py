@@ -3,7 +3,8 @@
     python -m optimized.kernels.fit --arch sm_80,gfx90a [--case 'transition.*.384x*'] [--jobs 2]
 
 Nothing is timed. What is found replaces only defaults that spill or do not compile there, and a configuration
-measured on a device of that architecture replaces what is found. Writes `optimized/ops/tuned/<architecture>.json`.
+measured on a device of that architecture replaces what is found. Writes `optimized/ops/tuned/<architecture>.json`,
+without entries of kernels that exist no more: run it after a kernel has changed.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def candidates(case: KernelCase) -> Iterator[Config]:
         constants = {**rest, **dict(zip(names, tile, strict=True))}
         if "STAGES" in rest:
             constants["STAGES"] = stage
-        if warps in (4, 8) and not 64 <= tile[0] < 16 * warps:  # see `launching.checked`
+        if warps in (4, 8) and not any(64 <= side < 16 * warps for side in tile):  # see `launching.checked`
             yield Config(constants, warps, case.num_stages)
 
 
@@ -80,10 +81,13 @@ def entries_of(case: KernelCase) -> list[str]:
 
 def fit(arch: str, pattern: str, jobs: int) -> Iterator[CompileReport]:
     """Fit the cases of `arch` whose names match, write its tuning file, and report what changed or could not be mended."""
-    cases = [case for case in default_cases(arch) if fnmatch(case.name, pattern)]
+    every = default_cases(arch)
+    cases = [case for case in every if fnmatch(case.name, pattern)]
+    others = {entry for case in every for entry in entries_of(case)} - {
+        e for c in cases for e in entries_of(c)
+    }
     file = SHIPPED / f"{arch}.json"
-    renewed = {entry for case in cases for entry in entries_of(case)}
-    kept = {entry: config for entry, config in read_configs(file).items() if entry not in renewed}
+    kept = {entry: config for entry, config in read_configs(file).items() if entry in others}
     with compile_pool(jobs) as pool:
         results = [pool.submit(fit_case, arch, case.name) for case in cases]
         for case, result in zip(cases, results, strict=True):

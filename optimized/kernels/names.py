@@ -1,4 +1,6 @@
-"""Names of operators as users write them."""
+"""Names and numbers as users write them."""
+
+from megafold_bench.errors import UserError
 
 FAMILIES = {
     "triangle_attention": "attention",
@@ -12,3 +14,13 @@ FAMILIES = {
 def parse_list(text: str | None) -> tuple[str, ...]:
     """`a,b` as ("a", "b"), without repeats; empty for None."""
     return tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+
+
+def parse_tokens(text: str | None) -> tuple[int, ...]:
+    """`384,768` as numbers, the shortest first; UserError for what is none or below 2."""
+    found = []
+    for word in parse_list(text):
+        if not word.isdigit() or int(word) < 2:
+            raise UserError(f"--n {word}: give token counts from 2, separated by commas")
+        found.append(int(word))
+    return tuple(sorted(set(found)))

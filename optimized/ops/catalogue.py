@@ -1,6 +1,7 @@
 """Every kernel with every configuration this package would launch on an architecture."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from optimized.ops import cases as fused
@@ -12,9 +13,36 @@ TUNED_ON = {"nvidia-h200": "sm_90"}
 """Architecture of the devices that shipped tuning files are named after."""
 
 
+SOURCES: tuple[Callable[[str], list[KernelCase]], ...] = (
+    attention.cases,
+    lambda arch: fused.cases(),
+)
+"""What gives the cases of an architecture with the default configurations of the source."""
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_FUSED = re.compile(r"(?P<family>\w+)\.(?P<dtype>bf16|fp16|fp32)\.(?P<width>\d+)(x\d+)?\.(?P<kernel>\w+)")
+_ATTENTION = re.compile(
+    r"(?P<family>attention)\.(?P<dtype>bf16|fp16|fp32)\.d(?P<width>\d+)\.(?P<kernel>forward|grad_\w+)"
+)
+
+
 def default_cases(arch: str) -> list[KernelCase]:
-    """Every kernel with the default configuration of its source."""
-    return [*attention.cases(arch), *fused.cases()]
+    """Every kernel with the default configuration of its source, and the key under which others are looked up."""
+    return [_with_entry(case) for source in SOURCES for case in source(arch)]
+
+
+def _with_entry(case: KernelCase) -> KernelCase:
+    """A case whose name tells what its configuration is looked up by gets that key, unless it names one.
+
+    `family.dtype.channels[xhidden].kernel` as `launching.chosen` has it; of attention, whose key ends with the length
+    bucket, the part before it.
+    """
+    fused, attention_kernel = _FUSED.fullmatch(case.name), _ATTENTION.fullmatch(case.name)
+    parts = fused or attention_kernel
+    if case.entry or parts is None:
+        return case
+    key = f"{parts['family']}.{parts['kernel']}/{DTYPES[parts['dtype']]}/{parts['width']}"
+    return replace(case, entry=key + ("/" if attention_kernel else ""))
 
 
 def tuned_for(arch: str) -> dict[str, dict[str, Config]]:

@@ -9,7 +9,8 @@ is called: the first use of an operator costs one compilation and is safe inside
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -99,19 +100,63 @@ def read_configs(path: Path) -> dict[str, Config]:
     return dict(_load(path))
 
 
+@dataclass(eq=False)
+class Trials:
+    """Configurations that `lookup` gives out while something is tried, and what it would have given, by entry."""
+
+    configs: Mapping[str, Config]
+    seen: dict[str, Config] = field(default_factory=dict)
+
+
+_trials: list[Trials] = []  # for all threads: autograd looks configurations up in threads of its own
+_forget: list[Callable[[], None]] = []
+
+
+def forget_with(clear: Callable[[], None]) -> None:
+    """Register what empties a cache of configurations: called when they change."""
+    _forget.append(clear)
+
+
+def forget() -> None:
+    """Look every configuration up anew from here on."""
+    for clear in (_load.cache_clear, *_forget):
+        clear()
+
+
+@contextmanager
+def trying(configs: Mapping[str, Config]) -> Iterator[Trials]:
+    """Launch with these configurations, by entry, whatever is measured or shipped, and note what is looked up."""
+    trials = Trials(configs)
+    _trials.append(trials)
+    forget()
+    try:
+        yield trials
+    finally:
+        _trials.remove(trials)
+        forget()
+
+
 def lookup(op: str, key: Iterable[object], device: torch.device, default: Config) -> Config:
     """The configuration for `op` under `key`: measured here, shipped for this device or architecture, or `default`."""
+    entry = "/".join([op, *map(str, key)])
+    found = _stored(entry, device) or default
+    if not _trials:
+        return found
+    _trials[-1].seen[entry] = found
+    return _trials[-1].configs.get(entry, found)
+
+
+def _stored(entry: str, device: torch.device) -> Config | None:
     name = device_name(device)
     if name == "cpu":
-        return default
-    entry = "/".join([op, *map(str, key)])
+        return None
     files = (
         user_cache_dir() / f"{name}.json",
         SHIPPED / f"{name}.json",
         SHIPPED / f"{architecture(device)}.json",
     )
     found = (_load(file).get(entry) for file in files)
-    return next((config for config in found if config is not None), default)
+    return next((config for config in found if config is not None), None)
 
 
 def record(op: str, key: Iterable[object], device: torch.device, config: Config) -> Path:
@@ -130,7 +175,7 @@ def write_configs(path: Path, entries: Mapping[str, Config]) -> None:
         out.write("\n")
     Path(out.name).chmod(0o644)
     Path(out.name).replace(path)
-    _load.cache_clear()
+    forget()
 
 
 def tune(

@@ -18,7 +18,7 @@ from optimized.ops.attention.forward import forward_kernel
 from optimized.ops.attention.packing import PACK, TILE, prepare_kernel
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, power_of_two, processors
-from optimized.ops.tuning import Config, architecture, device_name, lookup
+from optimized.ops.tuning import Config, architecture, device_name, forget_with, lookup
 
 FOLD_BLOCK = 1024
 MASK_KEYS = 1024
@@ -91,6 +91,9 @@ def _measured_plan(dtype: torch.dtype, head_dim: int, length: str, device: torch
         lookup("attention.grad_bias", key, device, base.grad_bias),
         lookup("attention.grad_q", key, device, base.grad_q),
     )
+
+
+forget_with(_measured_plan.cache_clear)
 
 
 def length_bucket(length: int) -> str:

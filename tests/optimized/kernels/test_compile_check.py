@@ -1,4 +1,6 @@
+import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -26,6 +28,20 @@ def test_every_architecture_has_every_kernel_once():
         assert len(names) == len(set(names))
         for family in ("attention", "transition", "triangle_multiplication", "layer_norm_linear"):
             assert any(name.startswith(family + ".") for name in names)
+
+
+def test_every_module_of_cases_is_in_the_catalogue():
+    files = list(Path(catalogue_module.__file__).parent.rglob("*cases.py"))
+    text = Path(catalogue_module.__file__).read_text()
+    assert files
+    for file in files:
+        package = "optimized.ops" if file.parent.name == "ops" else f"optimized.ops.{file.parent.name}"
+        assert f"from {package} import {file.stem}" in text, f"{package}.{file.stem}"
+
+
+def test_keys_of_the_fused_operators_come_from_their_names():
+    assert case_named("transition.fp16.64x256.input_gradient").entry == "transition.input_gradient/float16/64"
+    assert case_named("attention.bf16.d32.fold").entry == ""
 
 
 def test_every_argument_of_every_kernel_has_a_type_or_a_value():
@@ -142,7 +158,7 @@ def test_table_and_csv(tmp_path):
         compile_check._row(CompileReport("k.spills", "gfx90a", True, "", 256, 2048, 96, 3, {}, 0.5)),
         compile_check._row(CompileReport("k.broken", "gfx90a", False, "PassManager failed")),
     ]
-    console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     print_compile_table(rows, console)
     text = console.export_text()
     assert "mma×4" in text and "96 B 3 scalar" in text and "does not compile" in text
