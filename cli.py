@@ -60,6 +60,9 @@ Snapshot = Annotated[
     bool, typer.Option("--snapshot", help="Keep a summary of what held the memory where it runs out.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (also ROCm).")]
+Ops = Annotated[str | None, typer.Option("--op", help="Operators, separated by commas; all if not given.")]
+Tokens = Annotated[str | None, typer.Option("--n", help="Tokens: 384,768.")]
+Dtypes = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16, fp32, separated by commas.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--option", help="KEY=VALUE, passed to the variant; repeat for each.")
 ]
@@ -682,6 +685,104 @@ def report(
     typer.echo(str(html))
     if formats:
         typer.echo(f"figures: {figures_folder(html)}")
+
+
+@app.command()
+def kernels(
+    op: Ops = None,
+    n: Tokens = None,
+    dtype: Dtypes = None,
+    pass_: Annotated[str | None, typer.Option("--pass", help="fwd, bwd, fwdbwd; all if not given.")] = None,
+    impl: Annotated[
+        str | None,
+        typer.Option(help="definition, compile, sdpa, flex, cuequivariance, trifast, ds4sci, megafold."),
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Wall limit of a measurement in seconds.")] = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="The folder; runs/kernels-<time> if not given.")] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Only compile, for GPUs that need not be here.")
+    ] = False,
+    arch: Annotated[
+        str | None, typer.Option(help="With --offline: gfx90a,gfx942,gfx950,sm_80,sm_90,sm_100.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="With --offline: processes at a time.")] = None,
+) -> None:
+    """Every operator against every implementation usable here: time, memory, error, distance to the roofline."""
+    if offline:
+        _kernels_offline(op, arch, jobs, out)
+        return
+    if arch is not None or jobs is not None:
+        raise UserError("--arch and --jobs belong to --offline: add it, or leave them out")
+    from optimized.kernels.bench import Request, run, summary
+    from reports.figures.kernels import save_kernels_figure
+    from reports.kernel_rows import kernel_frame, read_rows
+    from reports.kernel_table import print_kernels, save_kernels_csv
+
+    request = Request.parse(op, n, dtype, pass_, impl, device, timeout)
+    folder = out or _default_out("kernels")
+    console = _console()
+    for row in run(request, folder):
+        if line := summary(row):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_kernels(folder, console)
+    typer.echo(str(save_kernels_csv(folder)))
+    if kernel_frame(read_rows(folder))["median_s"].notna().any():
+        for path in save_kernels_figure(folder):
+            typer.echo(str(path))
+
+
+@app.command()
+def verify(op: Ops = None, dtype: Dtypes = None, device: Device = None) -> None:
+    """Are the kernels right on this machine? Errors against fp64 and repeats, a verdict per operator and dtype."""
+    from optimized.kernels.verify import Plan, run
+    from reports.verdicts import print_verdict, print_verdicts
+
+    console = _console()
+    rows = []
+    for row in run(Plan.parse(op, dtype, device)):
+        print_verdict(row, console)
+        rows.append(row)
+    if not print_verdicts(rows, console):
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    op: Ops = None,
+    n: Tokens = None,
+    dtype: Dtypes = None,
+    budget: Annotated[float, typer.Option(help="Seconds for each operator, length and dtype.")] = 300.0,
+) -> None:
+    """Find the fastest launch configurations on this GPU and keep them on disk, where the operators look them up."""
+    from optimized.kernels.tune import Plan, run
+    from reports.verdicts import print_tuned
+
+    console = _console()
+    for row in run(Plan.parse(op, n, dtype, budget)):
+        print_tuned(row, console)
+
+
+def _kernels_offline(op: str | None, arch: str | None, jobs: int | None, out: Path | None) -> None:
+    from optimized.kernels.compile_check import check, parse_architectures
+    from optimized.kernels.names import parse_list
+    from reports.compile_table import print_compile_table, save_compile_csv
+
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs}: give at least 1")
+    console = _console()
+    with console.status("compiling") as status:
+        rows = check(
+            parse_architectures(arch or ""),
+            parse_list(op),
+            jobs,
+            lambda done, total: status.update(f"compiled {done} of {total}"),
+        )
+    print_compile_table(rows, console)
+    if out is not None:
+        typer.echo(str(save_compile_csv(rows, out)))
+    if any(row["problem"] and not row["accepted"] for row in rows):
+        raise typer.Exit(1)
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:

@@ -61,7 +61,7 @@ def test_help_is_quick_and_loads_nothing_heavy(environment):
         )
         times.append(time.perf_counter() - began)
     assert "loaded []" in ended.stdout
-    commands = "sweep boundary variants show plot export model doctor compare report"
+    commands = "sweep boundary variants show plot export model doctor compare report kernels verify tune"
     for command in commands.split(" "):
         assert command in ended.stdout
     assert min(times) < 0.5
@@ -274,3 +274,58 @@ def test_sweep_end_to_end(environment, tmp_path):
     assert without.returncode == 2 and "--resume" in without.stderr
     other = run(environment, "sweep", "--seq-lens", "64", "--out", out, "--resume")
     assert other.returncode == 2 and "seq_lens" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["kernels", "--op", "softmax"], "--op softmax: choose from triangle_attention"),
+        (["kernels", "--n", "0"], "--n 0"),
+        (["kernels", "--dtype", "int8"], "--dtype int8"),
+        (["kernels", "--pass", "sideways"], "--pass sideways"),
+        (["kernels", "--impl", "mine"], "--impl mine"),
+        (["kernels", "--timeout", "0"], "--timeout 0"),
+        (["kernels", "--arch", "sm_90"], "belong to --offline"),
+        (["kernels", "--out", "/proc/megafold/kernels"], "--out /proc/megafold/kernels"),
+        (["kernels", "--offline", "--arch", "sm_12"], "--arch sm_12: choose from sm_80"),
+        (["kernels", "--offline", "--jobs", "0"], "--jobs 0"),
+        (["verify", "--op", "softmax"], "--op softmax"),
+        (["verify", "--device", "tpu"], "--device tpu"),
+        (["tune", "--budget", "0"], "--budget 0"),
+    ],
+)
+def test_bad_input_to_the_kernel_commands(call, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1 and words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kernels_measures_draws_and_lists(call, tmp_path):
+    out = tmp_path / "k"
+    arguments = [
+        "--device",
+        "cpu",
+        "--op",
+        "transition",
+        "--n",
+        "6,8",
+        "--pass",
+        "fwd",
+        "--impl",
+        "definition",
+    ]
+    code, text, _ = call("kernels", *arguments, "--out", out)
+    assert code == 0
+    assert "transition · N = 8 · bf16" in text and "kernels.png" in text
+    assert {path.name for path in out.iterdir()} >= {"kernels.jsonl", "kernels.csv", "kernels.png", "logs"}
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(environment, tmp_path):
+    inherited = {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
+    asked = ["kernels", "--offline", "--arch", "gfx942", "--op", "layer_norm_linear", "--out", tmp_path]
+    ended = run(inherited, *asked)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "v_mfma" in ended.stdout and ", 0 failed" in ended.stdout
+    assert len((tmp_path / "kernels_offline.csv").read_text().splitlines()) == 19

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optimized.ops.tuning import Config, lookup
+from optimized.ops.tuning import Config, forget_with, lookup
 
 _Default = Callable[[str, int, torch.dtype], Config]
 
@@ -85,3 +85,6 @@ def chosen(kernel: str, channels: int, dtype: torch.dtype, device: torch.device,
     """The configuration of `kernel`: tuned for this device where there is one, else the default for the dtype."""
     key = (str(dtype).removeprefix("torch."), channels)
     return checked(lookup(kernel, key, device, default(kernel, channels, dtype)), kernel)
+
+
+forget_with(chosen.cache_clear)

@@ -7,13 +7,28 @@ instructions of every kernel and shipped configuration can be checked on any Lin
 import re
 import subprocess
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950")
+SHARED_LIMIT_BYTES = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx90a": 64 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+}
+"""Shared memory (LDS) that one program can have: where it needs more it compiles, but cannot be launched."""
+
+NEGLIGIBLE_SPILL_BYTES = 16
+"""Up to four registers a thread. Calls of subroutines (a division in fp32) save as much, and a ptxas that aims at an
+occupancy spills one or two: it is reported, and no fault."""
+
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+|v_smfmac_\w+)")
 
 
@@ -22,7 +37,8 @@ class KernelCase:
     """One kernel with one configuration: everything needed to compile it without tensors.
 
     `signature` maps run-time arguments to Triton types (`*bf16`, `i32`, `fp32`); `constants` holds the
-    compile-time ones; `aligned` names the arguments (pointers, strides) known to be divisible by 16.
+    compile-time ones; `aligned` names the arguments (pointers, strides) known to be divisible by 16. `entry` is the
+    beginning of the key under which `tuning.lookup` finds another configuration for it; empty where none is looked up.
     """
 
     name: str
@@ -33,11 +49,15 @@ class KernelCase:
     num_stages: int = 2
     max_registers: int = 0
     aligned: tuple[str, ...] = ()
+    entry: str = ""
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What the back end produced. Registers per thread; shared memory (LDS) in bytes; spills in bytes per thread."""
+    """What the back end produced. Registers per thread; shared memory (LDS) in bytes; spills in bytes per thread.
+
+    On AMD, scalar registers spill into lanes of vector registers: they are counted apart, since no memory is touched.
+    """
 
     name: str
     arch: str
@@ -46,7 +66,21 @@ class CompileReport:
     registers: int = 0
     shared_bytes: int = 0
     spill_bytes: int = 0
+    scalar_spills: int = 0
     matrix_instructions: dict[str, int] = field(default_factory=dict)
+    compile_s: float = 0.0
+
+    @property
+    def problem(self) -> str:
+        """Why this configuration should not be shipped for this architecture; empty where nothing speaks against it."""
+        limit = SHARED_LIMIT_BYTES.get(self.arch)
+        if not self.ok:
+            return self.error or "does not compile"
+        if limit is not None and self.shared_bytes > limit:
+            return f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {limit}"
+        return (
+            f"spills {self.spill_bytes} bytes a thread" if self.spill_bytes > NEGLIGIBLE_SPILL_BYTES else ""
+        )
 
 
 def target_of(arch: str) -> Any:
@@ -77,27 +111,26 @@ def compile_case(case: KernelCase, arch: str) -> CompileReport:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if case.max_registers and arch.startswith("sm_"):
         options["maxnreg"] = case.max_registers
+    began = time.perf_counter()
     try:
         compiled = triton.compile(_source(case), target=target_of(arch), options=options)
     except Exception as error:  # any back-end failure is the finding this tool exists to report
-        return CompileReport(case.name, arch, False, f"{type(error).__name__}: {str(error)[:500]}")
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return CompileReport(case.name, arch, False, text[:500], compile_s=time.perf_counter() - began)
     asm = compiled.asm
     text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
     matrix = dict(Counter(m.split(".")[0] if "." in m else m for m in _MATRIX.findall(text)))
-    shared = int(compiled.metadata.shared)
+    shared, scalar = int(compiled.metadata.shared), 0
     if "cubin" in asm:
         registers, spill = _cubin_usage(asm["cubin"])
     else:
         registers = _amd_value(text, "vgpr_count")
-        spill = 4 * (_amd_value(text, "vgpr_spill_count") + _amd_value(text, "sgpr_spill_count"))
+        # The scratch memory of a thread; spilled vector registers that found room elsewhere are not in it.
+        spill = _amd_value(text, "private_segment_fixed_size")
+        scalar = _amd_value(text, "sgpr_spill_count")
         shared = max(shared, _amd_value(text, "group_segment_fixed_size"))
-    return CompileReport(case.name, arch, True, "", registers, shared, spill, matrix)
-
-
-def compile_all(cases: Iterable[KernelCase], arches: Iterable[str] = ARCHITECTURES) -> list[CompileReport]:
-    """Every case for every architecture, in order."""
-    arch_list = list(arches)
-    return [compile_case(case, arch) for case in cases for arch in arch_list]
+    elapsed = time.perf_counter() - began
+    return CompileReport(case.name, arch, True, "", registers, shared, spill, scalar, matrix, elapsed)
 
 
 def _amd_value(text: str, name: str) -> int:

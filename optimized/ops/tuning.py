@@ -1,14 +1,16 @@
 """Launch configurations: the kernel's own default, one shipped with the package, or one measured on this device.
 
-A configuration is looked up by operator, device and a short key of what matters for speed (dtype, head size,
-length bucket ...), never by exact length. Nothing is timed unless `tune` is called: the first use of an operator
-costs one compilation and is safe inside a CUDA graph capture once warmed up.
+Shipped files are named after a device (measured there) or an architecture (found by compiling, where the default
+spills registers: `optimized/kernels/fit.py`). A configuration is looked up by operator, device and a short key of
+what matters for speed (dtype, head size, length bucket ...), never by exact length. Nothing is timed unless `tune`
+is called: the first use of an operator costs one compilation and is safe inside a CUDA graph capture once warmed up.
 """
 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -75,6 +77,17 @@ def device_name(device: torch.device) -> str:
 
 
 @cache
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942` and so on; `cpu` under the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
 def _load(path: Path) -> dict[str, Config]:
     if not path.is_file():
         return {}
@@ -82,31 +95,87 @@ def _load(path: Path) -> dict[str, Config]:
     return {key: Config.from_json(value) for key, value in entries.items()}
 
 
+def read_configs(path: Path) -> dict[str, Config]:
+    """The configurations of one tuning file by entry (`op/key/…`); empty where there is no such file."""
+    return dict(_load(path))
+
+
+@dataclass(eq=False)
+class Trials:
+    """Configurations that `lookup` gives out while something is tried, and what it would have given, by entry."""
+
+    configs: Mapping[str, Config]
+    seen: dict[str, Config] = field(default_factory=dict)
+
+
+_trials: list[Trials] = []  # for all threads: autograd looks configurations up in threads of its own
+_forget: list[Callable[[], None]] = []
+
+
+def forget_with(clear: Callable[[], None]) -> None:
+    """Register what empties a cache of configurations: called when they change."""
+    _forget.append(clear)
+
+
+def forget() -> None:
+    """Look every configuration up anew from here on."""
+    for clear in (_load.cache_clear, *_forget):
+        clear()
+
+
+@contextmanager
+def trying(configs: Mapping[str, Config]) -> Iterator[Trials]:
+    """Launch with these configurations, by entry, whatever is measured or shipped, and note what is looked up."""
+    trials = Trials(configs)
+    _trials.append(trials)
+    forget()
+    try:
+        yield trials
+    finally:
+        _trials.remove(trials)
+        forget()
+
+
 def lookup(op: str, key: Iterable[object], device: torch.device, default: Config) -> Config:
-    """The configuration for `op` under `key`: measured here, else shipped for this device, else `default`."""
+    """The configuration for `op` under `key`: measured here, shipped for this device or architecture, or `default`."""
+    entry = "/".join([op, *map(str, key)])
+    found = _stored(entry, device) or default
+    if not _trials:
+        return found
+    _trials[-1].seen[entry] = found
+    return _trials[-1].configs.get(entry, found)
+
+
+def _stored(entry: str, device: torch.device) -> Config | None:
     name = device_name(device)
     if name == "cpu":
-        return default
-    entry = "/".join([op, *map(str, key)])
-    for folder in (user_cache_dir(), SHIPPED):
-        found = _load(folder / f"{name}.json").get(entry)
-        if found is not None:
-            return found
-    return default
+        return None
+    files = (
+        user_cache_dir() / f"{name}.json",
+        SHIPPED / f"{name}.json",
+        SHIPPED / f"{architecture(device)}.json",
+    )
+    found = (_load(file).get(entry) for file in files)
+    return next((config for config in found if config is not None), None)
 
 
 def record(op: str, key: Iterable[object], device: torch.device, config: Config) -> Path:
     """Store a measured configuration in the user's cache (atomic replacement) and return the file."""
-    folder = user_cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{device_name(device)}.json"
-    entries = {k: v.to_json() for k, v in _load(path).items()}
-    entries["/".join([op, *map(str, key)])] = config.to_json()
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as out:
-        json.dump(entries, out, indent=1, sort_keys=True)
-    Path(out.name).replace(path)
-    _load.cache_clear()
+    path = user_cache_dir() / f"{device_name(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_configs(path, {**read_configs(path), "/".join([op, *map(str, key)]): config})
     return path
+
+
+def write_configs(path: Path, entries: Mapping[str, Config]) -> None:
+    """Write a tuning file, whole or not at all."""
+    plain = {entry: config.to_json() for entry, config in entries.items()}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as out:
+        json.dump(plain, out, indent=1, sort_keys=True)
+        out.write("\n")
+    Path(out.name).chmod(0o644)
+    Path(out.name).replace(path)
+    forget()
 
 
 def tune(

@@ -18,7 +18,7 @@ from optimized.ops.attention.forward import forward_kernel
 from optimized.ops.attention.packing import PACK, TILE, prepare_kernel
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, power_of_two, processors
-from optimized.ops.tuning import Config, device_name, lookup
+from optimized.ops.tuning import Config, architecture, device_name, forget_with, lookup
 
 FOLD_BLOCK = 1024
 MASK_KEYS = 1024
@@ -73,17 +73,6 @@ def default_plan(dtype: torch.dtype, head_dim: int, arch: str) -> Plan:
     )
 
 
-@cache
-def architecture(device: torch.device) -> str:
-    """`sm_90`, `gfx942` and so on; `cpu` under the interpreter."""
-    if device.type != "cuda":
-        return device.type
-    if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
 def plan_for(q: Tensor) -> Plan:
     """The plan for these inputs: measured on this device, shipped for it, or the default."""
     if device_name(q.device) == "cpu":
@@ -102,6 +91,9 @@ def _measured_plan(dtype: torch.dtype, head_dim: int, length: str, device: torch
         lookup("attention.grad_bias", key, device, base.grad_bias),
         lookup("attention.grad_q", key, device, base.grad_q),
     )
+
+
+forget_with(_measured_plan.cache_clear)
 
 
 def length_bucket(length: int) -> str:

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+from optimized.ops.interpreter import mend_interpreter
 
-from interpreter_fixes import mend_interpreter
+sys.path.insert(0, str(Path(__file__).parent))
 
 mend_interpreter()

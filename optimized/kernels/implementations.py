@@ -1,0 +1,175 @@
+"""Every implementation of every operator, behind one signature: named inputs and a mask in, outputs out.
+
+The inputs are laid out as AF3's projections leave them, `[rows, tokens, heads, d]`. What an implementation needs
+besides (another layout, an additive mask, a bias of another dtype) is made inside the timed call, because whoever
+calls it has to make it.
+"""
+
+import importlib.metadata
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megafold_bench.errors import UserError
+from megafold_bench.outcomes import UnsupportedError
+from optimized.kernels import peers
+from optimized.kernels.problems import Function, Problem, Tensors
+from optimized.ops.triangle_multiplication.reference import TriangleWeights
+
+Builder = Callable[[Problem], Function]
+"""Makes the function for problems like this one, or raises `UnsupportedError` with the reason."""
+
+ATTENTION = ("triangle_attention", "attention_pair_bias")
+TRIANGLE = ("triangle_multiplication_outgoing", "triangle_multiplication_incoming")
+
+
+def _definition(problem: Problem) -> Function:
+    return problem.definition
+
+
+def _compiled(problem: Problem) -> Function:
+    # Lengths are measured one by one, each with code compiled for it: the best case of torch.compile.
+    return torch.compile(problem.definition, dynamic=False)
+
+
+def _require(verdict: tuple[bool, str]) -> None:
+    if not verdict[0]:
+        raise UnsupportedError(f"{verdict[1]}: the definition would run")
+
+
+def _megafold_attention(problem: Problem) -> Function:
+    from optimized.ops.attention import attention, supported
+
+    def inputs(t: Tensors, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        q, k, v = (t[name].transpose(1, 2)[None] for name in ("q", "k", "v"))
+        return q, k, v, t["bias"][None, None], None if mask is None else mask[None]
+
+    def run(t: Tensors, mask: Tensor | None) -> list[Tensor]:
+        return [attention(*inputs(t, mask))[0].transpose(1, 2)]
+
+    _require(supported(*inputs(problem.tensors, problem.mask)))
+    return run
+
+
+def _megafold_triangle(problem: Problem) -> Function:
+    from optimized.ops.triangle_multiplication import supported, triangle_multiplication
+
+    outgoing = bool(problem.settings["outgoing"])
+
+    def weights(t: Tensors) -> TriangleWeights:
+        return TriangleWeights(*(t[name] for name in TriangleWeights._fields))
+
+    def run(t: Tensors, mask: Tensor | None) -> list[Tensor]:
+        return [triangle_multiplication(t["z"], weights(t), outgoing, mask)]
+
+    _require(supported(problem.tensors["z"], weights(problem.tensors), problem.mask))
+    return run
+
+
+def _megafold_transition(problem: Problem) -> Function:
+    from optimized.ops.transition import supported, transition
+
+    def run(t: Tensors, mask: Tensor | None) -> list[Tensor]:
+        return [transition(t["x"], t["norm_weight"], t["norm_bias"], t["w_a"], t["w_b"], t["w_out"])]
+
+    _require(supported(**problem.tensors))
+    return run
+
+
+def _megafold_linear(problem: Problem) -> Function:
+    from optimized.ops.layer_norm_linear import layer_norm_linear, supported
+
+    maps = int(str(problem.settings["maps"]))
+
+    def inputs(t: Tensors) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+        return t["x"], t["norm_weight"], t["norm_bias"], [t[f"w_{i}"] for i in range(maps)], t["w_head"]
+
+    _require(supported(*inputs(problem.tensors)))
+    return lambda t, mask: list(layer_norm_linear(*inputs(t)))
+
+
+def _for_all(builder: Builder, *ops: str) -> dict[str, Builder]:
+    return dict.fromkeys(ops, builder)
+
+
+EVERY = (*ATTENTION, *TRIANGLE, "transition", "layer_norm_linear")
+BUILDERS: dict[str, dict[str, Builder]] = {
+    "definition": _for_all(_definition, *EVERY),
+    "compile": _for_all(_compiled, *EVERY),
+    "sdpa": _for_all(peers.sdpa, *ATTENTION),
+    "flex": _for_all(peers.flex, *ATTENTION),
+    "cuequivariance": {
+        **_for_all(peers.cuequivariance_attention, *ATTENTION),
+        **_for_all(peers.cuequivariance_triangle, *TRIANGLE),
+    },
+    "trifast": _for_all(peers.trifast, *ATTENTION),
+    "ds4sci": _for_all(peers.ds4sci, *ATTENTION),
+    "megafold": {
+        **_for_all(_megafold_attention, *ATTENTION),
+        **_for_all(_megafold_triangle, *TRIANGLE),
+        "transition": _megafold_transition,
+        "layer_norm_linear": _megafold_linear,
+    },
+}
+PACKAGES = {
+    "cuequivariance": (
+        "cuequivariance-torch",
+        "cuequivariance-ops-torch-cu13",
+        "cuequivariance-ops-torch-cu12",
+    ),
+    "trifast": ("trifast",),
+    "ds4sci": ("deepspeed",),
+}
+"""Distributions whose versions are recorded with an implementation."""
+
+
+def parse_implementations(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Implementations by name, all if none is named; UserError for one that does not exist."""
+    for name in names:
+        if name not in BUILDERS:
+            raise UserError(f"--impl {name}: choose from {', '.join(BUILDERS)}")
+    return names or tuple(BUILDERS)
+
+
+def implements(name: str, op: str) -> bool:
+    """Whether an implementation has the operator at all."""
+    return op in BUILDERS[name]
+
+
+def build(name: str, problem: Problem) -> Function:
+    """The function of an implementation for problems like this one; UnsupportedError says why there is none."""
+    if not implements(name, problem.op):
+        raise UnsupportedError(f"{name} has no {problem.op}")
+    if name in PACKAGES and next(iter(problem.tensors.values())).device.type != "cuda":
+        raise UnsupportedError(f"{name} needs a GPU")
+    try:
+        return BUILDERS[name][problem.op](problem)
+    except ImportError as error:
+        raise UnsupportedError(f"not installed: {error}") from error
+    except (
+        KeyError,
+        OSError,
+        RuntimeError,
+    ) as error:  # what peers raise at import without their driver or compiler
+        if isinstance(error, UnsupportedError):
+            raise
+        raise UnsupportedError(f"cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def versions(name: str) -> dict[str, str]:
+    """Installed versions of the packages behind an implementation."""
+    found = {}
+    for package in PACKAGES.get(name, ()):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def prepare_environment() -> None:
+    """Settings that keep peers from running something else than their kernels; before they are imported."""
+    os.environ.setdefault("CUEQ_TRIATTN_FALLBACK_THRESHOLD", "0")
+    os.environ.setdefault("CUEQ_TRIMUL_FALLBACK_THRESHOLD", "0")

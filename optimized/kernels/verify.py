@@ -1,0 +1,112 @@
+"""Whether an operator's kernels are right on this machine: errors against fp64, and repeats that agree bit for bit."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megafold_bench.environment import detect_accelerator
+from megafold_bench.errors import UserError
+from optimized.kernels.implementations import build
+from optimized.kernels.measure import differing, errors_against_fp64
+from optimized.kernels.names import parse_list
+from optimized.kernels.problems import DTYPES, Problem, make_problem, parse_dtypes, parse_operators
+from optimized.kernels.processes import Row, run_group, task
+from optimized.ops.support import interpreting
+
+ALLOWED_RATIO = 1.1
+"""Errors may be this multiple of the eager definition's in the same dtype."""
+ROUNDING = 2e-6
+"""Relative errors up to this are rounding in fp32 and always allowed."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Lengths (none of them only multiples of a tile), repeats, and whether the channels are few."""
+
+    lengths: tuple[int, ...]
+    repeats: int
+    small: bool
+
+
+ON_GPU = Effort((5, 48, 129, 200, 256), 20, False)
+INTERPRETED = Effort((19,), 2, True)
+
+
+def cases(op: str, dtype: str, device: str, effort: Effort) -> Iterator[tuple[str, Problem]]:
+    """Problems with a mask, and where there is one also without it and with rows that are masked throughout."""
+    for tokens in effort.lengths:
+        problem = make_problem(op, tokens, dtype, device, seed=tokens, small=effort.small)
+        yield f"N={tokens}", problem
+        if problem.mask is None or tokens != effort.lengths[-1]:
+            continue
+        yield f"N={tokens}, no mask", replace(problem, mask=None)
+        empty = problem.mask.clone()
+        empty[:2] = False
+        yield f"N={tokens}, masked rows", replace(problem, mask=empty)
+
+
+def ratios(own: dict[str, float], definition: dict[str, float]) -> dict[str, float]:
+    """Errors as multiples of the definition's; infinite where there is no number."""
+    found = {name: own[name] / max(definition[name], ROUNDING / ALLOWED_RATIO) for name in own}
+    return {name: value if value == value else float("inf") for name, value in found.items()}
+
+
+def verify(op: str, dtype: str, device: str) -> dict[str, Any]:
+    """The verdict on one operator and dtype: `passed`, the worst ratio and where, what differed between repeats.
+
+    Raises `UnsupportedError` where the definition would run instead.
+    """
+    interpreted = device != "cuda" and interpreting()
+    if interpreted:
+        from optimized.ops.interpreter import mend_interpreter
+
+        mend_interpreter()
+    effort = ON_GPU if device == "cuda" else INTERPRETED
+    worst, where, odd, count = 0.0, "", set(), 0
+    for label, problem in cases(op, dtype, device, effort):
+        fn = build("megafold", problem)
+        for name, ratio in ratios(*errors_against_fp64(fn, problem)).items():
+            count += 1
+            if ratio > worst:
+                worst, where = ratio, f"{name} at {label}"
+        odd |= set(differing(fn, problem, effort.repeats))
+    return {
+        "passed": worst <= ALLOWED_RATIO and not odd,
+        "error_ratio": worst,
+        "error_of": where,
+        "values": count,
+        "differing": sorted(odd),
+        "repeats": effort.repeats,
+        "lengths": list(effort.lengths),
+        "how": "Triton's interpreter, few channels" if interpreted else "kernels on the GPU",
+    }
+
+
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which operators and dtypes are verified, on which device."""
+
+    ops: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    device: str
+
+    @staticmethod
+    def parse(op: str | None, dtype: str | None, device: str | None = None) -> "Plan":
+        """From the words of the command line; UserError names what does not fit."""
+        kind = device or detect_accelerator()
+        if kind not in ("cuda", "cpu"):
+            raise UserError(f"--device {kind}: choose cuda or cpu")
+        return Plan(parse_operators(parse_list(op)), parse_dtypes(parse_list(dtype), tuple(DTYPES)), kind)
+
+
+def run(plan: Plan) -> Iterator[Row]:
+    """A row for each operator and dtype: each operator in a fresh process, so that a crash is a verdict too."""
+    with tempfile.TemporaryDirectory() as folder:
+        for op in plan.ops:
+            tasks = [task("verdict", op=op, dtype=dtype, device=plan.device) for dtype in plan.dtypes]
+            yield from run_group(tasks, Path(folder) / f"{op}.log", TIMEOUT_S)
