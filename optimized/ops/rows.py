@@ -9,11 +9,19 @@ of the statistics. Everything here is inlined into the kernels that call it.
 import triton
 import triton.language as tl
 
+from optimized.ops.exponential import exact_exp
+
 
 @triton.jit
-def sigmoid(x, FAST: tl.constexpr = False):
-    """1 / (1 + exp(-x)) in fp32; FAST: (1 + tanh(x / 2)) / 2 with NVIDIA's tanh instruction, error 2⁻¹²."""
-    if FAST:
+def sigmoid(x, FAST: tl.constexpr = False, EXACT: tl.constexpr = False):
+    """1 / (1 + exp(-x)) in fp32, error some 2⁻²².
+
+    FAST: (1 + tanh(x / 2)) / 2 with NVIDIA's tanh instruction, error 2⁻¹². EXACT, for fp32 results: rounded as the
+    definition rounds, by an exponential and a division without the hardware's approximations.
+    """
+    if EXACT:
+        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + exact_exp(-x))
+    elif FAST:
         t = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -24,21 +32,32 @@ def sigmoid(x, FAST: tl.constexpr = False):
 
 @triton.jit
 def accumulate(acc, a, b):
-    """acc + a·b. In fp32 the product is summed apart: short chains of additions lose fewer bits."""
+    """acc + a·b. In fp32 the product is summed apart: short chains of additions lose fewer bits.
+
+    `max_num_imprecise_acc` says nothing to fp32 products but keeps Triton from folding the sum into them again, which
+    would make one chain of additions over everything that is accumulated.
+    """
     if a.dtype == tl.float32:
-        return acc + tl.dot(a, b, input_precision="ieee")
+        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def normalise_rows(x, columns, eps, C: tl.constexpr):
-    """(x - mean) · rstd of every row of the fp32 tile `x [R, BC]`, and rstd `[R]`; C real columns."""
+def normalise_rows(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False):
+    """(x - mean) · rstd of every row of the fp32 tile `x [R, BC]`, and rstd `[R]`; C real columns.
+
+    EXACT, for fp32 results: rstd without the hardware's approximation.
+    """
     mean = tl.sum(x, 1) / C
     centred = x - mean[:, None]
     if x.shape[1] != C:
         centred = tl.where((columns < C)[None, :], centred, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+    variance = tl.sum(centred * centred, 1) / C + eps
+    if EXACT:
+        rstd = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance))
+    else:
+        rstd = tl.rsqrt(variance)
     return centred * rstd[:, None], rstd
 
 

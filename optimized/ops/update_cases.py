@@ -82,7 +82,7 @@ def _outer(short: str) -> list[KernelCase]:
 
 def _averaging(short: str) -> list[KernelCase]:
     """Pair-weighted averaging with 8 heads of 8 (AlphaFold 3) and of 32 (Boltz)."""
-    heads = {"H": 8, "BH": 8, "BJ": averaging_launch.KEYS, "MASKED": True}
+    heads = {"EXACT": short == "fp32", "H": 8, "BH": 8, "BJ": averaging_launch.KEYS, "MASKED": True}
     found = [
         make_case(f"pair_weighted_averaging.{short}.{name}", fn, Config({}, 4), short, heads)
         for name, fn in (

@@ -20,11 +20,12 @@ from optimized.ops.rows import normal_backward, normalise_rows, normalise_rows_b
 @triton.jit(do_not_specialize=["rows"])
 def norm_kernel(s_ptr, gamma_ptr, n_ptr, rows, eps, C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr):
     """n = γ ⊙ LN(s) of BM rows."""
+    EXACT: tl.constexpr = n_ptr.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
     inside = (m < rows)[:, None] & (c < C)[None, :]
     tile = m[:, None] * C + c[None, :]
-    normal, _ = normalise_rows(tl.load(s_ptr + tile, mask=inside, other=0.0).to(tl.float32), c, eps, C)
+    normal, _ = normalise_rows(tl.load(s_ptr + tile, mask=inside, other=0.0).to(tl.float32), c, eps, C, EXACT)
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(n_ptr + tile, (normal * gamma[None, :]).to(n_ptr.dtype.element_ty), mask=inside)
 
@@ -46,11 +47,14 @@ def norm_backward_kernel(
     BM: tl.constexpr,
 ):
     """ds of BM rows, plus `extra` where there is one, n for the weight gradients, and this tile's share of dγ."""
+    EXACT: tl.constexpr = dn_ptr.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
     inside = (m < rows)[:, None] & (c < C)[None, :]
     tile = m[:, None] * C + c[None, :]
-    normal, rstd = normalise_rows(tl.load(s_ptr + tile, mask=inside, other=0.0).to(tl.float32), c, eps, C)
+    normal, rstd = normalise_rows(
+        tl.load(s_ptr + tile, mask=inside, other=0.0).to(tl.float32), c, eps, C, EXACT
+    )
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(n_ptr + tile, (normal * gamma[None, :]).to(n_ptr.dtype.element_ty), mask=inside)
     dn = tl.load(dn_ptr + tile, mask=inside, other=0.0).to(tl.float32)
@@ -75,14 +79,15 @@ def modulate_kernel(
     BM: tl.constexpr,
 ):
     """y of BM rows of a; p `[period, 2C]` holds g and t."""
+    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
     inside = (m < rows)[:, None] & (c < C)[None, :]
     tile = m[:, None] * C + c[None, :]
-    normal, _ = normalise_rows(tl.load(a_ptr + tile, mask=inside, other=0.0).to(tl.float32), c, eps, C)
+    normal, _ = normalise_rows(tl.load(a_ptr + tile, mask=inside, other=0.0).to(tl.float32), c, eps, C, EXACT)
     shared = p_ptr + (m % period)[:, None] * 2 * C + c[None, :]
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    gate = sigmoid(tl.load(shared, mask=inside, other=0.0).to(tl.float32) + bias[None, :])
+    gate = sigmoid(tl.load(shared, mask=inside, other=0.0).to(tl.float32) + bias[None, :], False, EXACT)
     shift = tl.load(shared + C, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + tile, (gate * normal + shift).to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -106,19 +111,22 @@ def modulate_backward_kernel(
     BM: tl.constexpr,
 ):
     """da of all samples of BM rows of s, dp `[period, 2C]`, this tile's share of db; y again with RECOMPUTE."""
+    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
     inside = (m < period)[:, None] & (c < C)[None, :]
     shared = m[:, None] * 2 * C + c[None, :]
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    gate = sigmoid(tl.load(p_ptr + shared, mask=inside, other=0.0).to(tl.float32) + bias[None, :])
+    gate = sigmoid(
+        tl.load(p_ptr + shared, mask=inside, other=0.0).to(tl.float32) + bias[None, :], False, EXACT
+    )
     dgate = tl.zeros([BM, BC], tl.float32)
     dshift = tl.zeros([BM, BC], tl.float32)
     for sample in range(samples):
         tile = (m + tl.cast(sample, tl.int64) * period)[:, None] * C + c[None, :]
         a = tl.load(a_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-        normal, rstd = normalise_rows(a, c, eps, C)
+        normal, rstd = normalise_rows(a, c, eps, C, EXACT)
         if RECOMPUTE:
             shift = tl.load(p_ptr + shared + C, mask=inside, other=0.0).to(tl.float32)
             tl.store(y_ptr + tile, (gate * normal + shift).to(y_ptr.dtype.element_ty), mask=inside)

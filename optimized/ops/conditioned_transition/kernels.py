@@ -19,13 +19,14 @@ from optimized.ops.rows import sigmoid
 @triton.jit(do_not_specialize=["rows"])
 def swiglu_kernel(u_ptr, h_ptr, rows, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """h `[rows, H]` from u and v side by side `[rows, 2H]`."""
+    EXACT: tl.constexpr = u_ptr.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (m < rows)[:, None] & (j < H)[None, :]
     pair = u_ptr + m[:, None] * 2 * H + j[None, :]
     u = tl.load(pair, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(pair + H, mask=inside, other=0.0).to(tl.float32)
-    h = u * sigmoid(u) * v
+    h = u * sigmoid(u, False, EXACT) * v
     tl.store(h_ptr + m[:, None] * H + j[None, :], h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
@@ -34,6 +35,7 @@ def swiglu_backward_kernel(
     u_ptr, dh_ptr, du_ptr, h_ptr, rows, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
     """du and dv side by side, and h again for the gradient of w_out."""
+    EXACT: tl.constexpr = u_ptr.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (m < rows)[:, None] & (j < H)[None, :]
@@ -42,7 +44,7 @@ def swiglu_backward_kernel(
     u = tl.load(u_ptr + pair, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(u_ptr + pair + H, mask=inside, other=0.0).to(tl.float32)
     dh = tl.load(dh_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-    s = sigmoid(u)
+    s = sigmoid(u, False, EXACT)
     swish = u * s
     du = dh * v * (s + swish * (1.0 - s))
     tl.store(du_ptr + pair, du.to(du_ptr.dtype.element_ty), mask=inside)
@@ -55,6 +57,7 @@ def gate_kernel(
     o_ptr, g_ptr, bias_ptr, y_ptr, rows, period, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
     """y of BM rows by BN channels; g `[period, C]`."""
+    EXACT: tl.constexpr = g_ptr.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (m < rows)[:, None] & (j < C)[None, :]
@@ -62,7 +65,7 @@ def gate_kernel(
     bias = tl.load(bias_ptr + j, mask=j < C, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + (m % period)[:, None] * C + j[None, :], mask=inside, other=0.0).to(tl.float32)
     o = tl.load(o_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-    y = sigmoid(g + bias[None, :]) * o
+    y = sigmoid(g + bias[None, :], False, EXACT) * o
     tl.store(y_ptr + tile, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -82,12 +85,15 @@ def gate_backward_kernel(
     BN: tl.constexpr,
 ):
     """do of all samples of BM rows of g, dg `[period, C]`, and this tile's share of the gradient of the bias."""
+    EXACT: tl.constexpr = g_ptr.dtype.element_ty == tl.float32
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (m < period)[:, None] & (j < C)[None, :]
     shared = m[:, None] * C + j[None, :]
     bias = tl.load(bias_ptr + j, mask=j < C, other=0.0).to(tl.float32)
-    gate = sigmoid(tl.load(g_ptr + shared, mask=inside, other=0.0).to(tl.float32) + bias[None, :])
+    gate = sigmoid(
+        tl.load(g_ptr + shared, mask=inside, other=0.0).to(tl.float32) + bias[None, :], False, EXACT
+    )
     dg = tl.zeros([BM, BN], tl.float32)
     for sample in range(samples):
         tile = shared + tl.cast(sample, tl.int64) * period * C

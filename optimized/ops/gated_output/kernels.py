@@ -14,7 +14,7 @@ Widths beyond 256 use a library product, with one elementwise kernel before it a
 import triton
 import triton.language as tl
 
-from optimized.ops.rows import sigmoid
+from optimized.ops.rows import accumulate, sigmoid
 
 
 @triton.jit
@@ -46,13 +46,14 @@ def forward_kernel(
     STAGES: tl.constexpr,
 ):
     """All C channels of BM rows; the gated input stays on the chip."""
+    EXACT: tl.constexpr = w_ptr.dtype.element_ty == tl.float32
     dtype = w_ptr.dtype.element_ty
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     k = tl.arange(0, BH)
     wide = (m < rows)[:, None] & (k < H)[None, :]
     x = tl.load(x_ptr + m[:, None] * H + k[None, :], mask=wide, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + m[:, None] * H + k[None, :], mask=wide, other=0.0).to(tl.float32)
-    gated = (sigmoid(g) * x).to(dtype)
+    gated = (sigmoid(g, False, EXACT) * x).to(dtype)
     for start in tl.range(0, C, BN, num_stages=STAGES):
         j = start + tl.arange(0, BN)
         w = tl.load(w_ptr + j[:, None] * H + k[None, :], mask=(j < C)[:, None] & (k < H)[None, :], other=0.0)
@@ -90,6 +91,7 @@ def backward_kernel(
     STAGES: tl.constexpr,
 ):
     """dx and dg of BN columns on every `splits`-th tile of rows, and that share of dW `[C, H]`."""
+    EXACT: tl.constexpr = w_ptr.dtype.element_ty == tl.float32
     dtype = w_ptr.dtype.element_ty
     split = tl.program_id(1)
     k = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -107,9 +109,9 @@ def backward_kernel(
         inside = (m < rows)[:, None] & (k < H)[None, :]
         tile = m[:, None] * H + k[None, :]
         x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-        s = sigmoid(tl.load(g_ptr + tile, mask=inside, other=0.0).to(tl.float32))
+        s = sigmoid(tl.load(g_ptr + tile, mask=inside, other=0.0).to(tl.float32), False, EXACT)
         gated = s * x
-        dw = tl.dot(tl.trans(du), gated.to(dtype), dw, input_precision="ieee")
+        dw = accumulate(dw, tl.trans(du), gated.to(dtype))
         dgated = tl.dot(du, w, input_precision="ieee")
         tl.store(dx_ptr + tile, (dgated * s).to(dx_ptr.dtype.element_ty), mask=inside)
         dg = dgated * gated * (1.0 - s)
@@ -121,18 +123,20 @@ def backward_kernel(
 @triton.jit(do_not_specialize=["total"])
 def gate_kernel(x_ptr, g_ptr, out_ptr, total, BLOCK: tl.constexpr):
     """σ(g) ⊙ x, elementwise."""
+    EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + k, mask=k < total, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + k, mask=k < total, other=0.0).to(tl.float32)
-    tl.store(out_ptr + k, (sigmoid(g) * x).to(out_ptr.dtype.element_ty), mask=k < total)
+    tl.store(out_ptr + k, (sigmoid(g, False, EXACT) * x).to(out_ptr.dtype.element_ty), mask=k < total)
 
 
 @triton.jit(do_not_specialize=["total"])
 def gate_backward_kernel(x_ptr, g_ptr, dgated_ptr, dx_ptr, dg_ptr, gated_ptr, total, BLOCK: tl.constexpr):
     """dx and dg from the gradient of σ(g) ⊙ x, and that product again for the weight gradient."""
+    EXACT: tl.constexpr = dgated_ptr.dtype.element_ty == tl.float32
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + k, mask=k < total, other=0.0).to(tl.float32)
-    s = sigmoid(tl.load(g_ptr + k, mask=k < total, other=0.0).to(tl.float32))
+    s = sigmoid(tl.load(g_ptr + k, mask=k < total, other=0.0).to(tl.float32), False, EXACT)
     dgated = tl.load(dgated_ptr + k, mask=k < total, other=0.0).to(tl.float32)
     gated = s * x
     tl.store(gated_ptr + k, gated.to(gated_ptr.dtype.element_ty), mask=k < total)

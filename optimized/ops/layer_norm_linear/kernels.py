@@ -53,13 +53,14 @@ def forward_kernel(
 ):
     """All results of BM rows; the weights `[T·H, C]` and the narrow one `[HEADS, C]` are packed."""
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     c = tl.arange(0, BC)
     inside = (m < rows)[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normal, _ = normalise_rows(x, c, eps, C)
+    normal, _ = normalise_rows(x, c, eps, C, EXACT)
     n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
     for t in tl.static_range(T):
         y_ptr = pick(t, y0_ptr, y1_ptr, y2_ptr, y3_ptr)
@@ -113,6 +114,7 @@ def input_gradient_kernel(
 ):
     """`group` tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ."""
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     c = tl.arange(0, BC)
     for step in range(group):
         m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
@@ -144,7 +146,7 @@ def input_gradient_kernel(
         x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
         beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        normal, rstd = normalise_rows(x, c, eps, C)
+        normal, rstd = normalise_rows(x, c, eps, C, EXACT)
         n = normal * gamma[None, :] + beta[None, :]
         tl.store(n_ptr + tile, n.to(dtype), mask=inside)
         dx = normalise_rows_backward(acc, normal, gamma, rstd, C)

@@ -16,6 +16,8 @@ The outer products themselves cost 2·S·N²·C·D, S/128 times as much, forward
 import triton
 import triton.language as tl
 
+from optimized.ops.rows import accumulate
+
 
 @triton.jit
 def outer_offset(i, j, k, columns, C: tl.constexpr, D: tl.constexpr):
@@ -61,7 +63,7 @@ def project_kernel(
         o = tl.load(o_ptr + where, mask=(j < total)[:, None] & (k < C * D)[None, :], other=0.0)
         real = (z < Z)[:, None] & (k < C * D)[None, :]
         w = tl.load(w_ptr + z[:, None] * (C * D) + k[None, :], mask=real, other=0.0)
-        acc = tl.dot(o, tl.trans(w), acc, input_precision="ieee")
+        acc = accumulate(acc, o, tl.trans(w))
     bias = tl.load(bias_ptr + z, mask=z < Z, other=0.0).to(tl.float32)
     place = (first + i).to(tl.int64) * total + j
     scale = tl.load(scale_ptr + place, mask=j < total, other=0.0).to(tl.float32)
@@ -149,7 +151,7 @@ def weight_kernel(
         grad = scaled_gradient(dout_ptr, scale_ptr, first + i, j, z, total, inside, Z)
         where = outer_offset(i, j[:, None], k[None, :], total, C, D)
         o = tl.load(o_ptr + where, mask=(j < total)[:, None] & (k < C * D)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(grad.to(o.dtype)), o, acc, input_precision="ieee")
+        acc = accumulate(acc, tl.trans(grad.to(o.dtype)), o)
         bias += tl.sum(grad, 0)
     tl.store(share, acc, mask=real)
     if tl.program_id(0) == 0:

@@ -14,17 +14,38 @@ contracts rows and channels, its shares summed in order by the softmax's backwar
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from optimized.ops.exponential import LOG2E, exact_exp
+from optimized.ops.rows import accumulate
+
+
+@triton.jit
+def powers(x, EXACT: tl.constexpr):
+    """2^x, or e^x to the last bit if EXACT."""
+    if EXACT:
+        return exact_exp(x)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
 def load_logits(
-    logits_ptr, mask_ptr, j, h, columns, stride_h, stride_j, MASKED: tl.constexpr, H: tl.constexpr
+    logits_ptr,
+    mask_ptr,
+    j,
+    h,
+    columns,
+    stride_h,
+    stride_j,
+    MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    H: tl.constexpr,
 ):
-    """logits in units of log 2 `[BJ, BH]`, -inf for keys that are masked or do not exist."""
+    """logits in units of log 2, natural ones if EXACT, `[BJ, BH]`; -inf for keys that are masked or do not exist."""
     inside = (j < columns)[:, None] & (h < H)[None, :]
     where = j.to(tl.int64)[:, None] * stride_j + h.to(tl.int64)[None, :] * stride_h
-    x = tl.load(logits_ptr + where, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E
+    x = tl.load(logits_ptr + where, mask=inside, other=float("-inf")).to(tl.float32)
+    if not EXACT:
+        x *= LOG2E
     if MASKED:
         kept = tl.load(mask_ptr + j, mask=j < columns, other=0)
         x = tl.where((kept != 0)[:, None], x, float("-inf"))
@@ -44,11 +65,15 @@ def softmax_kernel(
     stride_i,
     stride_j,
     MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
     H: tl.constexpr,
     BH: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    """w `[H, rows, pitch]` of one token i and all heads, and its log-sum-exp `[rows, H]` (base 2)."""
+    """w `[H, rows, pitch]` of one token i and all heads, and its log-sum-exp `[rows, H]`.
+
+    Powers of two, in units of log 2; of e, in natural ones and to the last bit, if EXACT (for fp32 weights).
+    """
     i = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BH)
     logits_ptr += i * stride_i
@@ -56,18 +81,22 @@ def softmax_kernel(
     total = tl.zeros([BH], tl.float32)
     for start in range(0, columns, BJ):
         j = start + tl.arange(0, BJ)
-        x = load_logits(logits_ptr, mask_ptr, j, h, columns, stride_h, stride_j, MASKED, H)
+        x = load_logits(logits_ptr, mask_ptr, j, h, columns, stride_h, stride_j, MASKED, EXACT, H)
         new = tl.maximum(top, tl.max(x, 0))
         base = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(x - base[None, :]), 0)
+        total = total * powers(top - base, EXACT) + tl.sum(powers(x - base[None, :], EXACT), 0)
         top = new
-    lse = tl.where(total > 0.0, top + tl.log2(total), float("-inf"))
+    logarithm = tl.log(total) if EXACT else tl.log2(total)
+    lse = tl.where(total > 0.0, top + logarithm, float("-inf"))
     tl.store(lse_ptr + i * H + h, lse, mask=h < H)
-    base = tl.where(total > 0.0, lse, 0.0)
+    base = tl.where(total > 0.0, top if EXACT else lse, 0.0)
     for start in range(0, columns, BJ):
         j = start + tl.arange(0, BJ)
-        x = load_logits(logits_ptr, mask_ptr, j, h, columns, stride_h, stride_j, MASKED, H)
-        w = tl.exp2(x - base[None, :]).to(w_ptr.dtype.element_ty)
+        x = load_logits(logits_ptr, mask_ptr, j, h, columns, stride_h, stride_j, MASKED, EXACT, H)
+        w = powers(x - base[None, :], EXACT)
+        if EXACT:
+            w = tl.div_rn(w, tl.where(total > 0.0, total, 1.0)[None, :] + tl.zeros_like(w))
+        w = w.to(w_ptr.dtype.element_ty)
         where = (h[None, :].to(tl.int64) * rows + i) * pitch + j[:, None]
         tl.store(w_ptr + where, w, mask=(j < columns)[:, None] & (h < H)[None, :])
 
@@ -86,6 +115,7 @@ def softmax_backward_kernel(
     stride_i,
     stride_j,
     MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
     H: tl.constexpr,
     BH: tl.constexpr,
     BJ: tl.constexpr,
@@ -102,8 +132,8 @@ def softmax_backward_kernel(
         for start in range(0, columns, BJ):
             j = start + tl.arange(0, BJ)
             inside = (j < columns)[:, None] & (h < H)[None, :]
-            x = load_logits(logits_ptr, mask_ptr, j, h, columns, stride_h, stride_j, MASKED, H)
-            w = tl.exp2(x - base[None, :])
+            x = load_logits(logits_ptr, mask_ptr, j, h, columns, stride_h, stride_j, MASKED, EXACT, H)
+            w = powers(x - base[None, :], EXACT)
             share = dw_ptr + (h[None, :].to(tl.int64) * rows + i) * columns + j[:, None]
             dw = tl.zeros([BJ, BH], tl.float32)
             for split in range(splits):
@@ -161,7 +191,7 @@ def average_kernel(
             w = tl.load(w_ptr + m.to(tl.int64)[:, None] * pitch + k[None, :], mask=inside, other=0.0)
         where = folded(n[None, :], k[:, None], samples, columns, head, H, D)
         v = tl.load(v_ptr + where, mask=(k < columns)[:, None] & real[None, :], other=0.0)
-        acc = tl.dot(w, v, acc, input_precision="ieee")
+        acc = accumulate(acc, w, v)
     where = folded(n[None, :], m[:, None], samples, rows, head, H, D)
     tl.store(o_ptr + where, acc.to(o_ptr.dtype.element_ty), mask=(m < rows)[:, None] & real[None, :])
 
@@ -196,7 +226,7 @@ def weight_gradient_kernel(
         do = tl.load(do_ptr + left, mask=(m < rows)[:, None] & real[None, :], other=0.0)
         right = folded(k[None, :], n[:, None], samples, columns, head, H, D)
         v = tl.load(v_ptr + right, mask=(n < columns)[:, None] & real[None, :], other=0.0)
-        acc = tl.dot(do, tl.trans(v), acc, input_precision="ieee")
+        acc = accumulate(acc, do, tl.trans(v))
     plane = (split.to(tl.int64) * H + head) * rows
     where = (plane + m[:, None]) * columns + n[None, :]
     tl.store(partial_ptr + where, acc, mask=(m < rows)[:, None] & (n < columns)[None, :])

@@ -32,7 +32,7 @@ def _config(kernel: str, v: Tensor) -> Config:
 
 
 def softmax(logits: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """w `[H, I, J padded]` in `dtype` from logits `[H, I, J]` of any strides, and lse `[I, H]` in base 2."""
+    """w `[H, I, J padded]` in `dtype` from logits `[H, I, J]` of any strides, and lse `[I, H]`, in base 2 but for fp32."""
     heads, rows, columns = logits.shape
     pitch = padded(columns)
     w = torch.empty((heads, rows, pitch), dtype=dtype, device=logits.device)
@@ -47,6 +47,7 @@ def softmax(logits: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Te
         pitch,
         *logits.stride(),
         MASKED=mask is not None,
+        EXACT=dtype == torch.float32,
         H=heads,
         BH=triton.next_power_of_2(heads),
         BJ=KEYS,
@@ -54,8 +55,10 @@ def softmax(logits: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Te
     return w, lse
 
 
-def softmax_backward(shares: Tensor, logits: Tensor, mask: Tensor | None, lse: Tensor) -> Tensor:
-    """The gradient of logits, in their dtype and memory order, from shares of dw `[splits, H, I, J]`."""
+def softmax_backward(
+    shares: Tensor, logits: Tensor, mask: Tensor | None, lse: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of logits, in their dtype and memory order, from shares of dw `[splits, H, I, J]`; `dtype` of w."""
     heads, rows, columns = logits.shape
     dlogits = torch.empty_like(logits)
     if dlogits.stride() != logits.stride():
@@ -71,6 +74,7 @@ def softmax_backward(shares: Tensor, logits: Tensor, mask: Tensor | None, lse: T
         shares.shape[0],
         *logits.stride(),
         MASKED=mask is not None,
+        EXACT=dtype == torch.float32,
         H=heads,
         BH=triton.next_power_of_2(heads),
         BJ=KEYS,
@@ -130,4 +134,4 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dv and the gradient of logits."""
     dv = average(w, do, v.shape[1], transposed=True)
-    return dv, softmax_backward(weight_gradient(do, v), logits, mask, lse)
+    return dv, softmax_backward(weight_gradient(do, v), logits, mask, lse, v.dtype)

@@ -41,6 +41,7 @@ def forward_kernel(
 ):
     """One tile of BM rows: y = h·w_outᵀ, hidden chunk by hidden chunk."""
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     wa_ptr = w_ptr
     wb_ptr = w_ptr + H * C
     wo_ptr = w_ptr + 2 * H * C
@@ -51,7 +52,7 @@ def forward_kernel(
     x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normal, _ = normalise_rows(x, c, eps, C)
+    normal, _ = normalise_rows(x, c, eps, C, EXACT)
     n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
     acc = tl.zeros([BM, BC], tl.float32)
     for start in tl.range(0, H, BN, num_stages=STAGES):
@@ -68,15 +69,15 @@ def forward_kernel(
             wo = tl.load(wo_ptr + tall, mask=(j < H)[None, :] & (c < C)[:, None], other=0.0)
         a = tl.dot(n, tl.trans(wa), input_precision="ieee")
         b = tl.dot(n, tl.trans(wb), input_precision="ieee")
-        h = (a * sigmoid(a, FAST) * b).to(dtype)
+        h = (a * sigmoid(a, FAST, EXACT) * b).to(dtype)
         acc = accumulate(acc, h, tl.trans(wo))
     tl.store(out_ptr + tile, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def hidden_gradients(a, b, dh, FAST: tl.constexpr):
+def hidden_gradients(a, b, dh, FAST: tl.constexpr, EXACT: tl.constexpr):
     """From the pre-activations and dh: h, da, db (fp32)."""
-    s = sigmoid(a, FAST)
+    s = sigmoid(a, FAST, EXACT)
     swish = a * s
     return swish * b, dh * b * (s + swish * (1.0 - s)), dh * swish
 
@@ -104,6 +105,7 @@ def input_gradient_kernel(
 ):
     """`group` consecutive tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ."""
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     wa_ptr = w_ptr
     wb_ptr = w_ptr + H * C
     wo_ptr = w_ptr + 2 * H * C
@@ -115,7 +117,7 @@ def input_gradient_kernel(
         x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
         beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        normal, _ = normalise_rows(x, c, eps, C)
+        normal, _ = normalise_rows(x, c, eps, C, EXACT)
         n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
         tl.store(n_ptr + tile, n, mask=inside)
         dy = tl.load(dy_ptr + tile, mask=inside, other=0.0).to(dtype)
@@ -135,13 +137,13 @@ def input_gradient_kernel(
             a = tl.dot(n, tl.trans(wa), input_precision="ieee")
             b = tl.dot(n, tl.trans(wb), input_precision="ieee")
             dh = tl.dot(dy, wo, input_precision="ieee")
-            _h, da, db = hidden_gradients(a, b, dh, FAST)
+            _h, da, db = hidden_gradients(a, b, dh, FAST, EXACT)
             acc = accumulate(acc, da.to(dtype), wa)
             acc = accumulate(acc, db.to(dtype), wb)
         # The row tile is read again (from L2): keeping it would cost BM·BC registers through the loop.
         x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        normal, rstd = normalise_rows(x, c, eps, C)
+        normal, rstd = normalise_rows(x, c, eps, C, EXACT)
         dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
         tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
@@ -167,6 +169,7 @@ def weight_gradient_kernel(
 ):
     """One chunk of BN hidden units over every `splits`-th row tile: partial dw_a, dw_b `[H, C]`, dw_out `[C, H]`."""
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     wa_ptr = w_ptr
     wb_ptr = w_ptr + H * C
     wo_ptr = w_ptr + 2 * H * C
@@ -191,7 +194,7 @@ def weight_gradient_kernel(
         a = tl.dot(n, wa, input_precision="ieee")
         b = tl.dot(n, wb, input_precision="ieee")
         dh = tl.dot(dy, wo, input_precision="ieee")
-        h, da, db = hidden_gradients(a, b, dh, FAST)
+        h, da, db = hidden_gradients(a, b, dh, FAST, EXACT)
         dwa = accumulate(dwa, tl.trans(n), da.to(dtype))
         dwb = accumulate(dwb, tl.trans(n), db.to(dtype))
         dwo = accumulate(dwo, tl.trans(dy), h.to(dtype))

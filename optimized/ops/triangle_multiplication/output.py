@@ -18,13 +18,13 @@ from optimized.ops.triangle_multiplication.project import load_rows, pair_rows
 
 
 @triton.jit
-def load_columns(x_ptr, gamma_ptr, beta_ptr, p, h, area, eps, H: tl.constexpr):
+def load_columns(x_ptr, gamma_ptr, beta_ptr, p, h, area, eps, H: tl.constexpr, EXACT: tl.constexpr):
     """Layer-normed tile `[BM, BH]` of the channel-major x (fp32), its normalised values, rstd and γ."""
     where = x_ptr + h.to(tl.int64)[None, :] * area + p[:, None]
     x = tl.load(where, mask=(p < area)[:, None] & (h < H)[None, :], other=0.0)
     gamma = tl.load(gamma_ptr + h, mask=h < H, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-    normal, rstd = normalise_rows(x.to(tl.float32), h, eps, H)
+    normal, rstd = normalise_rows(x.to(tl.float32), h, eps, H, EXACT)
     return normal * gamma[None, :] + beta[None, :], normal, rstd, gamma
 
 
@@ -81,6 +81,7 @@ def forward_kernel(
     RESIDENT: tl.constexpr = BN >= C
     FULL: tl.constexpr = C == BC and H == BH and C % BN == 0
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     c = tl.arange(0, BC)
     h = tl.arange(0, BH)
     area = padded.to(tl.int64) * padded
@@ -89,15 +90,15 @@ def forward_kernel(
     for step in tl.range(0, group, num_stages=STAGES):
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
-        nx, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H)
-        nz, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C)
+        nx, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
+        nz, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
         nx = nx.to(dtype)
         nz = nz.to(dtype)
         for start in tl.range(0, C, BN, num_stages=STAGES):
             t = start + tl.arange(0, BN)
             if not RESIDENT:
                 wo, wg = load_weights(w_ptr, t, c, h, C, H, FULL)
-            gate = sigmoid(tl.dot(nz, tl.trans(wg), input_precision="ieee"), FAST)
+            gate = sigmoid(tl.dot(nz, tl.trans(wg), input_precision="ieee"), FAST, EXACT)
             linear = tl.dot(nx, tl.trans(wo), input_precision="ieee")
             y = (linear * gate).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + dense[:, None] * C + t[None, :], y, mask=inside[:, None] & (t < C)[None, :])
@@ -143,6 +144,7 @@ def backward_kernel(
     RESIDENT: tl.constexpr = BN >= C
     FULL: tl.constexpr = C == BC and H == BH and C % BN == 0
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     c = tl.arange(0, BC)
     h = tl.arange(0, BH)
     area = padded.to(tl.int64) * padded
@@ -151,8 +153,8 @@ def backward_kernel(
     for step in tl.range(0, group, num_stages=STAGES):
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
-        nx, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H)
-        nz, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C)
+        nx, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
+        nz, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
         nx = nx.to(dtype)
         nz = nz.to(dtype)
         real = inside[:, None] & (c < C)[None, :]
@@ -167,7 +169,7 @@ def backward_kernel(
             cells = dense[:, None] * C + t[None, :]
             own = inside[:, None] & (t < C)[None, :]
             dy = tl.load(dy_ptr + cells, mask=own, other=0.0).to(tl.float32)
-            gate = sigmoid(tl.dot(nz, tl.trans(wg), input_precision="ieee"), FAST)
+            gate = sigmoid(tl.dot(nz, tl.trans(wg), input_precision="ieee"), FAST, EXACT)
             linear = tl.dot(nx, tl.trans(wo), input_precision="ieee")
             d_linear = dy * gate
             d_gate = (d_linear * linear * (1.0 - gate)).to(dtype)
@@ -178,7 +180,7 @@ def backward_kernel(
             dnz = accumulate(dnz, d_gate, wg)
         tl.store(dn_ptr + dense[:, None] * C + c[None, :], dnz.to(dn_ptr.dtype.element_ty), mask=real)
         # x is read again (from L2): keeping the tile would cost BM·BH registers.
-        _, normal, rstd, gamma = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H)
+        _, normal, rstd, gamma = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
         dx = normalise_rows_backward(dnx, normal, gamma, rstd, H)
         where = dx_ptr + h.to(tl.int64)[None, :] * area + p[:, None]
         tl.store(where, dx.to(dx_ptr.dtype.element_ty), mask=(p < area)[:, None] & (h < H)[None, :])

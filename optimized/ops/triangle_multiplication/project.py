@@ -31,12 +31,12 @@ def pair_rows(p, n_tokens, padded, stride_i, stride_j):
 
 
 @triton.jit
-def load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C: tl.constexpr):
+def load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C: tl.constexpr, EXACT: tl.constexpr):
     """Layer-normed rows of z (fp32), their normalised values, rstd and γ."""
     z = tl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normal, rstd = normalise_rows(z.to(tl.float32), c, eps, C)
+    normal, rstd = normalise_rows(z.to(tl.float32), c, eps, C, EXACT)
     return normal * gamma[None, :] + beta[None, :], normal, rstd, gamma
 
 
@@ -92,6 +92,7 @@ def forward_kernel(
     RESIDENT: tl.constexpr = BN >= H
     FULL: tl.constexpr = C == BC and H % BN == 0
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     c = tl.arange(0, BC)
     first = tl.program_id(1) * H
     area = padded.to(tl.int64) * padded
@@ -104,7 +105,7 @@ def forward_kernel(
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
         keep = keep_rows(mask_ptr, inside, dense, MASKED)
         z = tl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        normal, _ = normalise_rows(z.to(tl.float32), c, eps, C)
+        normal, _ = normalise_rows(z.to(tl.float32), c, eps, C, EXACT)
         n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
         for start in tl.range(0, H, BN, num_stages=STAGES):
             t = first + start + tl.arange(0, BN)
@@ -112,7 +113,7 @@ def forward_kernel(
                 wp, wg = load_weights(w_ptr, t, c, H, C, FULL)
             linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
             gate = tl.dot(n, tl.trans(wg), input_precision="ieee")
-            value = tl.where(keep[:, None], linear * sigmoid(gate, FAST), 0.0)
+            value = tl.where(keep[:, None], linear * sigmoid(gate, FAST, EXACT), 0.0)
             where = out_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
             own = (p < area)[:, None] & (t < first + H)[None, :]
             tl.store(where, value.to(out_ptr.dtype.element_ty), mask=own)
@@ -151,13 +152,14 @@ def input_gradient_kernel(
     """
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     c = tl.arange(0, BC)
     area = padded.to(tl.int64) * padded
     for step in range(group):
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
         keep = keep_rows(mask_ptr, inside, dense, MASKED)
-        n, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
+        n, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C, EXACT)
         n = tl.where(keep[:, None], n, 0.0).to(dtype)
         square = (p < area)[:, None]
         tl.store(n_ptr + p.to(tl.int64)[:, None] * C + c[None, :], n, mask=square & (c < C)[None, :])
@@ -168,7 +170,7 @@ def input_gradient_kernel(
             where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
             grad = tl.load(where, mask=keep[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
             linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
-            gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"), FAST)
+            gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"), FAST, EXACT)
             d_linear = grad * gate
             d_gate = d_linear * linear * (1.0 - gate)
             acc = accumulate(acc, d_linear.to(dtype), wp)
@@ -177,7 +179,7 @@ def input_gradient_kernel(
         valid = inside[:, None] & (c < C)[None, :]
         acc += tl.load(dn_gate_ptr + tile, mask=valid, other=0.0).to(tl.float32)
         # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
-        _, normal, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C)
+        _, normal, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C, EXACT)
         dz = normalise_rows_backward(acc, normal, gamma, rstd, C)
         tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=valid)
         share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
@@ -209,6 +211,7 @@ def weight_gradient_kernel(
     """
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     dtype = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     split = tl.program_id(1)
     t = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
@@ -231,7 +234,7 @@ def weight_gradient_kernel(
             where = grad_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
             grad = tl.load(where, mask=inside[None, :] & (t < 2 * H)[:, None], other=0.0).to(tl.float32)
             linear = tl.dot(wp, tl.trans(n), input_precision="ieee")
-            gate = sigmoid(tl.dot(wg, tl.trans(n), input_precision="ieee"), FAST)
+            gate = sigmoid(tl.dot(wg, tl.trans(n), input_precision="ieee"), FAST, EXACT)
             d_linear = grad * gate
             d_gate = d_linear * linear * (1.0 - gate)
             dwp = accumulate(dwp, d_linear.to(dtype), n)
@@ -240,7 +243,7 @@ def weight_gradient_kernel(
             where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
             grad = tl.load(where, mask=inside[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
             linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
-            gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"), FAST)
+            gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"), FAST, EXACT)
             d_linear = grad * gate
             d_gate = d_linear * linear * (1.0 - gate)
             dwp = accumulate(dwp, tl.trans(n), d_linear.to(dtype))
