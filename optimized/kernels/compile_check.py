@@ -31,7 +31,9 @@ class Accepted:
     reason: str
 
 
-_CAPPED = "measured on an H200: 128 or 168 registers a thread beat no spills with fewer programs by up to 40 %"
+_CAPPED = (
+    "measured on an H200: 128 or 168 registers a thread beat no spills with fewer programs by up to 40 %"
+)
 _WIDE = "the single representation's transition holds 512-wide tiles whole: no tile found by `fit` avoids it"
 ACCEPTED = (
     Accepted("sm_90", "attention.*", 64, _CAPPED),

@@ -27,6 +27,7 @@ from optimized.ops.attention.forward import (
     LOG2E,
     head_of,
     in_units,
+    multiply_add,
     powers,
     strides_of,
     tile_offsets,
@@ -54,14 +55,6 @@ def statistics_row(b, row, h, R, H, LQ, TILE: tl.constexpr):
 def bias_head(BIAS, b, h, H, LX, LY, TILE: tl.constexpr):
     """Start of one head of a packed bias with rows LX and columns LY."""
     return BIAS + (b * H + h) * (tl.cdiv(LX, TILE) * (TILE // 16)) * (tl.cdiv(LY, TILE) * (TILE // 16)) * 256
-
-
-@triton.jit
-def multiply_add(a, b, acc, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """acc + a b; when EXACT the tile is summed by itself first, which rounds less than one long chain."""
-    if EXACT:
-        return acc + tl.dot(a, b, input_precision=PRECISION)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["R", "H", "LQ", *strides_of("o", "g")])
@@ -176,9 +169,9 @@ def grad_kv_kernel(
                 p = powers(s * unit_scale + bias - lse, True)
             else:
                 p = powers(s * unit_scale + (bias - lse), False)
-            new_dvs = new_dvs + (multiply_add(p.to(g.dtype), g, dvs[i], PRECISION, EXACT),)
+            new_dvs = new_dvs + (multiply_add(p.to(g.dtype), g, dvs[i], PRECISION),)
             ds = p * (dp - delta)
-            new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION, EXACT),)
+            new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION),)
         dks = new_dks
         dvs = new_dvs
         raw_lses = new_lses
@@ -280,7 +273,7 @@ def grad_q_kernel(
             else:
                 new_masks = new_masks + (0,)
             ds = powers(s, EXACT) * (dp - deltas[i][:, None])
-            new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION, EXACT),)
+            new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION),)
         dqs = new_dqs
         kbs = new_kbs
         vbs = new_vbs

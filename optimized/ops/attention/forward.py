@@ -22,11 +22,10 @@ import triton
 import triton.language as tl
 
 from optimized.ops.attention.packing import load_columns, load_packed, packed_pointers, spread, unpacked
+from optimized.ops.exponential import exact_exp
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LN2_HIGH = tl.constexpr(0.693359375)  # ten bits, so that its products with small integers are exact
-LN2_REST = tl.constexpr(0.6931471805599453 - 0.693359375)
 LOWEST_SUM = tl.constexpr(2.0**-80)
 HIGHEST_SUM = tl.constexpr(2.0**80)
 LENGTHS = ("R", "H", "LQ", "LK")
@@ -59,15 +58,21 @@ def tile_offsets(stride, d, N: tl.constexpr):
 def powers(x, EXACT: tl.constexpr):
     """exp of scores, which are in log2 units, or in natural units when EXACT.
 
-    Log2 units save a multiplication. For fp32 natural ones round the large terms as the definition does; their
-    power of two is split off first, because x * log2(e) alone would lose |x| * 2**-24.
+    Log2 units save a multiplication; natural ones, for fp32, round the large terms as the definition does.
     """
-    if EXACT:
-        x = tl.where(x < -200.0, -200.0, x)
-        n = tl.floor(x * LOG2E + 0.5)
-        rest = (x - n * LN2_HIGH) - n * LN2_REST
-        return tl.math.exp2(rest * LOG2E) * tl.math.exp2(n)
-    return tl.math.exp2(x)
+    return exact_exp(x) if EXACT else tl.math.exp2(x)
+
+
+@triton.jit
+def multiply_add(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. In fp32 the product is summed apart: short chains of additions lose fewer bits.
+
+    `max_num_imprecise_acc` says nothing to fp32 products but keeps Triton from folding the sum into them again.
+    """
+    if a.dtype == tl.float32:
+        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -117,11 +122,7 @@ def _online_row(
         p = powers(s - shift[:, None], EXACT)
         alpha = powers(top - shift, EXACT)
         total = total * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        if EXACT:  # short sums of a tile, then their sum: less rounding than one long chain
-            acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        else:
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = multiply_add(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
         top = new_top
     return acc, total, tl.where(top == float("-inf"), 0.0, top)
 
@@ -213,10 +214,7 @@ def forward_kernel(
                     new_masks = new_masks + (0,)
                 p = powers(s, EXACT)
                 new_totals = new_totals + (totals[i] + row_sums(p, BQ, BK),)
-                if EXACT:
-                    new_accs = new_accs + (accs[i] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION),)
-                else:
-                    new_accs = new_accs + (tl.dot(p.to(v.dtype), v, accs[i], input_precision=PRECISION),)
+                new_accs = new_accs + (multiply_add(p.to(v.dtype), v, accs[i], PRECISION),)
             accs = new_accs
             totals = new_totals
             k_at = new_k_at
