@@ -72,7 +72,9 @@ def test_memory_record(spec, runner):
     assert record["outcome"]["status"] == "ok", record["outcome"]
     memory = record["memory"]
     pair = 512**2 * PAIR_BYTES
-    assert pair <= memory["allocated_peak_bytes"] <= pair + 128 * MIB  # the matrix library's workspace: 70 MiB on an H200
+    assert (
+        pair <= memory["allocated_peak_bytes"] <= pair + 128 * MIB
+    )  # the matrix library's workspace: 70 MiB on an H200
     assert memory["requested_peak_bytes"] <= memory["allocated_peak_bytes"] <= memory["reserved_peak_bytes"]
     explained = memory["reserved_peak_bytes"] + memory["non_torch_bytes"]
     assert memory["device_used_peak_bytes"] == pytest.approx(explained, rel=0.02, abs=64 * MIB)
