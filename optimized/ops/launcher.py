@@ -4,11 +4,12 @@ Triton binds, specialises and looks up a kernel anew at every launch, some 20 µ
 `torch.library` operator costs as much again on each pass. At 400 tokens that is longer than the GPU's work.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton import knobs
 
 from optimized.ops.support import interpreting
@@ -31,6 +32,32 @@ def direct(tensors: Iterable[Tensor]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return all(type(t) in PLAIN for t in tensors)
+
+
+def undispatched(
+    forward: Callable[..., Any], keep: Callable[..., None], differentiate: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """A registered operator's passes as an autograd function that leaves the dispatcher out, once differentiable.
+
+    `keep(ctx, inputs, output)` and `differentiate(ctx, *grads)` are those of the registration; the latter finds its
+    backward pass with `same_way`. Only the first of several results is differentiable.
+    """
+
+    def run(ctx: Any, *inputs: Any) -> Any:
+        output = forward(*inputs)
+        keep(ctx, inputs, output)
+        ctx.direct = True
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    passes = {"forward": staticmethod(run), "backward": staticmethod(once_differentiable(differentiate))}
+    return type("Direct", (torch.autograd.Function,), passes)
+
+
+def same_way(ctx: Any, plain: Callable[..., Any], registered: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass for a context: plain after a direct forward pass, registered after a registered one."""
+    return plain if getattr(ctx, "direct", False) else registered
 
 
 def launch(

@@ -1,6 +1,7 @@
 """Host side shared by the fused operators: compute dtype, tile shapes, how many programs share a sum."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -78,6 +79,21 @@ def checked(config: Config, kernel: str = "") -> Config:
 def tile(rows: int, width: int, warps: int, stages: int, max_registers: int = 0) -> Config:
     """A launch configuration: BM rows and BN output channels per step, warps, depth of the load pipeline."""
     return Config({"BM": rows, "BN": width, "STAGES": stages}, warps, max_registers=max_registers)
+
+
+# By the id of the tile it was made from, which is kept beside it, so that the id stays taken.
+_resized: dict[tuple[int, int], tuple[Config, Config]] = {}
+
+
+def resized(config: Config, width: int) -> Config:
+    """`config` with BN = `width`: always the same object for the same tile, as launches want."""
+    if config.constants["BN"] == width:
+        return config
+    known = _resized.get((id(config), width))
+    if known is None:
+        known = config, replace(config, constants=config.constants | {"BN": width})
+        _resized[id(config), width] = known
+    return known[1]
 
 
 @cache

@@ -1,12 +1,13 @@
 """The kernels of the conditioned operators as cases for offline compilation."""
 
 import torch
+import triton
 
 from optimized.ops.adaptive_layer_norm import kernels as adaptive
-from optimized.ops.adaptive_layer_norm.launch import TILE, Blocks
+from optimized.ops.adaptive_layer_norm import launch as adaptive_launch
 from optimized.ops.cases import DTYPES, make_case
 from optimized.ops.conditioned_transition import kernels as conditioned
-from optimized.ops.conditioned_transition.launch import BLOCK, tile
+from optimized.ops.conditioned_transition import launch as conditioned_launch
 from optimized.ops.gated_output import kernels as gated
 from optimized.ops.gated_output import launch as gated_launch
 from optimized.ops.offline import KernelCase
@@ -14,7 +15,6 @@ from optimized.ops.outer_product_mean import kernels as outer
 from optimized.ops.outer_product_mean import launch as outer_launch
 from optimized.ops.pair_weighted_averaging import kernels as averaging
 from optimized.ops.pair_weighted_averaging import launch as averaging_launch
-from optimized.ops.tuning import Config
 
 WIDTHS = (128, 384, 768)
 
@@ -23,26 +23,21 @@ def cases() -> list[KernelCase]:
     """Every kernel of adaptive layer norm and conditioned transition, for all dtypes, at the AF3 widths."""
     found: list[KernelCase] = []
     for short in DTYPES:
+        dtype = getattr(torch, DTYPES[short])
         for c in WIDTHS:
-            rows = {
-                "norm": (adaptive.norm_kernel, Blocks.of(c)),
-                "norm_backward": (adaptive.norm_backward_kernel, Blocks.of(c)),
-                "modulate": (adaptive.modulate_kernel, Blocks.of(c)),
-                "modulate_backward": (adaptive.modulate_backward_kernel, Blocks.of(c, TILE // 2)),
-            }
-            for name, (kernel, blocks) in rows.items():
-                sizes = {**blocks._asdict(), "EXTRA": True, "RECOMPUTE": True}
-                label = f"adaptive_layer_norm.{short}.{c}.{name}"
-                found.append(make_case(label, kernel, Config({}, 4), short, sizes))
-            flat = {
-                "swiglu": (conditioned.swiglu_kernel, tile(2 * c)),
-                "swiglu_backward": (conditioned.swiglu_backward_kernel, tile(2 * c)),
-                "gate": (conditioned.gate_kernel, tile(c)),
-                "gate_backward": (conditioned.gate_backward_kernel, tile(c, 2 * BLOCK)),
-            }
-            for name, (kernel, shape) in flat.items():
-                label = f"conditioned_transition.{short}.{c}.{name}"
-                found.append(make_case(label, kernel, Config({}, 4), short, {**shape, "C": c, "H": 2 * c}))
+            for name in ("norm", "norm_backward", "modulate", "modulate_backward"):
+                label, fn = f"adaptive_layer_norm.{short}.{c}.{name}", getattr(adaptive, f"{name}_kernel")
+                config = adaptive_launch.default(f"adaptive_layer_norm.{name}", c, dtype)
+                sizes = {"C": c, "BC": triton.next_power_of_2(c), "EXTRA": True, "RECOMPUTE": True}
+                found.append(make_case(label, fn, config, short, sizes))
+            for name in ("swiglu", "swiglu_backward", "gate", "gate_backward"):
+                label, fn = (
+                    f"conditioned_transition.{short}.{c}.{name}",
+                    getattr(conditioned, f"{name}_kernel"),
+                )
+                width = 2 * c if name.startswith("swiglu") else c
+                config = conditioned_launch.default(f"conditioned_transition.{name}", width, dtype)
+                found.append(make_case(label, fn, config, short, {"C": c, "H": 2 * c}))
         found += _gated(short) + _outer(short) + _averaging(short)
     return found
 
@@ -57,15 +52,14 @@ def _gated(short: str) -> list[KernelCase]:
         for kernel, held, fn in kernels:
             config = gated_launch.default(f"gated_output.{kernel}", held, dtype)
             found.append(make_case(f"gated_output.{short}.{h}x{c}.{kernel}", fn, config, short, sizes))
-    block = Config({"BLOCK": gated_launch.BLOCK}, 4)
+    block = gated_launch.FLAT
     found.append(make_case(f"gated_output.{short}.gate", gated.gate_kernel, block, short, {}))
     found.append(
         make_case(f"gated_output.{short}.gate_backward", gated.gate_backward_kernel, block, short, {})
     )
-    sizes = {**tile(128), "C": 128, "KEEP": True, "RESIDUAL": True}
-    found.append(
-        make_case(f"gated_output.{short}.residual", gated.residual_kernel, Config({}, 4), short, sizes)
-    )
+    flat = gated_launch.default("gated_output.residual", 128, dtype)
+    sizes = {"C": 128, "KEEP": True, "RESIDUAL": True}
+    found.append(make_case(f"gated_output.{short}.residual", gated.residual_kernel, flat, short, sizes))
     return found
 
 
@@ -82,9 +76,9 @@ def _outer(short: str) -> list[KernelCase]:
 
 def _averaging(short: str) -> list[KernelCase]:
     """Pair-weighted averaging with 8 heads of 8 (AlphaFold 3) and of 32 (Boltz)."""
-    heads = {"EXACT": short == "fp32", "H": 8, "BH": 8, "BJ": averaging_launch.KEYS, "MASKED": True}
+    heads = {"EXACT": short == "fp32", "H": 8, "BH": 8, "MASKED": True}
     found = [
-        make_case(f"pair_weighted_averaging.{short}.{name}", fn, Config({}, 4), short, heads)
+        make_case(f"pair_weighted_averaging.{short}.{name}", fn, averaging_launch.SOFTMAX, short, heads)
         for name, fn in (
             ("softmax", averaging.softmax_kernel),
             ("softmax_backward", averaging.softmax_backward_kernel),

@@ -73,7 +73,7 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], caption: str) -> Figure:
     names = list(dict.fromkeys(name for _, part in panels for name in part["implementation"]))
     chosen = looks([SAME_AS.get(name, name) for name in names])
     styles = {name: chosen[SAME_AS.get(name, name)] for name in names}
-    lines = wrap_caption(caption)
+    lines = wrap_caption(caption, COLUMN_IN)
     caption_in = 0.085 * len(lines) + 0.05
     label_in = max(text_size_in(elided(name), 6)[0] for name in [*names, FLOOR])
     right_in = label_in + LABEL_GAP_PT / 72 + 0.06

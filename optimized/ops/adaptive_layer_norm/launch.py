@@ -1,41 +1,39 @@
 """Launches of the adaptive LayerNorm kernels and the matrix products between them."""
 
-from typing import NamedTuple
-
 import torch
-import triton
 from torch import Tensor
 
 from optimized.ops.adaptive_layer_norm import kernels
+from optimized.ops.launcher import launch
+from optimized.ops.launching import ceil_div, chosen, power_of_two
 from optimized.ops.library_products import side_by_side, side_by_side_backward, weight_product
+from optimized.ops.tuning import Config
 
 TILE = 4096
 """Elements a program holds: 32 fp32 values per thread of 4 warps and tile."""
 
 
-class Blocks(NamedTuple):
-    """How rows of one width are cut: channels, padded channels, rows per program."""
+def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
+    """Rows per program of `adaptive_layer_norm.<kernel>` where no tuning file has them."""
+    elements = TILE // 2 if kernel.endswith("modulate_backward") else TILE
+    return Config({"BM": max(1, elements // power_of_two(channels))}, 4)
 
-    C: int
-    BC: int
-    BM: int
 
-    @staticmethod
-    def of(channels: int, tile: int = TILE) -> "Blocks":
-        """Rows of `channels` in programs of about `tile` elements."""
-        padded = triton.next_power_of_2(channels)
-        return Blocks(channels, padded, max(1, tile // padded))
+def _config(kernel: str, channels: int, dtype: torch.dtype, device: torch.device) -> Config:
+    return chosen(f"adaptive_layer_norm.{kernel}", channels, dtype, device, default)
 
-    def programs(self, rows: int) -> int:
-        """Programs for `rows` rows."""
-        return int(triton.cdiv(rows, self.BM))
+
+def _sizes(channels: int) -> dict[str, int]:
+    return {"C": channels, "BC": power_of_two(channels)}
 
 
 def norm(s: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """weight ⊙ LN(s) in `dtype` of s `[rows, c]`."""
-    blocks = Blocks.of(s.shape[1])
+    rows, channels = s.shape
+    config = _config("norm", channels, dtype, s.device)
     n = torch.empty(s.shape, dtype=dtype, device=s.device)
-    kernels.norm_kernel[(blocks.programs(s.shape[0]),)](s, weight, n, s.shape[0], eps, **blocks._asdict())
+    grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
+    launch(kernels.norm_kernel, grid, config, (s, weight, n, rows, eps), **_sizes(channels))
     return n
 
 
@@ -43,23 +41,14 @@ def norm_backward(
     s: Tensor, weight: Tensor, dn: Tensor, extra: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ds (plus `extra`), n = weight ⊙ LN(s) in dn's dtype, and the gradient of weight in fp32."""
-    blocks = Blocks.of(s.shape[1])
-    programs = blocks.programs(s.shape[0])
+    rows, channels = s.shape
+    config = _config("norm_backward", channels, dn.dtype, s.device)
+    programs = ceil_div(rows, config.constants["BM"])
     ds, n = torch.empty_like(s), torch.empty_like(dn)
-    shares = torch.empty((programs, s.shape[1]), dtype=torch.float32, device=s.device)
-    kernels.norm_backward_kernel[(programs,)](
-        s,
-        weight,
-        dn,
-        dn if extra is None else extra,
-        ds,
-        n,
-        shares,
-        s.shape[0],
-        eps,
-        EXTRA=extra is not None,
-        **blocks._asdict(),
-    )
+    shares = torch.empty((programs, channels), dtype=torch.float32, device=s.device)
+    arguments = (s, weight, dn, dn if extra is None else extra, ds, n, shares, rows, eps)
+    sizes = _sizes(channels) | {"EXTRA": extra is not None}
+    launch(kernels.norm_backward_kernel, (programs, 1, 1), config, arguments, **sizes)
     return ds, n, shares.sum(0)
 
 
@@ -73,11 +62,11 @@ def conditions(
 def modulate(a: Tensor, p: Tensor, b_scale: Tensor, eps: float) -> Tensor:
     """y `[rows, c_a]` in p's dtype."""
     rows, channels = a.shape
-    blocks = Blocks.of(channels)
+    config = _config("modulate", channels, p.dtype, a.device)
     y = torch.empty((rows, channels), dtype=p.dtype, device=a.device)
-    kernels.modulate_kernel[(blocks.programs(rows),)](
-        a, p, b_scale, y, rows, p.shape[0], eps, **blocks._asdict()
-    )
+    grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
+    arguments = (a, p, b_scale, y, rows, p.shape[0], eps)
+    launch(kernels.modulate_kernel, grid, config, arguments, **_sizes(channels))
     return y
 
 
@@ -86,26 +75,14 @@ def modulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """da, dp, the gradient of b_scale in fp32, and y again (an empty tensor without `recompute`)."""
     period, channels = p.shape[0], a.shape[1]
-    blocks = Blocks.of(channels, TILE // 2)
-    programs = blocks.programs(period)
+    config = _config("modulate_backward", channels, p.dtype, a.device)
+    programs = ceil_div(period, config.constants["BM"])
     da, dp = torch.empty_like(a), torch.empty_like(p)
     y = torch.empty(a.shape if recompute else (0,), dtype=p.dtype, device=a.device)
     shares = torch.empty((programs, channels), dtype=torch.float32, device=a.device)
-    kernels.modulate_backward_kernel[(programs,)](
-        a,
-        p,
-        b_scale,
-        dy,
-        da,
-        y,
-        dp,
-        shares,
-        period,
-        a.shape[0] // period,
-        eps,
-        RECOMPUTE=recompute,
-        **blocks._asdict(),
-    )
+    arguments = (a, p, b_scale, dy, da, y, dp, shares, period, a.shape[0] // period, eps)
+    sizes = _sizes(channels) | {"RECOMPUTE": recompute}
+    launch(kernels.modulate_backward_kernel, (programs, 1, 1), config, arguments, **sizes)
     return da, dp, shares.sum(0), y
 
 

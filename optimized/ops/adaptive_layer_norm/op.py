@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optimized.ops.adaptive_layer_norm.reference import adaptive_layer_norm_reference
+from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.support import Supported, triton_support
 
@@ -63,6 +64,8 @@ def adaptive_layer_norm(
     dtype = compute_dtype(a)
     if not supported(a, s, *parameters).ok:
         return adaptive_layer_norm_reference(a.to(dtype), s, *parameters, eps)
+    if direct((a, s, *parameters)):
+        return _Direct.apply(a, s, *parameters, eps, dtype)[0]
     return torch.ops.megafold_bench.adaptive_layer_norm(a, s, *parameters, eps, dtype)[0]
 
 
@@ -71,7 +74,6 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-@torch.library.custom_op("megafold_bench::adaptive_layer_norm", mutates_args=())
 def _forward(
     a: Tensor,
     s: Tensor,
@@ -88,7 +90,10 @@ def _forward(
     return launch.modulate(as_rows(a), p, b_scale, eps).view(a.shape), p
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("megafold_bench::adaptive_layer_norm", mutates_args=())(_forward)
+
+
+@_forward_op.register_fake
 def _(
     a: Tensor,
     s: Tensor,
@@ -103,7 +108,6 @@ def _(
     return a.new_empty(a.shape, dtype=dtype), p
 
 
-@torch.library.custom_op("megafold_bench::adaptive_layer_norm_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     a: Tensor,
@@ -124,7 +128,12 @@ def _backward(
     return da.view(a.shape), ds.view(s.shape), d_norm, d_bias, d_weights
 
 
-@_backward.register_fake
+_backward_op = torch.library.custom_op("megafold_bench::adaptive_layer_norm_backward", mutates_args=())(
+    _backward
+)
+
+
+@_backward_op.register_fake
 def _(
     dy: Tensor,
     a: Tensor,
@@ -156,9 +165,9 @@ def _differentiate(ctx: Any, dy: Tensor | None, _dp: Tensor | None) -> tuple[Ten
     if dy is None:
         return (None,) * 8
     saved = ctx.saved_tensors
-    da, ds, d_norm, d_bias, d_weights = torch.ops.megafold_bench.adaptive_layer_norm_backward(
-        dy, *saved, ctx.eps
-    )
+    da, ds, d_norm, d_bias, d_weights = same_way(
+        ctx, _backward, torch.ops.megafold_bench.adaptive_layer_norm_backward
+    )(dy, *saved, ctx.eps)
     _, _, norm_weight, w_scale, b_scale, w_shift, _ = saved
     d_scale, d_shift = d_weights.to(w_scale.dtype).chunk(2)
     return (
@@ -173,4 +182,5 @@ def _differentiate(ctx: Any, dy: Tensor | None, _dp: Tensor | None) -> tuple[Ten
     )
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward_op.register_autograd(_differentiate, setup_context=_keep)
+_Direct = undispatched(_forward, _keep, _differentiate)

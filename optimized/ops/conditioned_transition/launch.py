@@ -3,13 +3,15 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from optimized.ops.adaptive_layer_norm import launch as adaptive
 from optimized.ops.conditioned_transition import kernels
 from optimized.ops.conditioned_transition.reference import ConditionedWeights
+from optimized.ops.launcher import launch
+from optimized.ops.launching import ceil_div, chosen, power_of_two
 from optimized.ops.library_products import side_by_side, side_by_side_backward, weight_product
+from optimized.ops.tuning import Config
 
 BLOCK = 1024
 """Elements per program of the elementwise kernels: with four warps, 8 values a thread, a 16-byte load in bf16."""
@@ -28,50 +30,60 @@ class Saved(NamedTuple):
     """`[period, c_a]`, the output gate before its bias and sigmoid."""
 
 
-def tile(width: int, elements: int = BLOCK) -> dict[str, int]:
+def tile(width: int, elements: int = BLOCK) -> Config:
     """BM rows and BN columns per program of an elementwise kernel on rows of `width`."""
-    columns = min(256, triton.next_power_of_2(width))
-    return {"BM": max(1, elements // columns), "BN": columns}
+    columns = min(256, power_of_two(width))
+    return Config({"BM": max(1, elements // columns), "BN": columns}, 4)
 
 
-def grid(rows: int, width: int, blocks: dict[str, int]) -> tuple[int, int]:
+def grid(rows: int, width: int, config: Config) -> tuple[int, int, int]:
     """Programs for `rows` rows of `width`."""
-    return triton.cdiv(rows, blocks["BM"]), triton.cdiv(width, blocks["BN"])
+    return ceil_div(rows, config.constants["BM"]), ceil_div(width, config.constants["BN"]), 1
+
+
+def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
+    """The tile of `conditioned_transition.<kernel>` where no tuning file has one."""
+    return tile(channels, 2 * BLOCK if kernel.endswith(".gate_backward") else BLOCK)
+
+
+def _config(kernel: str, width: int, x: Tensor) -> Config:
+    return chosen(f"conditioned_transition.{kernel}", width, x.dtype, x.device, default)
 
 
 def swiglu(u: Tensor) -> Tensor:
     """swish of the first half of the columns times the second half."""
     rows, hidden = u.shape[0], u.shape[1] // 2
-    h, blocks = u.new_empty((rows, hidden)), tile(hidden)
-    kernels.swiglu_kernel[grid(rows, hidden, blocks)](u, h, rows, H=hidden, **blocks)
+    h, config = u.new_empty((rows, hidden)), _config("swiglu", hidden, u)
+    launch(kernels.swiglu_kernel, grid(rows, hidden, config), config, (u, h, rows), H=hidden)
     return h
 
 
 def swiglu_backward(u: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of u, and h again."""
     rows, hidden = dh.shape
-    du, h, blocks = torch.empty_like(u), torch.empty_like(dh), tile(hidden)
-    kernels.swiglu_backward_kernel[grid(rows, hidden, blocks)](u, dh, du, h, rows, H=hidden, **blocks)
+    du, h, config = torch.empty_like(u), torch.empty_like(dh), _config("swiglu_backward", hidden, u)
+    arguments = (u, dh, du, h, rows)
+    launch(kernels.swiglu_backward_kernel, grid(rows, hidden, config), config, arguments, H=hidden)
     return du, h
 
 
 def gate(o: Tensor, g: Tensor, bias: Tensor) -> Tensor:
     """σ(g + bias) ⊙ o `[rows, c]`; g `[period, c]` of o's dtype."""
     rows, channels = o.shape
-    y, blocks = torch.empty_like(o), tile(channels)
-    kernels.gate_kernel[grid(rows, channels, blocks)](o, g, bias, y, rows, g.shape[0], C=channels, **blocks)
+    y, config = torch.empty_like(o), _config("gate", channels, o)
+    arguments = (o, g, bias, y, rows, g.shape[0])
+    launch(kernels.gate_kernel, grid(rows, channels, config), config, arguments, C=channels)
     return y
 
 
 def gate_backward(y: Tensor, g: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """do, dg, and the gradient of the bias in fp32."""
     period, channels = g.shape
-    do, dg, blocks = torch.empty_like(y), torch.empty_like(g), tile(channels, 2 * BLOCK)
-    size = grid(period, channels, blocks)
+    do, dg, config = torch.empty_like(y), torch.empty_like(g), _config("gate_backward", channels, y)
+    size = grid(period, channels, config)
     shares = torch.empty((size[0], channels), dtype=torch.float32, device=y.device)
-    kernels.gate_backward_kernel[size](
-        y, g, bias, dy, do, dg, shares, period, y.shape[0] // period, C=channels, **blocks
-    )
+    arguments = (y, g, bias, dy, do, dg, shares, period, y.shape[0] // period)
+    launch(kernels.gate_backward_kernel, size, config, arguments, C=channels)
     return do, dg, shares.sum(0)
 
 

@@ -11,6 +11,7 @@ from optimized.ops.conditioned_transition.reference import (
     ConditionedWeights,
     conditioned_transition_reference,
 )
+from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.support import Supported, triton_support
 
@@ -33,10 +34,11 @@ def conditioned_transition(a: Tensor, s: Tensor, weights: ConditionedWeights, ep
     dtype = compute_dtype(a)
     if not supported(a, s, weights).ok:
         return conditioned_transition_reference(a.to(dtype), s, weights, eps)
+    if direct((a, s, *weights)):
+        return _Direct.apply(a, s, *weights, eps, dtype)[0]
     return torch.ops.megafold_bench.conditioned_transition(a, s, *weights, eps, dtype)[0]
 
 
-@torch.library.custom_op("megafold_bench::conditioned_transition", mutates_args=())
 def _forward(
     a: Tensor, s: Tensor, norm_weight: Tensor, scale: Tensor, scale_bias: Tensor, shift: Tensor,
     w_a: Tensor, w_b: Tensor, w_out: Tensor, gate: Tensor, gate_bias: Tensor,
@@ -49,7 +51,10 @@ def _forward(
     return saved.y.view(a.shape), saved.p, saved.u, saved.g
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("megafold_bench::conditioned_transition", mutates_args=())(_forward)
+
+
+@_forward_op.register_fake
 def _(
     a: Tensor, s: Tensor, norm_weight: Tensor, scale: Tensor, scale_bias: Tensor, shift: Tensor,
     w_a: Tensor, w_b: Tensor, w_out: Tensor, gate: Tensor, gate_bias: Tensor,
@@ -64,7 +69,6 @@ def _(
     )
 
 
-@torch.library.custom_op("megafold_bench::conditioned_transition_backward", mutates_args=())
 def _backward(
     dy: Tensor, a: Tensor, s: Tensor, norm_weight: Tensor, scale: Tensor, scale_bias: Tensor, shift: Tensor,
     w_a: Tensor, w_b: Tensor, w_out: Tensor, gate: Tensor, gate_bias: Tensor,
@@ -82,7 +86,12 @@ def _backward(
     )  # fmt: skip
 
 
-@_backward.register_fake
+_backward_op = torch.library.custom_op("megafold_bench::conditioned_transition_backward", mutates_args=())(
+    _backward
+)
+
+
+@_backward_op.register_fake
 def _(
     dy: Tensor, a: Tensor, s: Tensor, norm_weight: Tensor, scale: Tensor, scale_bias: Tensor, shift: Tensor,
     w_a: Tensor, w_b: Tensor, w_out: Tensor, gate: Tensor, gate_bias: Tensor,
@@ -109,13 +118,14 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_others: Tensor | None) -> tupl
         return (None,) * 13
     saved = ctx.saved_tensors
     w = ConditionedWeights(*saved[2:11])
-    da, ds, d_norm, d_conditions, d_scale_bias, d_ab, d_out, d_gate, d_gate_bias = (
-        torch.ops.megafold_bench.conditioned_transition_backward(dy, *saved, ctx.eps)
-    )
+    da, ds, d_norm, d_conditions, d_scale_bias, d_ab, d_out, d_gate, d_gate_bias = same_way(
+        ctx, _backward, torch.ops.megafold_bench.conditioned_transition_backward
+    )(dy, *saved, ctx.eps)
     d_scale, d_shift = d_conditions.chunk(2)
     d_a, d_b = d_ab.chunk(2)
     found = ConditionedWeights(d_norm, d_scale, d_scale_bias, d_shift, d_a, d_b, d_out, d_gate, d_gate_bias)
     return da, ds, *(d.to(p.dtype) for d, p in zip(found, w, strict=True)), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward_op.register_autograd(_differentiate, setup_context=_keep)
+_Direct = undispatched(_forward, _keep, _differentiate)

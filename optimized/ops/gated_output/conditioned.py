@@ -7,6 +7,7 @@ from torch import Tensor
 
 from optimized.ops.adaptive_layer_norm.op import as_rows, period
 from optimized.ops.gated_output.reference import conditioned_output_reference
+from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.support import Supported, triton_support
 
@@ -43,10 +44,11 @@ def conditioned_output(
     dtype = compute_dtype(x)
     if not conditioned_supported(x, gate, weight, s, w_gate, b_gate).ok:
         return conditioned_output_reference(x.to(dtype), gate, weight, s, w_gate, b_gate)
+    if direct((x, gate, weight, s, w_gate, b_gate)):
+        return _Direct.apply(x, gate, weight, s, w_gate, b_gate, dtype)[0]
     return torch.ops.megafold_bench.conditioned_output(x, gate, weight, s, w_gate, b_gate, dtype)[0]
 
 
-@torch.library.custom_op("megafold_bench::conditioned_output", mutates_args=())
 def _forward(
     x: Tensor,
     gate: Tensor,
@@ -65,7 +67,10 @@ def _forward(
     return conditioned.gate(o, g, b_gate).view(*x.shape[:-1], weight.shape[0]), g
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("megafold_bench::conditioned_output", mutates_args=())(_forward)
+
+
+@_forward_op.register_fake
 def _(
     x: Tensor,
     gate: Tensor,
@@ -80,7 +85,6 @@ def _(
     return x.new_empty((*x.shape[:-1], channels), dtype=dtype), g
 
 
-@torch.library.custom_op("megafold_bench::conditioned_output_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -110,7 +114,12 @@ def _backward(
     )
 
 
-@_backward.register_fake
+_backward_op = torch.library.custom_op("megafold_bench::conditioned_output_backward", mutates_args=())(
+    _backward
+)
+
+
+@_backward_op.register_fake
 def _(
     dy: Tensor,
     x: Tensor,
@@ -142,8 +151,9 @@ def _differentiate(ctx: Any, dy: Tensor | None, _dg: Tensor | None) -> tuple[Ten
     if dy is None:
         return (None,) * 7
     saved = ctx.saved_tensors
-    grads = torch.ops.megafold_bench.conditioned_output_backward(dy, *saved)
+    grads = same_way(ctx, _backward, torch.ops.megafold_bench.conditioned_output_backward)(dy, *saved)
     return *(d.to(t.dtype) for d, t in zip(grads, saved[:6], strict=True)), None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward_op.register_autograd(_differentiate, setup_context=_keep)
+_Direct = undispatched(_forward, _keep, _differentiate)

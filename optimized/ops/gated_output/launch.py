@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from optimized.ops.conditioned_transition.launch import grid
 from optimized.ops.conditioned_transition.launch import tile as flat_tile
 from optimized.ops.gated_output import kernels
-from optimized.ops.launching import chosen, processors, tile
+from optimized.ops.launcher import launch
+from optimized.ops.launching import ceil_div, chosen, power_of_two, processors, resized, tile
 from optimized.ops.library_products import side_by_side, side_by_side_backward, weight_product
 from optimized.ops.tuning import Config
 
@@ -17,6 +17,7 @@ MAX_FUSED = 256
 """Channels up to which a row tile and the weight stay on the chip."""
 BLOCK = 2048
 """Elements per program of the elementwise kernels of the wide form."""
+FLAT = Config({"BLOCK": BLOCK}, 4)
 
 HALF = {"forward": tile(64, 64, 4, 1), "backward": tile(128, 64, 8, 2)}
 # The weight gradient has c rows: more than four warps would share 64 of them.
@@ -59,6 +60,8 @@ def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
     `channels` are what the kernel holds at full width: of x forward, of the result backward.
     """
     name = kernel.partition(".")[2]
+    if name == "residual":
+        return flat_tile(channels)
     if dtype == torch.float32:
         return FULL[name]
     narrow, middle, wide = (
@@ -95,24 +98,13 @@ def forward(
     config = config or _config("forward", hidden, dtype, x.device)
     out = torch.empty((rows, channels), dtype=wide_dtype, device=x.device)
     mask = Keep.of(keep, shape, out)
-    kernels.forward_kernel[(triton.cdiv(rows, config.constants["BM"]),)](
-        x,
-        g,
-        weight.to(dtype).contiguous(),
-        out if residual is None else residual,
-        mask.values,
-        out,
-        rows,
-        mask.columns,
-        mask.row,
-        mask.column,
-        RESIDUAL=residual is not None,
-        KEEP=keep is not None,
-        C=channels,
-        H=hidden,
-        BH=max(16, triton.next_power_of_2(hidden)),
-        **config.launch(),
-    )
+    source = out if residual is None else residual
+    arguments = (x, g, weight.to(dtype).contiguous(), source, mask.values, out, rows)
+    sizes = {"RESIDUAL": residual is not None, "KEEP": keep is not None, "C": channels, "H": hidden}
+    sizes["BH"] = max(16, power_of_two(hidden))
+    places = (mask.columns, mask.row, mask.column)
+    grid_size = (ceil_div(rows, config.constants["BM"]), 1, 1)
+    launch(kernels.forward_kernel, grid_size, config, arguments + places, **sizes)
     return out
 
 
@@ -132,33 +124,16 @@ def backward(
     if not fused(weight):
         return _backward_wide(add(None, dout, keep, shape, dtype), x, g, weight)
     config = config or _config("backward", channels, dtype, x.device)
-    launch = config.launch()
-    launch["BN"] = min(launch["BN"], max(16, triton.next_power_of_2(hidden)))
+    config = resized(config, min(config.constants["BN"], max(16, power_of_two(hidden))))
     mask = Keep.of(keep, shape, dout)
-    chunks = triton.cdiv(hidden, launch["BN"])
-    splits = max(1, min(2 * processors(x.device) // chunks, triton.cdiv(rows, launch["BM"])))
+    chunks = ceil_div(hidden, config.constants["BN"])
+    splits = max(1, min(2 * processors(x.device) // chunks, ceil_div(rows, config.constants["BM"])))
     dx, dg = torch.empty_like(x), torch.empty_like(g)
     shares = torch.empty((splits, channels, hidden), dtype=torch.float32, device=x.device)
-    kernels.backward_kernel[(chunks, splits)](
-        x,
-        g,
-        weight.to(dtype).contiguous(),
-        mask.values,
-        dout,
-        dx,
-        dg,
-        shares,
-        rows,
-        mask.columns,
-        splits,
-        mask.row,
-        mask.column,
-        KEEP=keep is not None,
-        C=channels,
-        H=hidden,
-        BC=max(16, triton.next_power_of_2(channels)),
-        **launch,
-    )
+    tensors = (x, g, weight.to(dtype).contiguous(), mask.values, dout, dx, dg, shares)
+    places = (rows, mask.columns, splits, mask.row, mask.column)
+    sizes = {"KEEP": keep is not None, "C": channels, "H": hidden, "BC": max(16, power_of_two(channels))}
+    launch(kernels.backward_kernel, (chunks, splits, 1), config, tensors + places, **sizes)
     return dx, dg, shares.sum(0)
 
 
@@ -170,16 +145,15 @@ def _backward_wide(du: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> tuple[Te
 def gate(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """σ(g) ⊙ x in `dtype`, elementwise."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    kernels.gate_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, g, out, x.numel(), BLOCK=BLOCK)
+    launch(kernels.gate_kernel, (ceil_div(x.numel(), BLOCK), 1, 1), FLAT, (x, g, out, x.numel()))
     return out
 
 
 def gate_backward(x: Tensor, g: Tensor, dgated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dg and σ(g) ⊙ x in the dtype of its gradient."""
     dx, dg, gated = torch.empty_like(x), torch.empty_like(g), torch.empty_like(dgated)
-    kernels.gate_backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-        x, g, dgated, dx, dg, gated, x.numel(), BLOCK=BLOCK
-    )
+    arguments = (x, g, dgated, dx, dg, gated, x.numel())
+    launch(kernels.gate_backward_kernel, (ceil_div(x.numel(), BLOCK), 1, 1), FLAT, arguments)
     return dx, dg, gated
 
 
@@ -192,19 +166,9 @@ def add(
     rows, channels = update.shape
     out = torch.empty((rows, channels), dtype=dtype, device=update.device)
     mask = Keep.of(keep, shape, update)
-    blocks = flat_tile(channels)
-    kernels.residual_kernel[grid(rows, channels, blocks)](
-        update if residual is None else residual,
-        update,
-        mask.values,
-        out,
-        rows,
-        mask.columns,
-        mask.row,
-        mask.column,
-        RESIDUAL=residual is not None,
-        KEEP=keep is not None,
-        C=channels,
-        **blocks,
-    )
+    config = _config("residual", channels, dtype, update.device)
+    source = update if residual is None else residual
+    arguments = (source, update, mask.values, out, rows, mask.columns, mask.row, mask.column)
+    sizes = {"RESIDUAL": residual is not None, "KEEP": keep is not None, "C": channels}
+    launch(kernels.residual_kernel, grid(rows, channels, config), config, arguments, **sizes)
     return out

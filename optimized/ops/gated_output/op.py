@@ -7,6 +7,7 @@ from torch import Tensor
 
 from optimized.ops.adaptive_layer_norm.op import as_rows
 from optimized.ops.gated_output.reference import add_update_reference, gated_output_reference
+from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.support import Supported, triton_support
 
@@ -61,6 +62,8 @@ def gated_output(
     dtype = compute_dtype(x)
     if not supported(x, gate, weight, residual, keep).ok:
         return gated_output_reference(x.to(dtype), gate, weight, residual, keep)
+    if direct(t for t in (x, gate, weight, residual, keep) if t is not None):
+        return _DirectGated.apply(x, gate, weight, residual, keep, dtype)
     return torch.ops.megafold_bench.gated_output(x, gate, weight, residual, keep, dtype)
 
 
@@ -72,10 +75,11 @@ def add_update(residual: Tensor, update: Tensor, keep: Tensor | None = None) -> 
     """
     if not update_supported(residual, update, keep).ok:
         return add_update_reference(residual, update, keep)
+    if direct(t for t in (residual, update, keep) if t is not None):
+        return _DirectAdd.apply(residual, update, keep)
     return torch.ops.megafold_bench.add_update(residual, update, keep)
 
 
-@torch.library.custom_op("megafold_bench::gated_output", mutates_args=())
 def _gated(
     x: Tensor, gate: Tensor, weight: Tensor, residual: Tensor | None, keep: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -86,7 +90,10 @@ def _gated(
     return launch.forward(as_rows(x), as_rows(gate), weight, rows, keep, shape, dtype).view(shape)
 
 
-@_gated.register_fake
+_gated_op = torch.library.custom_op("megafold_bench::gated_output", mutates_args=())(_gated)
+
+
+@_gated_op.register_fake
 def _(
     x: Tensor, gate: Tensor, weight: Tensor, residual: Tensor | None, keep: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -94,7 +101,6 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out)
 
 
-@torch.library.custom_op("megafold_bench::gated_output_backward", mutates_args=())
 def _gated_backward(
     dout: Tensor, x: Tensor, gate: Tensor, weight: Tensor, keep: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +110,12 @@ def _gated_backward(
     return dx.view(x.shape), dg.view(gate.shape), dw
 
 
-@_gated_backward.register_fake
+_gated_backward_op = torch.library.custom_op("megafold_bench::gated_output_backward", mutates_args=())(
+    _gated_backward
+)
+
+
+@_gated_backward_op.register_fake
 def _(
     dout: Tensor, x: Tensor, gate: Tensor, weight: Tensor, keep: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,15 +134,17 @@ def _keep_gated(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate_gated(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, gate, weight, keep = ctx.saved_tensors
-    dx, dg, dw = torch.ops.megafold_bench.gated_output_backward(dout, x, gate, weight, keep, ctx.dtype)
+    dx, dg, dw = same_way(ctx, _gated_backward, torch.ops.megafold_bench.gated_output_backward)(
+        dout, x, gate, weight, keep, ctx.dtype
+    )
     d_residual = None if ctx.residual is None else dout.to(ctx.residual)
     return dx, dg, dw.to(weight.dtype), d_residual, None, None
 
 
-_gated.register_autograd(_differentiate_gated, setup_context=_keep_gated)
+_gated_op.register_autograd(_differentiate_gated, setup_context=_keep_gated)
+_DirectGated = undispatched(_gated, _keep_gated, _differentiate_gated)
 
 
-@torch.library.custom_op("megafold_bench::add_update", mutates_args=())
 def _add(residual: Tensor, update: Tensor, keep: Tensor | None) -> Tensor:
     from optimized.ops.gated_output import launch
 
@@ -139,12 +152,14 @@ def _add(residual: Tensor, update: Tensor, keep: Tensor | None) -> Tensor:
     return launch.add(as_rows(residual), as_rows(update), keep, update.shape, dtype).view(update.shape)
 
 
-@_add.register_fake
+_add_op = torch.library.custom_op("megafold_bench::add_update", mutates_args=())(_add)
+
+
+@_add_op.register_fake
 def _(residual: Tensor, update: Tensor, keep: Tensor | None) -> Tensor:
     return update.new_empty(update.shape, dtype=torch.promote_types(residual.dtype, update.dtype))
 
 
-@torch.library.custom_op("megafold_bench::masked_update", mutates_args=())
 def _masked(update: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     """keep ⊙ update in `dtype`: the backward of `add_update`."""
     from optimized.ops.gated_output import launch
@@ -152,7 +167,10 @@ def _masked(update: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     return launch.add(None, as_rows(update), keep, update.shape, dtype).view(update.shape)
 
 
-@_masked.register_fake
+_masked_op = torch.library.custom_op("megafold_bench::masked_update", mutates_args=())(_masked)
+
+
+@_masked_op.register_fake
 def _(update: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     return update.new_empty(update.shape, dtype=dtype)
 
@@ -167,8 +185,9 @@ def _differentiate_add(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     residual, update = ctx.dtypes
     if not ctx.saved_tensors:
         return dout.to(residual), dout.to(update), None
-    du = torch.ops.megafold_bench.masked_update(dout, ctx.saved_tensors[0], update)
+    du = same_way(ctx, _masked, torch.ops.megafold_bench.masked_update)(dout, ctx.saved_tensors[0], update)
     return dout.to(residual), du, None
 
 
-_add.register_autograd(_differentiate_add, setup_context=_keep_add)
+_add_op.register_autograd(_differentiate_add, setup_context=_keep_add)
+_DirectAdd = undispatched(_add, _keep_add, _differentiate_add)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 
-from optimized.ops.launching import chosen, processors, tile
+from optimized.ops.launcher import launch
+from optimized.ops.launching import ceil_div, chosen, power_of_two, processors, tile
 from optimized.ops.outer_product_mean import kernels
 from optimized.ops.tuning import Config
 
@@ -40,7 +40,7 @@ def _config(kernel: str, weight: Tensor) -> Config:
 
 def _sizes(a: Tensor, b: Tensor, weight: Tensor) -> dict[str, int]:
     channels = weight.shape[0]
-    padded = max(16, triton.next_power_of_2(channels))
+    padded = max(16, power_of_two(channels))
     return {"C": a.shape[2], "D": b.shape[2], "Z": channels, "BZ": padded}
 
 
@@ -79,9 +79,8 @@ def forward(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -
     space, each = _space(a, b, BLOCK_BYTES, rows, total)
     for first, count in blocks(rows, each, BLOCK_BYTES):
         o = _outer(a, b, first, count, space)
-        kernels.project_kernel[(count, triton.cdiv(total, config.constants["BM"]))](
-            o, weight, bias, scale, out, first, total, **sizes, **config.launch()
-        )
+        grid = (count, ceil_div(total, config.constants["BM"]), 1)
+        launch(kernels.project_kernel, grid, config, (o, weight, bias, scale, out, first, total), **sizes)
     return out
 
 
@@ -102,27 +101,15 @@ def weight_gradients(
     config = config or _config("weight", weight)
     rows, total = a.shape[1], b.shape[1]
     sizes = _sizes(a, b, weight)
-    chunks = triton.cdiv(weight.shape[1], config.constants["BN"])
+    chunks = ceil_div(weight.shape[1], config.constants["BN"])
     splits = max(1, 2 * processors(a.device) // chunks)
     shares = torch.empty((splits, *weight.shape), dtype=torch.float32, device=a.device)
     bias_shares = torch.empty((splits, weight.shape[0]), dtype=torch.float32, device=a.device)
     space, each = _space(a, b, BLOCK_BYTES, rows, total)
     for first, count in blocks(rows, each, BLOCK_BYTES):
         o = _outer(a, b, first, count, space)
-        kernels.weight_kernel[(chunks, splits)](
-            dout,
-            scale,
-            o,
-            shares,
-            bias_shares,
-            first,
-            count,
-            total,
-            splits,
-            FRESH=first == 0,
-            **sizes,
-            **config.launch(),
-        )
+        arguments = (dout, scale, o, shares, bias_shares, first, count, total, splits)
+        launch(kernels.weight_kernel, (chunks, splits, 1), config, arguments, FRESH=first == 0, **sizes)
     return shares.sum(0), bias_shares.sum(0)
 
 
@@ -161,16 +148,7 @@ def _expand(
     """dO `[(rows, c), (columns, d)]` of a block, given as (first, count) of each side, in the workspace."""
     config = _config("expand", weight)
     do = space[: rows[1] * a.shape[2] * columns[1] * b.shape[2]].view(rows[1] * a.shape[2], -1)
-    kernels.expand_kernel[(rows[1], triton.cdiv(columns[1], config.constants["BM"]))](
-        dout,
-        scale,
-        weight,
-        do,
-        rows[0],
-        columns[0],
-        columns[1],
-        b.shape[1],
-        **_sizes(a, b, weight),
-        **config.launch(),
-    )
+    grid = (rows[1], ceil_div(columns[1], config.constants["BM"]), 1)
+    arguments = (dout, scale, weight, do, rows[0], columns[0], columns[1], b.shape[1])
+    launch(kernels.expand_kernel, grid, config, arguments, **_sizes(a, b, weight))
     return do

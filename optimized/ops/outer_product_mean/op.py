@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from optimized.ops import layer_norm_linear as linear_op
+from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.outer_product_mean.reference import (
     OuterWeights,
@@ -70,22 +71,25 @@ def projected_outer(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, scale: T
     """
     if not outer_supported(a, b, weight, bias, scale).ok:
         return projected_outer_reference(a, b, weight, bias, scale)
+    if direct((a, b, weight, bias, scale)):
+        return _Direct.apply(a, b.to(a.dtype), weight, bias, scale)
     return torch.ops.megafold_bench.projected_outer(a, b.to(a.dtype), weight, bias, scale)
 
 
-@torch.library.custom_op("megafold_bench::projected_outer", mutates_args=())
 def _forward(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     from optimized.ops.outer_product_mean import launch
 
     return launch.forward(a.contiguous(), b.contiguous(), weight, bias, scale.contiguous())
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("megafold_bench::projected_outer", mutates_args=())(_forward)
+
+
+@_forward_op.register_fake
 def _(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     return a.new_empty((a.shape[1], b.shape[1], weight.shape[0]))
 
 
-@torch.library.custom_op("megafold_bench::projected_outer_backward", mutates_args=())
 def _backward(
     dout: Tensor, a: Tensor, b: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,7 +98,10 @@ def _backward(
     return launch.backward(dout.contiguous(), a.contiguous(), b.contiguous(), weight, scale.contiguous())
 
 
-@_backward.register_fake
+_backward_op = torch.library.custom_op("megafold_bench::projected_outer_backward", mutates_args=())(_backward)
+
+
+@_backward_op.register_fake
 def _(
     dout: Tensor, a: Tensor, b: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -115,8 +122,11 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     a, b, weight, scale = ctx.saved_tensors
-    da, db, dw, d_bias = torch.ops.megafold_bench.projected_outer_backward(dout, a, b, weight, scale)
+    da, db, dw, d_bias = same_way(ctx, _backward, torch.ops.megafold_bench.projected_outer_backward)(
+        dout, a, b, weight, scale
+    )
     return da, db, dw.to(weight.dtype), d_bias.to(ctx.bias), None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward_op.register_autograd(_differentiate, setup_context=_keep)
+_Direct = undispatched(_forward, _keep, _differentiate)

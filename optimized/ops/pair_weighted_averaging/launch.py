@@ -1,15 +1,15 @@
 """Launches of the averaging kernels: tile shapes, grids and workspaces."""
 
 import torch
-import triton
 from torch import Tensor
 
-from optimized.ops.launching import checked, chosen, processors
+from optimized.ops.launcher import launch
+from optimized.ops.launching import ceil_div, checked, chosen, power_of_two, processors, resized
 from optimized.ops.pair_weighted_averaging import kernels
 from optimized.ops.pair_weighted_averaging.op import padded
 from optimized.ops.tuning import Config
 
-KEYS = 128
+SOFTMAX = Config({"BJ": 128}, 4)
 """Tokens j per step of the softmax kernels."""
 
 
@@ -31,27 +31,20 @@ def _config(kernel: str, v: Tensor) -> Config:
     return chosen(f"pair_weighted_averaging.{kernel}", v.shape[3], v.dtype, v.device, default)
 
 
+def _softmax_sizes(heads: int, mask: Tensor | None, dtype: torch.dtype) -> dict[str, int]:
+    exact = dtype == torch.float32
+    return {"MASKED": mask is not None, "EXACT": exact, "H": heads, "BH": power_of_two(heads)}
+
+
 def softmax(logits: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """w `[H, I, J padded]` in `dtype` from logits `[H, I, J]` of any strides, and lse `[I, H]`, in base 2 but for fp32."""
     heads, rows, columns = logits.shape
     pitch = padded(columns)
     w = torch.empty((heads, rows, pitch), dtype=dtype, device=logits.device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=logits.device)
-    kernels.softmax_kernel[(rows,)](
-        logits,
-        logits if mask is None else mask,
-        w,
-        lse,
-        rows,
-        columns,
-        pitch,
-        *logits.stride(),
-        MASKED=mask is not None,
-        EXACT=dtype == torch.float32,
-        H=heads,
-        BH=triton.next_power_of_2(heads),
-        BJ=KEYS,
-    )
+    arguments = (logits, logits if mask is None else mask, w, lse, rows, columns, pitch, *logits.stride())
+    sizes = _softmax_sizes(heads, mask, dtype)
+    launch(kernels.softmax_kernel, (rows, 1, 1), SOFTMAX, arguments, **sizes)
     return w, lse
 
 
@@ -63,22 +56,10 @@ def softmax_backward(
     dlogits = torch.empty_like(logits)
     if dlogits.stride() != logits.stride():
         logits = logits.contiguous()
-    kernels.softmax_backward_kernel[(rows,)](
-        logits,
-        logits if mask is None else mask,
-        lse,
-        shares,
-        dlogits,
-        rows,
-        columns,
-        shares.shape[0],
-        *logits.stride(),
-        MASKED=mask is not None,
-        EXACT=dtype == torch.float32,
-        H=heads,
-        BH=triton.next_power_of_2(heads),
-        BJ=KEYS,
-    )
+    places = (rows, columns, shares.shape[0], *logits.stride())
+    arguments = (logits, logits if mask is None else mask, lse, shares, dlogits, *places)
+    sizes = _softmax_sizes(heads, mask, dtype)
+    launch(kernels.softmax_backward_kernel, (rows, 1, 1), SOFTMAX, arguments, **sizes)
     return dlogits
 
 
@@ -86,24 +67,13 @@ def average(w: Tensor, v: Tensor, length: int, transposed: bool) -> Tensor:
     """o `[S, length, H, d]` from contiguous v `[S, L, H, d]`; L and `length` are J and I, or I and J if `transposed`."""
     samples, columns, heads, width = v.shape
     config = _config("average", v)
-    launch = config.launch()
-    launch["BN"] = max(launch["BN"], width)
+    config = resized(config, max(config.constants["BN"], width))
     out = v.new_empty((samples, length, heads, width))
-    grid = (heads * triton.cdiv(length, launch["BM"]), triton.cdiv(samples * width, launch["BN"]))
-    kernels.average_kernel[grid](
-        w,
-        v,
-        out,
-        length,
-        columns,
-        samples,
-        w.shape[1],
-        w.shape[2],
-        TRANSPOSED=transposed,
-        H=heads,
-        D=width,
-        **launch,
-    )
+    tile_rows, tile_columns = config.constants["BM"], config.constants["BN"]
+    grid = (heads * ceil_div(length, tile_rows), ceil_div(samples * width, tile_columns), 1)
+    arguments = (w, v, out, length, columns, samples, w.shape[1], w.shape[2])
+    sizes = {"TRANSPOSED": transposed, "H": heads, "D": width}
+    launch(kernels.average_kernel, grid, config, arguments, **sizes)
     return out
 
 
@@ -112,14 +82,14 @@ def weight_gradient(do: Tensor, v: Tensor) -> Tensor:
     samples, rows, heads, width = do.shape
     columns = v.shape[1]
     config = _config("weight", v)
-    launch = config.launch()
-    tiles = triton.cdiv(rows, launch["BM"]) * triton.cdiv(columns, launch["BN"])
-    runs = triton.cdiv(samples * width, launch["BK"])
+    shape = config.constants
+    tiles = ceil_div(rows, shape["BM"]) * ceil_div(columns, shape["BN"])
+    runs = ceil_div(samples * width, shape["BK"])
     splits = max(1, min(2 * processors(v.device) // (tiles * heads), runs))
     shares = torch.empty((splits, heads, rows, columns), dtype=torch.float32, device=v.device)
-    kernels.weight_gradient_kernel[(tiles, heads, splits)](
-        do, v, shares, rows, columns, samples, splits, H=heads, D=width, **launch
-    )
+    arguments = (do, v, shares, rows, columns, samples, splits)
+    grid = (tiles, heads, splits)
+    launch(kernels.weight_gradient_kernel, grid, config, arguments, H=heads, D=width)
     return shares
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.pair_weighted_averaging.reference import weighted_average_reference
 from optimized.ops.support import Supported, triton_support
 
@@ -42,6 +43,8 @@ def weighted_average(v: Tensor, logits: Tensor, mask: Tensor | None = None) -> T
         raise ValueError(f"mask must be boolean [{v.shape[1]}], got {mask.dtype} {tuple(mask.shape)}")
     if not supported(v, logits, mask).ok:
         return weighted_average_reference(v, logits, mask)
+    if direct(t for t in (v, logits, mask) if t is not None):
+        return _Direct.apply(v, logits, mask)[0]
     return torch.ops.megafold_bench.weighted_average(v, logits, mask)[0]
 
 
@@ -50,14 +53,16 @@ def padded(columns: int) -> int:
     return columns + -columns % 16
 
 
-@torch.library.custom_op("megafold_bench::weighted_average", mutates_args=())
 def _forward(v: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     from optimized.ops.pair_weighted_averaging import launch
 
     return launch.forward(v.contiguous(), logits, mask)
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("megafold_bench::weighted_average", mutates_args=())(_forward)
+
+
+@_forward_op.register_fake
 def _(v: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     heads, rows, columns = logits.shape
     return (
@@ -67,7 +72,6 @@ def _(v: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, T
     )
 
 
-@torch.library.custom_op("megafold_bench::weighted_average_backward", mutates_args=())
 def _backward(
     do: Tensor, v: Tensor, logits: Tensor, mask: Tensor | None, w: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +80,12 @@ def _backward(
     return launch.backward(do.contiguous(), v.contiguous(), logits, mask, w, lse)
 
 
-@_backward.register_fake
+_backward_op = torch.library.custom_op("megafold_bench::weighted_average_backward", mutates_args=())(
+    _backward
+)
+
+
+@_backward_op.register_fake
 def _(
     do: Tensor, v: Tensor, logits: Tensor, mask: Tensor | None, w: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -95,7 +104,10 @@ def _differentiate(
     if do is None:
         return None, None, None
     v, logits, mask, w, lse = ctx.saved_tensors
-    return *torch.ops.megafold_bench.weighted_average_backward(do, v, logits, mask, w, lse), None
+    return *same_way(ctx, _backward, torch.ops.megafold_bench.weighted_average_backward)(
+        do, v, logits, mask, w, lse
+    ), None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward_op.register_autograd(_differentiate, setup_context=_keep)
+_Direct = undispatched(_forward, _keep, _differentiate)
