@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from optimized.ops import cases as fused
+from optimized.ops import update_cases
 from optimized.ops.attention import cases as attention
 from optimized.ops.offline import KernelCase
 from optimized.ops.tuning import SHIPPED, Config, read_configs
@@ -13,9 +14,18 @@ TUNED_ON = {"nvidia-h200": "sm_90"}
 """Architecture of the devices that shipped tuning files are named after."""
 
 
+def _as_launched(case: KernelCase, arch: str) -> KernelCase:
+    """A fused operator's case with the sigmoid that `launching.fast_sigmoid` picks."""
+    if "FAST" not in case.constants:
+        return case
+    fast = ".bf16." in case.name and arch.startswith("sm_")
+    return replace(case, constants={**case.constants, "FAST": fast})
+
+
 SOURCES: tuple[Callable[[str], list[KernelCase]], ...] = (
     attention.cases,
-    lambda arch: fused.cases(),
+    lambda arch: [_as_launched(case, arch) for case in fused.cases()],
+    lambda arch: [_as_launched(case, arch) for case in update_cases.cases()],
 )
 """What gives the cases of an architecture with the default configurations of the source."""
 
