@@ -49,6 +49,9 @@ def print_verdicts(rows: Sequence[Mapping[str, Any]], console: Console) -> bool:
     how = next((f" ({row['how']})" for row in rows if "how" in row), "")
     text = f"{passed} right{how}, {failed} failed, {absent} run the definition here"
     console.print(escape(text), style="red" if failed else None, highlight=False, soft_wrap=True)
+    if any("error_ratio" in row for row in rows):
+        note = "errors against fp64, relative to the definition's in the same dtype or to fp32 rounding if that is larger"
+        console.print(note, style="dim", highlight=False, soft_wrap=True)
     return failed == 0
 
 

@@ -108,7 +108,9 @@ def launched(
                 )
                 left.discard((device, entry))
     if left:
-        raise ValueError(f"no case stands for these configurations: {', '.join(e for _, e in sorted(left))}")
+        raise ValueError(
+            f"no kernel is launched with these configurations: {', '.join(e for _, e in sorted(left))}"
+        )
     return found
 
 

@@ -95,11 +95,10 @@ def test_architecture_of_a_cpu():
 def test_candidates_stay_launchable_and_start_with_the_largest_tile():
     case = case_named("transition.bf16.128x512.weight_gradient")
     found = list(fit.candidates(case))
-    assert (
-        found[0].constants["BM"] == case.constants["BM"] and found[0].constants["BN"] == case.constants["BN"]
-    )
-    assert {16, 32, 64, 128} <= {c.constants["BM"] for c in found}
-    assert all(not 64 <= c.constants["BM"] < 16 * c.num_warps for c in found)
+    areas = [c.constants["BM"] * c.constants["BN"] for c in found]
+    start = case.constants["BM"] * case.constants["BN"]
+    assert areas[0] == start and max(areas) == 2 * start and min(areas) == 16 * 16
+    assert all(not 64 <= c.constants[side] < 16 * c.num_warps for c in found for side in ("BM", "BN"))
 
 
 def test_what_counts_as_a_problem():
@@ -130,6 +129,13 @@ def test_operators_and_architectures_are_checked():
     }
     with pytest.raises(UserError, match="--op softmax"):
         tasks_for(["sm_80"], ["softmax"])
+
+
+def test_a_tuning_file_older_than_the_kernels_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(catalogue_module, "fitted_for", lambda arch: {"transition.gone/bfloat16/128": SMALL})
+    compile_check._cases.cache_clear()
+    with pytest.raises(UserError, match=r"transition\.gone/bfloat16/128; fit or tune again"):
+        tasks_for(["sm_80"], [])
 
 
 def test_compiling_is_refused_under_the_interpreter():

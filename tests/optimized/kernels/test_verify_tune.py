@@ -60,10 +60,8 @@ def test_printed_verdicts():
     assert "repeats differ in d_q" in written(print_verdict, bad)[0]
     assert "FAILED: crash: died" in written(print_verdict, crash)[0]
     assert "the definition runs: no GPU\n" in written(print_verdict, absent)[0]
-    assert written(print_verdicts, [good, absent]) == (
-        "1 right (somehow), 0 failed, 1 run the definition here\n",
-        True,
-    )
+    text, right = written(print_verdicts, [good, absent])
+    assert text.startswith("1 right (somehow), 0 failed, 1 run the definition here\n") and right
     assert written(print_verdicts, [good, bad, crash])[1] is False
 
 
