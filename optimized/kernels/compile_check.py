@@ -32,17 +32,18 @@ class Accepted:
 
 
 _CAPPED = (
-    "measured on an H200: 128 or 168 registers a thread beat no spills with fewer programs by up to 40 %"
+    "measured on an H200: 128 or 168 registers a thread beat no spills with fewer programs by up to 40 % "
+    "(Triton 3.6; 3.7 spills more, not measured)"
 )
-_FASTEST = "the fastest of the tiles timed on an H200, smaller ones included"
+_FASTEST = "the fastest of the tiles timed on an H200, smaller ones included (Triton 3.6; 3.7 spills more, not measured)"
 _FP32 = "fp32 sums its products apart since its tiles were chosen; no others timed yet"
 _WIDE = "the single representation's transition holds 512-wide tiles whole: no tile found by `fit` avoids it"
 ACCEPTED = (
-    Accepted("sm_90", "attention.*", 64, _CAPPED),
+    Accepted("sm_90", "attention.*", 168, _CAPPED),
     Accepted("sm_[89]0", "transition.*16.384x1536.weight_gradient", 128, _WIDE),
     Accepted("gfx*", "transition.fp32.384x1536.*_gradient", 1280, _WIDE),
-    Accepted("sm_90", "triangle_multiplication.*16.128.output*", 400, _FASTEST),
-    Accepted("sm_90", "layer_norm_linear.*16.128.input_gradient*", 224, _FASTEST),
+    Accepted("sm_90", "triangle_multiplication.*16.128.output*", 416, _FASTEST),
+    Accepted("sm_90", "layer_norm_linear.*16.128.input_gradient*", 232, _FASTEST),
     Accepted("sm_90", "transition.fp32.*", 264, _FP32),
     Accepted("sm_90", "triangle_multiplication.fp32.128.project_weight", 24, _FP32),
 )
