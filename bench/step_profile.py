@@ -1,0 +1,111 @@
+"""Where the time of one training step goes: device time by kernel and by PyTorch operator and shape.
+
+python bench/step_profile.py --variant megafold --seq-len 768 --out DIR [--preset af3] [--option ops=all]
+
+After warm-up, some steps are timed alone and one more is profiled: a step under the profiler is slower on the host, so
+shares are read from the profile and times from the steps before it. Writes `VARIANT-LENGTH.txt` and a `.json`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megafold_bench import variants
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variant", default="megafold")
+    parser.add_argument("--seq-len", type=int, default=768)
+    parser.add_argument("--preset", default="af3")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--steps", type=int, default=2, help="timed before the profile")
+    parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def totals(events: Any, device: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Seconds and calls by kernel, and by operator with the shapes of its tensors, longest first."""
+    kernels: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    if device == "cuda":
+        for event in events.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                kernels[event.name] += event.self_device_time_total
+                calls[event.name] += 1
+    by_kernel = [{"kernel": name, "s": us * 1e-6, "calls": calls[name]} for name, us in kernels.most_common()]
+    operators = []
+    for row in events.key_averages(group_by_input_shape=True):
+        us = row.self_device_time_total if device == "cuda" else row.self_cpu_time_total
+        if us:
+            operators.append(
+                {"operator": row.key, "shapes": str(row.input_shapes), "s": us * 1e-6, "calls": row.count}
+            )
+    return by_kernel, sorted(operators, key=lambda entry: -entry["s"])
+
+
+def main() -> None:
+    """Build, warm up, time, profile, write."""
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    variant = variants.get(args.variant)
+    options = {"preset": args.preset, **dict(pair.split("=", 1) for pair in args.option)}
+    workload = variant.build(variant.resolve(options, args.seq_len), args.seq_len, 0, device)
+
+    def step() -> float:
+        synchronise()
+        began = time.perf_counter()
+        workload.step(workload.transfer(workload.load()))
+        synchronise()
+        return time.perf_counter() - began
+
+    first = step()
+    times = [step() for _ in range(args.steps)]
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities, record_shapes=True) as events:
+        profiled = step()
+    by_kernel, by_operator = totals(events, device)
+    busy = sum(row["s"] for row in by_kernel)
+    head = (
+        f"{args.variant} N={args.seq_len} {' '.join(args.option)}: first step {first:.2f} s, "
+        f"median {statistics.median(times):.3f} s, profiled {profiled:.3f} s, kernels {busy:.3f} s, "
+        f"{sum(row['calls'] for row in by_kernel)} launches"
+    )
+    lines = [head, "", "kernels"]
+    lines += [f"{row['s']:9.4f} s {row['calls']:7d}  {row['kernel'][:150]}" for row in by_kernel[: args.rows]]
+    lines += ["", "operators"]
+    lines += [
+        f"{row['s']:9.4f} s {row['calls']:7d}  {row['operator'][:60]}  {row['shapes'][:150]}"
+        for row in by_operator[: args.rows]
+    ]
+    name = f"{args.variant}-{args.seq_len}" + "".join(f"-{o.replace('=', '_')}" for o in args.option)
+    (args.out / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    facts = {"head": head, "first_s": first, "times_s": times, "profiled_s": profiled}
+    (args.out / f"{name}.json").write_text(
+        json.dumps({**facts, "kernels": by_kernel, "operators": by_operator[:400]})
+    )
+    print("\n".join(lines[: args.rows + 3]))
+
+
+if __name__ == "__main__":
+    main()
