@@ -183,9 +183,10 @@ def _keep_add(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate_add(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     residual, update = ctx.dtypes
-    if not ctx.saved_tensors:
+    kept = ctx.saved_tensors  # once: checkpointing recomputes what is unpacked, and refuses a second time
+    if not kept:
         return dout.to(residual), dout.to(update), None
-    du = same_way(ctx, _masked, torch.ops.megafold_bench.masked_update)(dout, ctx.saved_tensors[0], update)
+    du = same_way(ctx, _masked, torch.ops.megafold_bench.masked_update)(dout, kept[0], update)
     return dout.to(residual), du, None
 
 

@@ -8,7 +8,9 @@ import torch
 from baselines.af3.attention_pair_bias import AttentionPairBias
 from baselines.af3.config import PairConfig, PairformerConfig
 from baselines.af3.pairformer import PairformerBlock
+from baselines.checkpointing import checkpoint_units
 from optimized.patch import apply
+from optimized.recipes import OPS
 from tests.optimized.drop_in import assert_same, randn, randomise, run
 
 N, C_S, C_Z = 6, 32, 16
@@ -42,5 +44,23 @@ def test_token_attention():
     def call(m, a, s, bias):
         return m(a, bias.movedim(-1, 0)[4:], s)
 
+    assert_same(run(patched, inputs, call), run(baseline, inputs, call), 5e-5)
+    assert not report.fallbacks.counts
+
+
+def test_every_operator_under_checkpointing_with_dropout():
+    """Recomputed tensors may be fetched once only, and the dropout masks must come back."""
+    pair = PairConfig(16, attention_heads=2, attention_width=8, dropout=0.25)
+    baseline = PairformerBlock(C_S, C_Z, PairformerConfig(single_heads=4, pair=pair), "sdpa")
+    randomise(baseline)
+    patched = copy.deepcopy(baseline)
+    report = apply(patched, OPS)
+    checkpoint_units([("block", patched)])
+
+    def call(m, s, z):
+        torch.manual_seed(0)  # the dropout masks
+        return m(s, z)
+
+    inputs = [randn(N, C_S), randn(N, N, C_Z, seed=2)]
     assert_same(run(patched, inputs, call), run(baseline, inputs, call), 5e-5)
     assert not report.fallbacks.counts
