@@ -17,37 +17,13 @@ from optimized.ops import layer_norm_linear as norm_linear_op
 from optimized.ops import outer_product_mean as outer_op
 from optimized.ops import pair_weighted_averaging as averaging_op
 from optimized.ops import transition as transition_op
+from optimized.ops import triangle_attention as triangle_attention_op
 from optimized.ops import triangle_multiplication as multiplication_op
 from optimized.ops.conditioned_transition import ConditionedWeights
 from optimized.ops.outer_product_mean import OuterWeights
+from optimized.ops.triangle_attention import Orientation, TriangleAttentionWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
 from optimized.recipes import Fallbacks
-
-
-class TriangleAttentionWeights(NamedTuple):
-    """Parameters of one triangle attention; c channels, h heads of width d, no projection biases."""
-
-    norm_weight: Tensor
-    """`[c]`"""
-    norm_bias: Tensor
-    """`[c]`"""
-    q: Tensor
-    """`[h·d, c]`, and so are k, v and g."""
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    """The output gate."""
-    bias: Tensor
-    """`[h, c]`"""
-
-
-class Orientation(NamedTuple):
-    """Which way triangle attention runs over z."""
-
-    columns: bool
-    """Attend along the columns (ending node) instead of the rows."""
-    flipped: bool
-    """Query i and key k of a row read the bias at (k, i) instead of (i, k)."""
 
 
 class Into(NamedTuple):
@@ -57,6 +33,11 @@ class Into(NamedTuple):
     """`[..., I, J, c]`"""
     keep: Tensor | None
     """Factors of shared dropout, 1 / (1 - p) or 0, with an axis of one along which they are shared."""
+
+    def turned(self) -> Into:
+        """The same for an update with rows and columns exchanged."""
+        flip = None if self.keep is None else self.keep.transpose(-3, -2)
+        return Into(self.residual.transpose(-3, -2), flip)
 
 
 class GatedOutput(NamedTuple):
@@ -71,14 +52,6 @@ class GatedOutput(NamedTuple):
         into = (None, None) if self.into is None else self.into
         fallbacks.check("gated_output", output_op.supported(x, gate, self.weight, *into))
         return output_op.gated_output(x, gate, self.weight, *into)
-
-    def turned(self) -> GatedOutput:
-        """The same for an update with rows and columns exchanged."""
-        if self.into is None:
-            return self
-        residual, keep = self.into
-        flip = None if keep is None else keep.transpose(-3, -2)
-        return GatedOutput(self.weight, Into(residual.transpose(-3, -2), flip))
 
 
 def ending(linear: Any, fused_ops: frozenset[str], into: Into | None = None) -> Any:
@@ -121,55 +94,28 @@ def triangle_attention(
     weights: TriangleAttentionWeights,
     heads: int,
     way: Orientation,
-    out: Callable[[Tensor], Tensor] | GatedOutput,
     mask: Tensor | None,
     eps: float,
     fallbacks: Fallbacks,
+    out_bias: Tensor | None = None,
+    into: Into | None = None,
 ) -> Tensor:
-    """Triangle attention (AF3 Algorithms 14 and 15) on z [*, N, N, c], without the residual.
+    """Triangle attention (AF3 Algorithms 14 and 15) on z [*, N, N, c], or with `into` that added to a residual.
 
-    `mask` [*, N, N] says which keys z_ij take part, True = keep; `out` is the output projection, or the whole end
-    of the update as one operator. LayerNorm and the five projections read z once. A z that is a transposed view is not copied: the attention runs over its
-    other axis. A row without any key gives zero.
+    `mask` [*, N, N] says which keys z_ij take part, True = keep; `out_bias` [c] is that of the output projection. A z
+    that is a transposed view is not copied: the attention runs over its other axis. A row without any key gives zero.
     """
     if z.stride(-3) < z.stride(-2):
         turned = Orientation(not way.columns, not way.flipped)
         mask = None if mask is None else mask.transpose(-1, -2)
-        out = out.turned() if isinstance(out, GatedOutput) else out
-        update = triangle_attention(z.transpose(-3, -2), weights, heads, turned, out, mask, eps, fallbacks)
+        into = None if into is None else into.turned()
+        flat = z.transpose(-3, -2)
+        update = triangle_attention(flat, weights, heads, turned, mask, eps, fallbacks, out_bias, into)
         return update.transpose(-3, -2)
-    norm, projections = weights[:2], list(weights[2:6])
-    verdict = norm_linear_op.supported(z, *norm, projections, weights.bias)
-    fallbacks.check("layer_norm_linear", verdict)
-    q, k, v, g, bias = norm_linear_op.layer_norm_linear(z, *norm, projections, weights.bias, eps)
-    q, k, v = (_to_rows(x, heads, way.columns) for x in (q, k, v))
-    bias = bias.movedim(0, -3)
-    if way.flipped:
-        bias = bias.transpose(-1, -2)
-    if mask is not None and way.columns:
-        mask = mask.transpose(-1, -2)
-    x = _attention(q, k, v, bias.unsqueeze(-4), mask, "triangle_attention", fallbacks)
-    x = _from_rows(x, way.columns)
-    return out(x, g, fallbacks) if isinstance(out, GatedOutput) else out(x * torch.sigmoid(g))
-
-
-def _to_rows(x: Tensor, heads: int, columns: bool) -> Tensor:
-    """[*, I, J, heads·d] to [*, rows, heads, length, d], a view."""
-    x = x.unflatten(-1, (heads, -1))
-    return (x.transpose(-4, -3) if columns else x).transpose(-3, -2)
-
-
-def _from_rows(x: Tensor, columns: bool) -> Tensor:
-    """The inverse of `_to_rows`."""
-    x = x.transpose(-3, -2)
-    return (x.transpose(-4, -3) if columns else x).flatten(-2)
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, name: str, fallbacks: Fallbacks
-) -> Tensor:
-    fallbacks.check(name, attention_op.supported(q, k, v, bias, mask))
-    return attention_op.attention(q, k, v, bias, mask)
+    target = (None, None) if into is None else into
+    fallbacks.check("triangle_attention", triangle_attention_op.supported(z, weights, heads, mask, *target))
+    update = triangle_attention_op.triangle_attention(z, weights, heads, way, mask, eps, *target)
+    return update if out_bias is None else update + out_bias.to(update.dtype)
 
 
 def shared_bias_attention(
@@ -192,8 +138,8 @@ def shared_bias_attention(
     bias = bias.reshape(*bias.shape[:own], *pairs).expand(*lead[:own], *pairs).unsqueeze(-4)
     if mask is not None:
         mask = mask.expand(*lead, mask.shape[-1]).reshape(*lead[:own], rows, mask.shape[-1])
-    x = _attention(q, k, v, bias, mask, "attention_pair_bias", fallbacks)
-    x = x.transpose(-3, -2)
+    fallbacks.check("attention_pair_bias", attention_op.supported(q, k, v, bias, mask))
+    x = attention_op.attention(q, k, v, bias, mask).transpose(-3, -2)
     return x.reshape(*lead, *x.shape[-3:]).flatten(-2)
 
 

@@ -19,13 +19,12 @@ from optimized.forwards import (
     AveragingWeights,
     GatedOutput,
     Into,
-    Orientation,
     TransitionWeights,
-    TriangleAttentionWeights,
 )
 from optimized.ops.conditioned_transition import ConditionedWeights
 from optimized.ops.launching import compute_dtype
 from optimized.ops.outer_product_mean import OuterWeights
+from optimized.ops.triangle_attention import Orientation, TriangleAttentionWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
 from optimized.recipes import (
     Fused,
@@ -64,7 +63,7 @@ class TriangleMultiplication(Fused, triangle.TriangleMultiplication):
 
 
 class TriangleAttention(Fused, triangle.TriangleAttention):
-    """Triangle attention (AF3 Algorithms 14 and 15): two operators and the output projection."""
+    """Triangle attention (AF3 Algorithms 14 and 15) as one operator."""
 
     def forward(self, z: Tensor, mask: Tensor | None = None, into: Into | None = None) -> Tensor:
         """The update of z [N, N, c_z], or with `into` that added to a residual. `mask` [N]: tokens to keep as keys."""
@@ -73,14 +72,15 @@ class TriangleAttention(Fused, triangle.TriangleAttention):
         weights = TriangleAttentionWeights(
             norm.weight, norm.bias,
             self.linear_q.weight, self.linear_k.weight, self.linear_v.weight, self.linear_g.weight,
-            self.linear_bias.weight,
+            self.linear_bias.weight, self.linear_o.weight,
         )  # fmt: skip
         way = Orientation(not self.starting, not self.starting and self.bias_orientation == "ki")
         keys = None
         if mask is not None:
             keys = (mask[None, :] if self.starting else mask[:, None]).expand(z.shape[:2])
-        out = forwards.ending(self.linear_o, self.fused_ops, into)
-        return forwards.triangle_attention(z, weights, self.heads, way, out, keys, norm.eps, self.fallbacks)
+        return forwards.triangle_attention(
+            z, weights, self.heads, way, keys, norm.eps, self.fallbacks, self.linear_o.bias, into
+        )
 
 
 class Transition(Fused, primitives.Transition):

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from optimized import forwards
-from optimized.forwards import Orientation, TransitionWeights, TriangleAttentionWeights, keep
+from optimized.forwards import TransitionWeights, keep
+from optimized.ops.triangle_attention import Orientation, TriangleAttentionWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
 from optimized.recipes import Fused, Recipe, affine, first, head_size, width, without_bias
 
@@ -66,12 +67,12 @@ class TriangleAttention(Fused):
         mha = self.mha
         weights = TriangleAttentionWeights(
             self.layer_norm.weight, self.layer_norm.bias, mha.linear_q.weight, mha.linear_k.weight,
-            mha.linear_v.weight, mha.linear_g.weight, self.linear.weight,
+            mha.linear_v.weight, mha.linear_g.weight, self.linear.weight, mha.linear_o.weight,
         )  # fmt: skip
         way = Orientation(columns=not self.starting, flipped=not self.starting)
-        out = forwards.ending(mha.linear_o, self.fused_ops)
+        eps, out_bias = self.layer_norm.eps, mha.linear_o.bias
         return forwards.triangle_attention(
-            x, weights, self.no_heads, way, out, keep(mask), self.layer_norm.eps, self.fallbacks
+            x, weights, self.no_heads, way, keep(mask), eps, self.fallbacks, out_bias
         )
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from optimized import forwards
-from optimized.forwards import Orientation, TransitionWeights, TriangleAttentionWeights, keep
+from optimized.forwards import TransitionWeights, keep
+from optimized.ops.triangle_attention import Orientation, TriangleAttentionWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
 from optimized.recipes import Fused, Recipe, affine, first, head_size, width, without_bias
 
@@ -76,12 +77,12 @@ class TriangleAttention(Fused):
         mha = self.mha
         weights = TriangleAttentionWeights(
             self.layer_norm.weight, self.layer_norm.bias, mha.linear_q.weight, mha.linear_k.weight,
-            mha.linear_v.weight, mha.linear_g.weight, self.linear_z.weight,
+            mha.linear_v.weight, mha.linear_g.weight, self.linear_z.weight, mha.linear_o.weight,
         )  # fmt: skip
         way = Orientation(not self.starting, flipped=self.starting == transpose_bias)
-        out = forwards.ending(mha.linear_o, self.fused_ops)
+        eps, out_bias = self.layer_norm.eps, mha.linear_o.bias
         return forwards.triangle_attention(
-            x, weights, self.no_heads, way, out, keep(mask), self.layer_norm.eps, self.fallbacks
+            x, weights, self.no_heads, way, keep(mask), eps, self.fallbacks, out_bias
         )
 
 

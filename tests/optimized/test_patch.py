@@ -338,7 +338,7 @@ def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
     apply(patched, OPS)
     assert operators_in_the_graph(patched, *INPUTS, torch.arange(N) < N - 2) == [
         *["triangle_multiplication", "add_update"] * 2,
-        *["layer_norm_linear", "pair_attention", "gated_output"] * 2,
+        *["triangle_attention"] * 2,
         "transition",
         "pair_attention",
         "gated_output",
@@ -375,6 +375,7 @@ def pretend_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "attention.operator",
         "transition.op",
         "triangle_multiplication.op",
+        "triangle_attention.op",
         "layer_norm_linear.op",
         "gated_output.op",
         "gated_output.conditioned",

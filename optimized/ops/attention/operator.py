@@ -56,9 +56,10 @@ def _five(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-4:])
 
 
-def _forward(
+def run_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
 ) -> tuple[Tensor, Tensor]:
+    """o and log-sum-exp by the kernels, unchecked and without autograd."""
     from optimized.ops.attention import launch
 
     o = torch.empty_like(q)
@@ -69,10 +70,11 @@ def _forward(
     return o, lse
 
 
-def _backward(
+def run_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
     o: Tensor, lse: Tensor, scale: float, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv and dbias by the kernels, unchecked."""
     from optimized.ops.attention import launch
 
     plan = launch.plan_for(q)
@@ -95,7 +97,7 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
 ) -> tuple[Tensor, Tensor]:
     if supported(q, k, v, bias, mask, precision).ok:
-        return _forward(q, k, v, bias, mask, scale, precision)
+        return run_forward(q, k, v, bias, mask, scale, precision)
     o, lse = reference.attention_with_lse(q, k, v, bias, mask, scale)
     return torch.empty_like(q).copy_(o), lse.contiguous()
 
@@ -114,7 +116,7 @@ def _backward_op(
     o: Tensor, lse: Tensor, scale: float, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if supported(q, k, v, bias, mask, precision).ok:
-        return _backward(do, dlse, q, k, v, bias, mask, o, lse, scale, precision)
+        return run_backward(do, dlse, q, k, v, bias, mask, o, lse, scale, precision)
     grads = reference.attention_backward(do, q, k, v, bias, mask, o, lse, scale, dlse)
     fresh = (
         *(torch.empty_like(x) for x in (q, k, v)),
@@ -157,7 +159,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        o, lse = _forward(*inputs)
+        o, lse = run_forward(*inputs)
         _setup_context(ctx, inputs, (o, lse))
         return o, lse
 
@@ -168,7 +170,12 @@ class _Direct(torch.autograd.Function):
         if do is None and dlse is None:
             return (None,) * 7
         do = torch.zeros_like(o) if do is None else do
-        return *_backward(do, dlse, q, k, v, bias, mask, o, lse, ctx.scale, ctx.precision), None, None, None
+        return (
+            *run_backward(do, dlse, q, k, v, bias, mask, o, lse, ctx.scale, ctx.precision),
+            None,
+            None,
+            None,
+        )
 
 
 def attention_with_lse(
@@ -233,5 +240,5 @@ def attention_backward(
     inputs = (do, dlse, q, k, v, bias, mask, o, lse, factor, precision)
     tensors = [t for t in inputs[:-2] if t is not None]
     if direct(tensors) and supported(q, k, v, bias, mask, precision).ok:
-        return _backward(*inputs)
+        return run_backward(*inputs)
     return _backward_op(*inputs)

@@ -122,7 +122,7 @@ def backward(
     rows, hidden = x.shape
     channels = weight.shape[0]
     if not fused(weight):
-        return _backward_wide(add(None, dout, keep, shape, dtype), x, g, weight)
+        return library_backward(add(None, dout, keep, shape, dtype), x, g, weight)
     config = config or _config("backward", channels, dtype, x.device)
     config = resized(config, min(config.constants["BN"], max(16, power_of_two(hidden))))
     mask = Keep.of(keep, shape, dout)
@@ -137,7 +137,8 @@ def backward(
     return dx, dg, shares.sum(0)
 
 
-def _backward_wide(du: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def library_backward(du: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backward`, from the gradient of the product: two library products around one elementwise kernel."""
     dx, dg, gated = gate_backward(x, g, side_by_side_backward(du, [weight]))
     return dx, dg, weight_product(du, gated)
 

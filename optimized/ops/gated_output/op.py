@@ -12,7 +12,7 @@ from optimized.ops.launching import compute_dtype
 from optimized.ops.support import Supported, triton_support
 
 
-def _fits(shape: torch.Size, residual: Tensor | None, keep: Tensor | None) -> Supported:
+def fits(shape: torch.Size, residual: Tensor | None, keep: Tensor | None) -> Supported:
     """Whether residual and dropout factors go with an update of this shape."""
     if residual is not None and residual.shape != shape:
         return Supported(False, f"a residual {list(residual.shape)} for an update {list(shape)}")
@@ -35,7 +35,7 @@ def supported(
         return Supported(False, "the input is empty")
     if gate.shape != x.shape:
         return Supported(False, f"a gate {list(gate.shape)} for an input {list(x.shape)}")
-    return _fits(torch.Size((*x.shape[:-1], weight.shape[0])), residual, keep)
+    return fits(torch.Size((*x.shape[:-1], weight.shape[0])), residual, keep)
 
 
 def update_supported(residual: Tensor, update: Tensor, keep: Tensor | None = None) -> Supported:
@@ -45,7 +45,7 @@ def update_supported(residual: Tensor, update: Tensor, keep: Tensor | None = Non
         return verdict
     if update.numel() == 0:
         return Supported(False, "the input is empty")
-    return _fits(update.shape, residual, keep)
+    return fits(update.shape, residual, keep)
 
 
 def gated_output(
@@ -80,9 +80,10 @@ def add_update(residual: Tensor, update: Tensor, keep: Tensor | None = None) -> 
     return torch.ops.megafold_bench.add_update(residual, update, keep)
 
 
-def _gated(
+def run_forward(
     x: Tensor, gate: Tensor, weight: Tensor, residual: Tensor | None, keep: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    """The result by the kernels, unchecked and without autograd."""
     from optimized.ops.gated_output import launch
 
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
@@ -90,7 +91,7 @@ def _gated(
     return launch.forward(as_rows(x), as_rows(gate), weight, rows, keep, shape, dtype).view(shape)
 
 
-_gated_op = torch.library.custom_op("megafold_bench::gated_output", mutates_args=())(_gated)
+_gated_op = torch.library.custom_op("megafold_bench::gated_output", mutates_args=())(run_forward)
 
 
 @_gated_op.register_fake
@@ -142,7 +143,7 @@ def _differentiate_gated(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _gated_op.register_autograd(_differentiate_gated, setup_context=_keep_gated)
-_DirectGated = undispatched(_gated, _keep_gated, _differentiate_gated)
+_DirectGated = undispatched(run_forward, _keep_gated, _differentiate_gated)
 
 
 def _add(residual: Tensor, update: Tensor, keep: Tensor | None) -> Tensor:

@@ -81,19 +81,21 @@ class _LayerNormLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *parameters)
         ctx.settings = (count, eps)
-        return tuple(_forward(x, list(parameters), count, eps, dtype))
+        return tuple(run_forward(x, list(parameters), count, eps, dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count, eps = ctx.settings
         x, *parameters = ctx.saved_tensors
-        dx, flat = _backward(grads, x, parameters, count, eps)
+        dx, flat = run_backward(grads, x, parameters, count, eps)
         return (dx, None, None, None, *unpacked(flat, parameters))
 
 
-def _forward(x: Tensor, parameters: list[Tensor], count: int, eps: float, dtype: torch.dtype) -> list[Tensor]:
-    """`parameters` are γ, β, `count` weights and perhaps the head weight."""
+def run_forward(
+    x: Tensor, parameters: list[Tensor], count: int, eps: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """The results by the kernels, unchecked; `parameters` are γ, β, `count` weights and perhaps the head weight."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     matrices = parameters[2:]
     head = matrices[count] if len(matrices) > count else None
@@ -103,9 +105,10 @@ def _forward(x: Tensor, parameters: list[Tensor], count: int, eps: float, dtype:
     return shaped + [s.view(-1, *x.shape[:-1]) for s in outs[count:]]
 
 
-def _backward(
+def run_backward(
     grads: Sequence[Tensor], x: Tensor, parameters: list[Tensor], count: int, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """dx and the gradients of the parameters in one vector by the kernels, unchecked."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     flat = [g.reshape(rows.shape[0], -1).contiguous() for g in grads[:count]]
     flat += [g.reshape(-1, rows.shape[0]).contiguous() for g in grads[count:]]
@@ -126,7 +129,7 @@ def _layer_norm_linear(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     heads = [head_weight] if head_weight is not None else []
-    return _forward(x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps, dtype)
+    return run_forward(x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps, dtype)
 
 
 @_layer_norm_linear.register_fake
@@ -156,7 +159,7 @@ def _layer_norm_linear_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     heads = [head_weight] if head_weight is not None else []
-    return _backward(grads, x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps)
+    return run_backward(grads, x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps)
 
 
 @_layer_norm_linear_backward.register_fake
