@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._higher_order_ops.flex_attention import flex_attention_backward
 from torch.nn.attention import flex_attention
 
 from tests.fakes import peer_packages
@@ -21,6 +22,20 @@ MonkeyPatch = pytest.MonkeyPatch
 def flex_on_the_cpu(monkeypatch: MonkeyPatch) -> None:
     """PyTorch's own unfused FlexAttention, whose backward pass works on the CPU although it is refused there."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda q, k, v: None)
+    operator, key = flex_attention_backward, torch._C.DispatchKey.CompositeExplicitAutograd
+    unfused = operator.py_kernels[key]
+
+    def with_bias_gradient(*args: Any) -> Any:
+        """It asks the bias it is given whether it wants a gradient; one that compiled code has kept says no."""
+        *rest, captured, masks = args
+        wanting = tuple(
+            x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for x in captured
+        )
+        return unfused(*rest, wanting, masks)
+
+    monkeypatch.setitem(operator.py_kernels, key, with_bias_gradient)
+    operator._dispatch_cache.clear()
 
 
 def fake_trifast(monkeypatch: MonkeyPatch) -> None:

@@ -141,7 +141,10 @@ def test_channels_the_kernels_do_not_take_are_counted(monkeypatch):
 def test_what_keeps_a_package_from_loading_is_said():
     with pytest.raises(UnsupportedError, match=r"not installed: .*no_such_package"), peers.importing():
         import no_such_package  # noqa: F401
-    with pytest.raises(UnsupportedError, match="cannot be loaded: RuntimeError: no driver"), peers.importing():
+    with (
+        pytest.raises(UnsupportedError, match="cannot be loaded: RuntimeError: no driver"),
+        peers.importing(),
+    ):
         raise RuntimeError("no driver")
 
 
