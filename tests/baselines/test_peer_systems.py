@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -205,3 +208,11 @@ def test_a_package_that_does_not_load_is_unsupported(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuequivariance_ops_torch", None)
     with pytest.raises(UnsupportedError, match="not installed"):
         build(CUEQUIVARIANCE)
+
+
+def test_registered():
+    """The entry points of this checkout, installed or not, name these variants."""
+    project = tomllib.loads((Path(systems.__file__).parents[1] / "pyproject.toml").read_text())
+    points = project["project"]["entry-points"]["megafold_bench.variants"]
+    for name, variant in VARIANTS.items():
+        assert EntryPoint(name, points[name], "megafold_bench.variants").load() is variant
