@@ -26,11 +26,13 @@ sweep: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not peers"
 
-# Our modules against Boltz, Protenix and OpenFold3, with their weights copied over.
+# Our modules against Boltz, Protenix and OpenFold3, with their weights copied over; the variants against trifast and
+# cuEquivariance's front end. trifast itself cannot be imported without a GPU, what it needs can.
 # The first line fails where one of them cannot be imported: the tests would only skip.
 test-peers: $(PEERS)
 	LAYERNORM_TYPE=torch $(BIN)/python -c "import boltz.model.layers.pairformer, \
-		openfold3.core.model.latent.pairformer, protenix.model.modules.pairformer"
+		openfold3.core.model.latent.pairformer, protenix.model.modules.pairformer, \
+		cuequivariance_torch, jaxtyping, platformdirs"
 	LAYERNORM_TYPE=torch $(BIN)/python -m pytest -m "peers and not gpu"
 
 test-gpu: $(INSTALLED)

@@ -2,7 +2,7 @@
 
 Blocks of one class share one compiled function: its parameters are inputs, so the 48 Pairformer blocks
 compile once. Activation checkpointing goes around the compiled function, not into it. Nothing falls back to
-eager: a graph break or too many recompilations raises.
+eager: a graph break (unless it was asked for) or too many recompilations raises.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ MAX_VARIANTS = 64
 each width, each precision. Beyond that something recompiles every step."""
 
 
-def compile_units(units: Iterable[tuple[str, nn.Module]]) -> None:
-    """Replace the ``forward`` of each unit, in place, by the compiled one of its class (static shapes)."""
+def compile_units(units: Iterable[tuple[str, nn.Module]], fullgraph: bool = True) -> None:
+    """Replace the ``forward`` of each unit, in place, by the compiled one of its class (static shapes).
+
+    Without `fullgraph` a graph break compiles the code before and after it apart, where it would raise.
+    """
     compiled: dict[type[nn.Module], Callable[..., Any]] = {}
     for _, unit in units:
         kind = type(unit)
         if kind not in compiled:
-            compiled[kind] = torch.compile(kind.forward, fullgraph=True, dynamic=False)
+            compiled[kind] = torch.compile(kind.forward, fullgraph=fullgraph, dynamic=False)
         unit.forward = MethodType(compiled[kind], unit)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 
+from baselines.fallbacks import Fallbacks as Notes
 from optimized.ops.adaptive_layer_norm import op as adaptive_layer_norm_op
 from optimized.ops.attention.operator import HEAD_DIMS
 from optimized.ops.layer_norm_linear import op as layer_norm_linear_op
@@ -40,20 +40,8 @@ they save the GPU.
 """
 
 
-class Fallbacks:
-    """Calls that ran a definition instead of a kernel: ``"operator: reason"`` to their number.
-
-    A compiled function counts once, when it is traced: the verdict is then part of the compiled code.
-    """
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-
-    @torch.compiler.assume_constant_result
-    def note(self, op: str, reason: str) -> None:
-        """Count one call of `op` that no kernel takes."""
-        key = f"{op}: {reason}"
-        self.counts[key] = self.counts.get(key, 0) + 1
+class Fallbacks(Notes):
+    """Calls that ran a definition instead of a kernel."""
 
     def check(self, op: str, verdict: Supported) -> None:
         """Count the call unless a kernel takes it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from baselines.af3.config import Attention
 
 MASKED = -1e9
 """Added to the logits of masked keys; finite, so that a row with every key masked stays finite."""
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""q, k, v and bias as `biased_attention` takes them, to what it returns."""
 
 _BIAS_ALIGNMENT = 8
 
@@ -33,12 +37,17 @@ def _aligned(bias: Tensor) -> Tensor:
     return bias.contiguous()
 
 
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, implementation: Attention) -> Tensor:
+def biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, implementation: Attention | AttentionFunction
+) -> Tensor:
     """softmax(q kᵀ / √d + bias) v.
 
     q [B, H, Q, d], k and v [B, H, K, d]; bias [H, Q, K], the same for every entry of the batch and never
-    copied per entry. Returns [B, H, Q, d] in v's dtype. The softmax is taken in float32.
+    copied per entry. Returns [B, H, Q, d] in v's dtype. The softmax is taken in float32. A function as
+    `implementation` is called with q, k, v and bias; variants put one on a module from outside.
     """
+    if callable(implementation):
+        return implementation(q, k, v, bias)
     if implementation == "sdpa":
         bias = _aligned(bias.to(q.dtype)).expand(q.shape[0], -1, -1, -1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

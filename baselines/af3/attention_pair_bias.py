@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from baselines.af3.attention import biased_attention, key_mask_bias
+from baselines.af3.attention import AttentionFunction, biased_attention, key_mask_bias
 from baselines.af3.config import Attention
 from baselines.af3.primitives import AdaptiveLayerNorm, LayerNorm, Linear
 
@@ -35,7 +35,7 @@ class AttentionPairBias(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.attention = attention
+        self.attention: Attention | AttentionFunction = attention
         self.layer_norm = LayerNorm(c_a) if c_s is None else None
         self.ada_ln = None if c_s is None else AdaptiveLayerNorm(c_a, c_s)
         self.linear_q = Linear(c_a, c_a, bias=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from baselines.af3.attention import biased_attention, key_mask_bias
+from baselines.af3.attention import AttentionFunction, biased_attention, key_mask_bias
 from baselines.af3.config import Attention, BiasOrientation
 from baselines.af3.primitives import LayerNorm, Linear
 
@@ -61,7 +61,7 @@ class TriangleAttention(nn.Module):
         self.heads = heads
         self.starting = starting
         self.bias_orientation = bias_orientation
-        self.attention = attention
+        self.attention: Attention | AttentionFunction = attention
         self.layer_norm = LayerNorm(c_z)
         self.linear_bias = Linear(c_z, heads)
         self.linear_q = Linear(c_z, heads * width)

@@ -5,13 +5,12 @@ besides (another layout, an additive mask, a bias of another dtype) is made insi
 calls it has to make it.
 """
 
-import importlib.metadata
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from baselines.peers import PACKAGES, importing
 from megafold_bench.errors import UserError
 from megafold_bench.outcomes import UnsupportedError
 from optimized.kernels import peers
@@ -113,16 +112,6 @@ BUILDERS: dict[str, dict[str, Builder]] = {
         "layer_norm_linear": _megafold_linear,
     },
 }
-PACKAGES = {
-    "cuequivariance": (
-        "cuequivariance-torch",
-        "cuequivariance-ops-torch-cu13",
-        "cuequivariance-ops-torch-cu12",
-    ),
-    "trifast": ("trifast",),
-    "ds4sci": ("deepspeed",),
-}
-"""Distributions whose versions are recorded with an implementation."""
 
 
 def parse_implementations(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -144,32 +133,5 @@ def build(name: str, problem: Problem) -> Function:
         raise UnsupportedError(f"{name} has no {problem.op}")
     if name in PACKAGES and next(iter(problem.tensors.values())).device.type != "cuda":
         raise UnsupportedError(f"{name} needs a GPU")
-    try:
+    with importing():
         return BUILDERS[name][problem.op](problem)
-    except ImportError as error:
-        raise UnsupportedError(f"not installed: {error}") from error
-    except (
-        KeyError,
-        OSError,
-        RuntimeError,
-    ) as error:  # what peers raise at import without their driver or compiler
-        if isinstance(error, UnsupportedError):
-            raise
-        raise UnsupportedError(f"cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def versions(name: str) -> dict[str, str]:
-    """Installed versions of the packages behind an implementation."""
-    found = {}
-    for package in PACKAGES.get(name, ()):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def prepare_environment() -> None:
-    """Settings that keep peers from running something else than their kernels; before they are imported."""
-    os.environ.setdefault("CUEQ_TRIATTN_FALLBACK_THRESHOLD", "0")
-    os.environ.setdefault("CUEQ_TRIMUL_FALLBACK_THRESHOLD", "0")

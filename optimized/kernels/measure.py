@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baselines.peers import versions
 from optimized.kernels import timing
-from optimized.kernels.implementations import build, versions
+from optimized.kernels.implementations import build
 from optimized.kernels.problems import DTYPES, OPERATORS, Function, Problem, make_problem, relative
 
 PASSES = ("fwd", "bwd", "fwdbwd")

@@ -52,8 +52,8 @@ HANDLERS: dict[str, Handler] = {
 
 def main() -> None:
     """Run the tasks on standard input: a file to append to, then `{kind, arguments}` objects."""
+    from baselines.peers import prepare_environment
     from megafold_bench.outcomes import Outcome, classify
-    from optimized.kernels.implementations import prepare_environment
 
     prepare_environment()
     order = json.load(sys.stdin)
