@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from baselines import systems
+from baselines import systems, workload
 from baselines.af3.config import AF3Config, PairConfig, preset
 from baselines.af3.model import perturb_zero_parameters
 from baselines.systems import CUEQUIVARIANCE, FLEX, PYTORCH, TRIFAST, PeerVariant, PyTorchVariant
@@ -85,6 +86,13 @@ def assert_same(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
             assert difference <= 1e-3 * gradient.norm() + 1e-6 * largest, name
 
 
+@cache
+def expected(widened: bool) -> tuple[dict, dict]:
+    """What `pytorch` finds; `widened` as the test's configuration is."""
+    assert preset("tiny").c_z == 16 and (workload.preset is wide) == widened
+    return losses_and_gradients(build(PYTORCH))
+
+
 EXPECTED = {
     "flex": {"triangle_attention": 8, "attention_pair_bias": 4},
     "trifast": {"triangle_attention": 8},
@@ -93,59 +101,46 @@ EXPECTED = {
 
 
 @pytest.mark.usefixtures("wide_model", "traced_only")
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize(("name", "install"), PEERS)
-def test_loss_and_every_gradient(name, install, checkpointing, monkeypatch):
+def test_loss_and_every_gradient(name, install, monkeypatch):
+    """Without `compile`: of flex, the operator alone is compiled then."""
     install(monkeypatch)
-    expected = losses_and_gradients(build(PYTORCH))
-    workload = build(VARIANTS[name], compile=False, checkpointing=checkpointing)
-    assert_same(losses_and_gradients(workload), expected)
-    operators = workload.facts["peer_operators"]
+    session = build(VARIANTS[name], compile=False, checkpointing="none")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert_same(losses_and_gradients(session), expected(widened=True))
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > before) == (name == "flex")
+    operators = session.facts["peer_operators"]
     assert operators["replaced"] == EXPECTED[name]
     assert not operators["fallbacks"]
-    json.dumps(dict(workload.facts))
+    json.dumps(dict(session.facts))
 
 
 @pytest.mark.usefixtures("wide_model", "traced_only")
 @pytest.mark.parametrize(("name", "install"), INSTALL.items())
 def test_blocks_compile_whole_around_the_operators(name, install, monkeypatch):
     install(monkeypatch)
-    expected = losses_and_gradients(build(PYTORCH))
-    workload = build(VARIANTS[name], checkpointing="block")
-    for unit_name, unit in workload.session.model.checkpoint_units():
+    session = build(VARIANTS[name], checkpointing="block")
+    for unit_name, unit in session.session.model.checkpoint_units():
         assert "forward" in vars(unit), unit_name
-    assert_same(losses_and_gradients(workload), expected)
-    assert not workload.facts["peer_operators"]["fallbacks"]
-
-
-@pytest.mark.usefixtures("wide_model", "traced_only")
-def test_flex_alone_is_compiled_where_the_blocks_are_not(monkeypatch):
-    INSTALL["flex"](monkeypatch)
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    found = losses_and_gradients(build(FLEX, compile=False))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
-    assert_same(found, losses_and_gradients(build(PYTORCH)))
+    assert_same(losses_and_gradients(session), expected(widened=True))
+    assert not session.facts["peer_operators"]["fallbacks"]
 
 
 @pytest.mark.usefixtures("wide_model", "traced_only")
 def test_cuequivariance_between_graphs(monkeypatch):
     INSTALL["cuequivariance"](monkeypatch)
-    expected = losses_and_gradients(build(PYTORCH))
-    workload = build(CUEQUIVARIANCE, checkpointing="block", graph_breaks=True)
-    assert_same(losses_and_gradients(workload), expected)
-    assert not workload.facts["peer_operators"]["fallbacks"]
+    session = build(CUEQUIVARIANCE, checkpointing="block", graph_breaks=True)
+    assert_same(losses_and_gradients(session), expected(widened=True))
+    assert not session.facts["peer_operators"]["fallbacks"]
 
 
 @pytest.mark.usefixtures("traced_only")
-@pytest.mark.parametrize(
-    ("name", "compiled"), [("flex", False), ("flex", True), ("trifast", False), ("cuequivariance", False)]
-)
-def test_what_an_operator_does_not_take_is_in_the_record(name, compiled, monkeypatch):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_an_operator_does_not_take_is_in_the_record(name, monkeypatch):
     """The tiny preset has heads of 8 channels and 16 or 8 hidden ones."""
     INSTALL[name](monkeypatch)
-    expected = losses_and_gradients(build(PYTORCH))
-    workload = build(VARIANTS[name], compile=compiled)
-    assert_same(losses_and_gradients(workload), expected)
+    session = build(VARIANTS[name], compile=False)
+    assert_same(losses_and_gradients(session), expected(widened=False))
     reasons = {
         "flex": {
             "triangle_attention: heads have at least 16 channels, not 8",
@@ -157,7 +152,7 @@ def test_what_an_operator_does_not_take_is_in_the_record(name, compiled, monkeyp
             "triangle_multiplication: channels are multiples of 32, not 8",
         },
     }
-    assert set(workload.facts["peer_operators"]["fallbacks"]) == reasons[name]
+    assert set(session.facts["peer_operators"]["fallbacks"]) == reasons[name]
 
 
 def test_contract_and_options():
