@@ -14,7 +14,8 @@ from baselines.peers import PACKAGES, importing
 from megafold_bench.errors import UserError
 from megafold_bench.outcomes import UnsupportedError
 from optimized.kernels import peers
-from optimized.kernels.problems import Function, Problem, Tensors
+from optimized.kernels.problem import Function, Problem, Tensors
+from optimized.kernels.update_problems import ADAPTIVE, dropout, picked, present
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
 
 Builder = Callable[[Problem], Function]
@@ -89,14 +90,95 @@ def _megafold_linear(problem: Problem) -> Function:
     return lambda t, mask: list(layer_norm_linear(*inputs(t)))
 
 
+def _megafold_triangle_attention(problem: Problem) -> Function:
+    from optimized.ops.triangle_attention import (
+        Orientation,
+        TriangleAttentionWeights,
+        supported,
+        triangle_attention,
+    )
+
+    heads = int(str(problem.settings["heads"]))
+
+    def weights(t: Tensors) -> TriangleAttentionWeights:
+        return TriangleAttentionWeights(*picked(t, TriangleAttentionWeights._fields))
+
+    def run(t: Tensors, mask: Tensor | None) -> list[Tensor]:
+        return [triangle_attention(t["z"], weights(t), heads, Orientation(False, False), mask)]
+
+    _require(supported(problem.tensors["z"], weights(problem.tensors), heads, problem.mask))
+    return run
+
+
+def _megafold_gated_output(problem: Problem) -> Function:
+    from optimized.ops.gated_output import gated_output, supported
+
+    def inputs(t: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        keep = dropout(t["x"], problem.settings["keep"])
+        return t["x"], t["gate"], t["weight"], t["residual"], keep
+
+    _require(supported(*inputs(problem.tensors)))
+    return lambda t, mask: [gated_output(*inputs(t))]
+
+
+def _megafold_outer(problem: Problem) -> Function:
+    from optimized.ops.outer_product_mean import OuterWeights, outer_product_mean, supported
+
+    def inputs(t: Tensors, mask: Tensor | None) -> tuple[Tensor, Tensor, OuterWeights]:
+        return t["m"], present(t["m"], mask), OuterWeights(*picked(t, OuterWeights._fields))
+
+    _require(supported(*inputs(problem.tensors, problem.mask)))
+    return lambda t, mask: [outer_product_mean(*inputs(t, mask))]
+
+
+def _megafold_averaging(problem: Problem) -> Function:
+    from optimized.ops.pair_weighted_averaging import supported, weighted_average
+
+    _require(supported(problem.tensors["v"], problem.tensors["logits"], problem.mask))
+    return lambda t, mask: [weighted_average(t["v"], t["logits"], mask)]
+
+
+def _megafold_adaptive(problem: Problem) -> Function:
+    from optimized.ops.adaptive_layer_norm import adaptive_layer_norm, supported
+
+    def inputs(t: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return t["a"], t["s"], t["norm_weight"], t["scale"], t["scale_bias"], t["shift"]
+
+    _require(supported(*inputs(problem.tensors)))
+    return lambda t, mask: [adaptive_layer_norm(*inputs(t))]
+
+
+def _megafold_conditioned(problem: Problem) -> Function:
+    from optimized.ops.conditioned_transition import ConditionedWeights, conditioned_transition, supported
+
+    names = (*ADAPTIVE, "w_a", "w_b", "w_out", "w_gate", "w_gate_bias")
+
+    def inputs(t: Tensors) -> tuple[Tensor, Tensor, ConditionedWeights]:
+        return t["a"], t["s"], ConditionedWeights(*picked(t, names))
+
+    _require(supported(*inputs(problem.tensors)))
+    return lambda t, mask: [conditioned_transition(*inputs(t))]
+
+
 def _for_all(builder: Builder, *ops: str) -> dict[str, Builder]:
     return dict.fromkeys(ops, builder)
 
 
-EVERY = (*ATTENTION, *TRIANGLE, "transition", "layer_norm_linear")
+MEGAFOLD: dict[str, Builder] = {
+    **_for_all(_megafold_attention, *ATTENTION),
+    **_for_all(_megafold_triangle, *TRIANGLE),
+    "triangle_attention_update": _megafold_triangle_attention,
+    "transition": _megafold_transition,
+    "layer_norm_linear": _megafold_linear,
+    "gated_output": _megafold_gated_output,
+    "outer_product_mean": _megafold_outer,
+    "pair_weighted_averaging": _megafold_averaging,
+    "adaptive_layer_norm": _megafold_adaptive,
+    "conditioned_transition": _megafold_conditioned,
+}
 BUILDERS: dict[str, dict[str, Builder]] = {
-    "definition": _for_all(_definition, *EVERY),
-    "compile": _for_all(_compiled, *EVERY),
+    "definition": _for_all(_definition, *MEGAFOLD),
+    "compile": _for_all(_compiled, *MEGAFOLD),
     "sdpa": _for_all(peers.sdpa, *ATTENTION),
     "flex": _for_all(peers.flex, *ATTENTION),
     "cuequivariance": {
@@ -105,12 +187,7 @@ BUILDERS: dict[str, dict[str, Builder]] = {
     },
     "trifast": _for_all(peers.trifast, *ATTENTION),
     "ds4sci": _for_all(peers.ds4sci, *ATTENTION),
-    "megafold": {
-        **_for_all(_megafold_attention, *ATTENTION),
-        **_for_all(_megafold_triangle, *TRIANGLE),
-        "transition": _megafold_transition,
-        "layer_norm_linear": _megafold_linear,
-    },
+    "megafold": MEGAFOLD,
 }
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from baselines.peers import versions
 from optimized.kernels import timing
 from optimized.kernels.implementations import build
-from optimized.kernels.problems import DTYPES, OPERATORS, Function, Problem, make_problem, relative
+from optimized.kernels.problem import DTYPES, Function, Problem
+from optimized.kernels.problems import OPERATORS, make_problem, relative
 
 PASSES = ("fwd", "bwd", "fwdbwd")
 ERROR_TOKENS = 200

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from baselines import peers
 from baselines.peers import PeerAttention
 from megafold_bench.outcomes import UnsupportedError
-from optimized.kernels.problems import Function, Problem, Tensors
+from optimized.kernels.problem import Function, Problem, Tensors
 
 
 def _dtype(problem: Problem) -> torch.dtype:

@@ -22,9 +22,8 @@ from megafold_bench.outcomes import UnsupportedError
 from optimized.kernels.implementations import build
 from optimized.kernels.measure import Passes, outputs_and_gradients
 from optimized.kernels.names import parse_list, parse_tokens
+from optimized.kernels.problem import Function, Problem
 from optimized.kernels.problems import (
-    Function,
-    Problem,
     make_problem,
     parse_dtypes,
     parse_operators,

@@ -11,7 +11,8 @@ from megafold_bench.errors import UserError
 from optimized.kernels.implementations import build
 from optimized.kernels.measure import differing, errors_against_fp64
 from optimized.kernels.names import parse_list
-from optimized.kernels.problems import DTYPES, Problem, make_problem, parse_dtypes, parse_operators
+from optimized.kernels.problem import DTYPES, Problem
+from optimized.kernels.problems import make_problem, parse_dtypes, parse_operators
 from optimized.kernels.processes import Row, run_group, task
 from optimized.ops.support import interpreting
 
