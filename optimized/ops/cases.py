@@ -26,8 +26,18 @@ TRIANGLE = {
 }
 
 
-def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping[str, object]) -> KernelCase:
-    """One kernel with one configuration: fp32 norm parameters, lengths and strides divisible by 16."""
+def make_case(
+    name: str,
+    kernel: Any,
+    config: Config,
+    dtype: str,
+    sizes: Mapping[str, object],
+    looked_up: tuple[str, int] | None = None,
+) -> KernelCase:
+    """One kernel with one configuration: fp32 norm parameters, lengths and strides divisible by 16.
+
+    `looked_up`: kernel and channels in the key of its configuration, where the name does not tell them.
+    """
     known = {**sizes, **config.constants}
     constants = {n: v for n, v in known.items() if n in kernel.arg_names}
     signature: dict[str, str] = {}
@@ -51,6 +61,7 @@ def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping
         config.num_stages,
         config.max_registers,
         aligned,
+        f"{looked_up[0]}/{DTYPES[dtype]}/{looked_up[1]}" if looked_up else "",
     )
 
 
