@@ -40,8 +40,7 @@ _FP32 = "fp32 sums its products apart since its tiles were chosen; no others tim
 _WIDE = "the single representation's transition holds 512-wide tiles whole: no tile found by `fit` avoids it"
 ACCEPTED = (
     Accepted("sm_90", "attention.*", 168, _CAPPED),
-    Accepted("sm_[89]0", "transition.*16.384x1536.weight_gradient", 128, _WIDE),
-    Accepted("gfx*", "transition.fp32.384x1536.*_gradient", 1280, _WIDE),
+    Accepted("sm_90", "transition.*16.384x1536.weight_gradient", 128, _WIDE),
     Accepted("sm_90", "triangle_multiplication.*16.128.output*", 416, _FASTEST),
     Accepted("sm_90", "layer_norm_linear.*16.128.input_gradient*", 232, _FASTEST),
     Accepted("sm_90", "transition.fp32.*", 264, _FP32),
