@@ -38,11 +38,17 @@ test-peers: $(PEERS)
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
-# Compiles every kernel for GPUs that are not here; a few minutes, seconds where Triton's cache has them.
-# Other architectures: make offline ARCH=gfx90a,sm_80 (some still spill there; several minutes each).
-ARCH ?= sm_90
+# Compiles the kernels for GPUs that are not here: for H100/H200 all, for the other architectures those of bf16.
+# All of them, in twice the time: make offline ARCH=all. Only some: make offline ARCH=gfx90a,sm_80.
+OFFLINE := $(BIN)/megafold-bench kernels --offline
+ARCH ?=
 offline: $(INSTALLED)
-	$(BIN)/megafold-bench kernels --offline --arch $(ARCH)
+ifeq ($(ARCH),)
+	$(OFFLINE) --arch sm_90
+	$(OFFLINE) --arch sm_80,sm_100,gfx90a,gfx942,gfx950 --dtype bf16
+else
+	$(OFFLINE) --arch $(ARCH)
+endif
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -704,13 +704,17 @@ def kernels(
         bool, typer.Option("--offline", help="Only compile, for GPUs that need not be here.")
     ] = False,
     arch: Annotated[
-        str | None, typer.Option(help="With --offline: gfx90a,gfx942,gfx950,sm_80,sm_90,sm_100.")
+        str | None,
+        typer.Option(help="With --offline: gfx90a,gfx942,gfx950,sm_80,sm_90,sm_100; all if not given."),
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="With --offline: processes at a time.")] = None,
 ) -> None:
     """Every operator against every implementation usable here: time, memory, error, distance to the roofline."""
     if offline:
-        _kernels_offline(op, arch, jobs, out)
+        measured = {"--n": n, "--pass": pass_, "--impl": impl, "--timeout": timeout, "--device": device}
+        if given := [name for name, value in measured.items() if value is not None]:
+            raise UserError(f"{given[0]} belongs to measurements: --offline only compiles; leave it out")
+        _kernels_offline(op, dtype, arch, jobs, out)
         return
     if arch is not None or jobs is not None:
         raise UserError("--arch and --jobs belong to --offline: add it, or leave them out")
@@ -763,9 +767,12 @@ def tune(
         print_tuned(row, console)
 
 
-def _kernels_offline(op: str | None, arch: str | None, jobs: int | None, out: Path | None) -> None:
+def _kernels_offline(
+    op: str | None, dtype: str | None, arch: str | None, jobs: int | None, out: Path | None
+) -> None:
     from optimized.kernels.compile_check import check, parse_architectures
     from optimized.kernels.names import parse_list
+    from optimized.kernels.problems import parse_dtypes
     from reports.compile_table import print_compile_table, save_compile_csv
 
     if jobs is not None and jobs < 1:
@@ -776,6 +783,7 @@ def _kernels_offline(op: str | None, arch: str | None, jobs: int | None, out: Pa
             parse_architectures(arch or ""),
             parse_list(op),
             jobs,
+            parse_dtypes(parse_list(dtype), ()),
             lambda done, total: status.update(f"compiled {done} of {total}"),
         )
     print_compile_table(rows, console)

@@ -289,6 +289,8 @@ def test_sweep_end_to_end(environment, tmp_path):
         (["kernels", "--out", "/proc/megafold/kernels"], "--out /proc/megafold/kernels"),
         (["kernels", "--offline", "--arch", "sm_12"], "--arch sm_12: choose from sm_80"),
         (["kernels", "--offline", "--jobs", "0"], "--jobs 0"),
+        (["kernels", "--offline", "--dtype", "fp8"], "--dtype fp8: choose from"),
+        (["kernels", "--offline", "--n", "384"], "--n belongs to measurements"),
         (["verify", "--op", "softmax"], "--op softmax"),
         (["verify", "--device", "tpu"], "--device tpu"),
         (["tune", "--budget", "0"], "--budget 0"),
@@ -324,8 +326,9 @@ def test_kernels_measures_draws_and_lists(call, tmp_path):
 
 def test_kernels_compile_for_a_gpu_that_is_not_here(environment, tmp_path):
     inherited = {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
-    asked = ["kernels", "--offline", "--arch", "sm_90", "--op", "layer_norm_linear", "--out", tmp_path]
-    ended = run(inherited, *asked)
+    asked = ["kernels", "--offline", "--arch", "sm_90,gfx942", "--op", "layer_norm_linear", "--dtype", "bf16"]
+    ended = run(inherited, *asked, "--out", tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "wgmma" in ended.stdout and ", 0 failed" in ended.stdout
-    assert len((tmp_path / "kernels_offline.csv").read_text().splitlines()) > 12
+    assert "wgmma" in ended.stdout and "mfma" in ended.stdout and ", 0 failed" in ended.stdout
+    lines = (tmp_path / "kernels_offline.csv").read_text().splitlines()
+    assert len(lines) > 12 and all(".bf16." in line for line in lines[1:])

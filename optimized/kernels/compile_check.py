@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from megafold_bench.errors import UserError
-from optimized.kernels.names import FAMILIES
+from optimized.kernels.names import FAMILIES, parse_list
 from optimized.ops.offline import ARCHITECTURES, CompileReport, KernelCase, compile_case
 
 Task = tuple[str, str]
@@ -40,8 +40,7 @@ _FP32 = "fp32 sums its products apart since its tiles were chosen; no others tim
 _WIDE = "the single representation's transition holds 512-wide tiles whole: no tile found by `fit` avoids it"
 ACCEPTED = (
     Accepted("sm_90", "attention.*", 168, _CAPPED),
-    Accepted("sm_[89]0", "transition.*16.384x1536.weight_gradient", 128, _WIDE),
-    Accepted("gfx*", "transition.fp32.384x1536.*_gradient", 1280, _WIDE),
+    Accepted("sm_90", "transition.*16.384x1536.weight_gradient", 128, _WIDE),
     Accepted("sm_90", "triangle_multiplication.*16.128.output*", 416, _FASTEST),
     Accepted("sm_90", "layer_norm_linear.*16.128.input_gradient*", 232, _FASTEST),
     Accepted("sm_90", "transition.fp32.*", 264, _FP32),
@@ -51,11 +50,13 @@ ACCEPTED = (
 
 
 def parse_architectures(text: str) -> tuple[str, ...]:
-    """`gfx90a,sm_90` as names; UserError for one that is not known. Empty: all."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip())) or ARCHITECTURES
+    """`gfx90a,sm_90` as names; UserError for one that is not known. Empty, or `all`: all."""
+    names = parse_list(text) or ("all",)
+    if "all" in names:
+        return ARCHITECTURES
     for name in names:
         if name not in ARCHITECTURES:
-            raise UserError(f"--arch {name}: choose from {', '.join(ARCHITECTURES)}")
+            raise UserError(f"--arch {name}: choose from {', '.join(ARCHITECTURES)}, all")
     return names
 
 
@@ -66,8 +67,8 @@ def _cases(arch: str) -> dict[str, KernelCase]:
     return {case.name: case for case in catalogue(arch)}
 
 
-def tasks_for(arches: Sequence[str], ops: Sequence[str]) -> list[Task]:
-    """What is to be compiled: the catalogue of every architecture, of some operators only where `ops` names them."""
+def tasks_for(arches: Sequence[str], ops: Sequence[str], dtypes: Sequence[str] = ()) -> list[Task]:
+    """What is to be compiled: the catalogue of every architecture, of some operators and dtypes only where named."""
     try:
         tasks = [(arch, name) for arch in arches for name in _cases(arch)]
     except ValueError as error:  # a tuning file is older than the kernels
@@ -77,12 +78,21 @@ def tasks_for(arches: Sequence[str], ops: Sequence[str]) -> list[Task]:
     for op in ops:
         if FAMILIES.get(op, op) not in known:
             raise UserError(f"--op {op}: choose from {', '.join([*FAMILIES, *known])}")
-    return [task for task in tasks if not wanted or family(task[1]) in wanted]
+    return [
+        (arch, name)
+        for arch, name in tasks
+        if (not wanted or family(name) in wanted) and (not dtypes or dtype_of(name) in dtypes)
+    ]
 
 
 def family(case: str) -> str:
     """The family of kernels that a case belongs to."""
     return case.partition(".")[0]
+
+
+def dtype_of(case: str) -> str:
+    """The dtype in the name of a case: bf16, fp16 or fp32."""
+    return case.split(".")[1]
 
 
 def _compile(task: Task) -> CompileReport:
@@ -138,16 +148,19 @@ def check(
     arches: Sequence[str],
     ops: Sequence[str] = (),
     jobs: int | None = None,
+    dtypes: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """A row for every kernel and configuration, by architecture and in the order of the catalogue.
+
+    `ops` and `dtypes` (bf16, fp16, fp32) leave only some of them; empty: all. `jobs`: processes, as many as cores for None.
 
     Keys: arch, case, ok, problem (empty: none), accepted (why the problem is tolerated; empty: it is not), registers,
     shared_bytes, spill_bytes, scalar_spills, matrix_instructions (count by name), compile_s. Raises UserError where
     kernels cannot be compiled: no Triton, or Triton as an interpreter.
     """
     refuse_interpreter()
-    tasks = tasks_for(arches, ops)
+    tasks = tasks_for(arches, ops, dtypes)
     found: dict[Task, CompileReport] = {}
     for report in compile_tasks(tasks, jobs or default_jobs()):
         found[report.arch, report.name] = report

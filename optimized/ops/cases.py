@@ -26,8 +26,18 @@ TRIANGLE = {
 }
 
 
-def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping[str, object]) -> KernelCase:
-    """One kernel with one configuration: fp32 norm parameters, lengths and strides divisible by 16."""
+def make_case(
+    name: str,
+    kernel: Any,
+    config: Config,
+    dtype: str,
+    sizes: Mapping[str, object],
+    looked_up: tuple[str, int] | None = None,
+) -> KernelCase:
+    """One kernel with one configuration: fp32 norm parameters, lengths and strides divisible by 16.
+
+    `looked_up`: kernel and channels in the key of its configuration, where the name does not tell them.
+    """
     known = {**sizes, **config.constants}
     constants = {n: v for n, v in known.items() if n in kernel.arg_names}
     signature: dict[str, str] = {}
@@ -51,11 +61,12 @@ def make_case(name: str, kernel: Any, config: Config, dtype: str, sizes: Mapping
         config.num_stages,
         config.max_registers,
         aligned,
+        f"{looked_up[0]}/{DTYPES[dtype]}/{looked_up[1]}" if looked_up else "",
     )
 
 
-def cases() -> list[KernelCase]:
-    """Every kernel of the fused operators with its default configuration, for all dtypes, at the AF3 widths."""
+def cases(arch: str) -> list[KernelCase]:
+    """The kernels of the fused operators that `arch` launches, with their default configurations, at the AF3 widths."""
     import torch
 
     found: list[KernelCase] = []
@@ -67,6 +78,8 @@ def cases() -> list[KernelCase]:
     for short, full in DTYPES.items():
         dtype = getattr(torch, full)
         for c, h in ((64, 128), (64, 256), (128, 512), (384, 1536)):
+            if not transition.held(c, dtype, arch):
+                continue
             sizes = {"C": c, "H": h, "BC": triton.next_power_of_2(c), "FAST": False}
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = transition.default(f"transition.{kernel}", c, dtype)

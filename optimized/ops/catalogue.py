@@ -24,7 +24,7 @@ def _as_launched(case: KernelCase, arch: str) -> KernelCase:
 
 SOURCES: tuple[Callable[[str], list[KernelCase]], ...] = (
     attention.cases,
-    lambda arch: [_as_launched(case, arch) for case in fused.cases()],
+    lambda arch: [_as_launched(case, arch) for case in fused.cases(arch)],
     lambda arch: [_as_launched(case, arch) for case in update_cases.cases()],
 )
 """What gives the cases of an architecture with the default configurations of the source."""
@@ -73,12 +73,17 @@ def matches(case: KernelCase, entry: str) -> bool:
     return bool(case.entry) and entry == case.entry
 
 
+FORMS = ("TURNED",)
+"""Constants that choose another form of a kernel, and that a configuration names only where it does."""
+
+
 def configured(case: KernelCase, config: Config, name: str | None = None) -> KernelCase:
     """The case with another configuration."""
+    plain = {form: False for form in FORMS if form in case.constants}
     return replace(
         case,
         name=name or case.name,
-        constants={**case.constants, **config.constants},
+        constants={**case.constants, **plain, **config.constants},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,

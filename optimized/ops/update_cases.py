@@ -36,8 +36,9 @@ def cases() -> list[KernelCase]:
                     getattr(conditioned, f"{name}_kernel"),
                 )
                 width = 2 * c if name.startswith("swiglu") else c
-                config = conditioned_launch.default(f"conditioned_transition.{name}", width, dtype)
-                found.append(make_case(label, fn, config, short, {"C": c, "H": 2 * c}))
+                key = f"conditioned_transition.{name}", width
+                config = conditioned_launch.default(*key, dtype)
+                found.append(make_case(label, fn, config, short, {"C": c, "H": 2 * c}, key))
         found += _gated(short) + _outer(short) + _averaging(short)
     return found
 
@@ -50,16 +51,18 @@ def _gated(short: str) -> list[KernelCase]:
         sizes = {"C": c, "H": h, "BC": c, "BH": h, "KEEP": True, "RESIDUAL": True}
         kernels = (("forward", h, gated.forward_kernel), ("backward", c, gated.backward_kernel))
         for kernel, held, fn in kernels:
-            config = gated_launch.default(f"gated_output.{kernel}", held, dtype)
-            found.append(make_case(f"gated_output.{short}.{h}x{c}.{kernel}", fn, config, short, sizes))
+            key = f"gated_output.{kernel}", held
+            config = gated_launch.default(*key, dtype)
+            found.append(make_case(f"gated_output.{short}.{h}x{c}.{kernel}", fn, config, short, sizes, key))
     block = gated_launch.FLAT
     found.append(make_case(f"gated_output.{short}.gate", gated.gate_kernel, block, short, {}))
     found.append(
         make_case(f"gated_output.{short}.gate_backward", gated.gate_backward_kernel, block, short, {})
     )
-    flat = gated_launch.default("gated_output.residual", 128, dtype)
+    key = "gated_output.residual", 128
+    flat = gated_launch.default(*key, dtype)
     sizes = {"C": 128, "KEEP": True, "RESIDUAL": True}
-    found.append(make_case(f"gated_output.{short}.residual", gated.residual_kernel, flat, short, sizes))
+    found.append(make_case(f"gated_output.{short}.residual", gated.residual_kernel, flat, short, sizes, key))
     return found
 
 
@@ -69,8 +72,9 @@ def _outer(short: str) -> list[KernelCase]:
     kernels = {"project": outer.project_kernel, "expand": outer.expand_kernel, "weight": outer.weight_kernel}
     found = []
     for name, fn in kernels.items():
-        config = outer_launch.default(f"outer_product_mean.{name}", 128, getattr(torch, DTYPES[short]))
-        found.append(make_case(f"outer_product_mean.{short}.{name}", fn, config, short, sizes))
+        key = f"outer_product_mean.{name}", 128
+        config = outer_launch.default(*key, getattr(torch, DTYPES[short]))
+        found.append(make_case(f"outer_product_mean.{short}.{name}", fn, config, short, sizes, key))
     return found
 
 
@@ -91,9 +95,9 @@ def _averaging(short: str) -> list[KernelCase]:
     )
     for width in (8, 32):
         for name, fn, transposed in kernels:
-            kernel = f"pair_weighted_averaging.{name}"
-            config = averaging_launch.default(kernel, width, getattr(torch, DTYPES[short]))
+            key = f"pair_weighted_averaging.{name}", width
+            config = averaging_launch.default(*key, getattr(torch, DTYPES[short]))
             label = f"pair_weighted_averaging.{short}.{width}.{name}{'.transposed' if transposed else ''}"
             sizes = {"H": 8, "D": width, "TRANSPOSED": transposed}
-            found.append(make_case(label, fn, config, short, sizes))
+            found.append(make_case(label, fn, config, short, sizes, key))
     return found

@@ -25,11 +25,6 @@ HALF_NARROW = HALF | {"backward": tile(64, 64, 4, 2)}
 HALF_WIDE = {"forward": tile(128, 64, 8, 1), "backward": tile(32, 32, 8, 1)}
 FULL = {"forward": tile(32, 16, 4, 1), "backward": tile(32, 16, 8, 1)}
 
-# 64 KiB of on-chip memory on CDNA 2 and 3 leave no room for a pipeline beside the weight gradient's operands.
-CDNA = HALF | {"backward": tile(64, 32, 4, 1)}
-CDNA_NARROW = HALF | {"backward": tile(64, 64, 4, 1)}
-CDNA_WIDE = {"forward": tile(32, 32, 4, 1), "backward": tile(16, 32, 8, 1)}
-
 
 class Keep(NamedTuple):
     """Dropout factors of rows (i, j): a tensor, its strides along i and j, and the number of j."""
@@ -64,10 +59,7 @@ def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
         return flat_tile(channels)
     if dtype == torch.float32:
         return FULL[name]
-    narrow, middle, wide = (
-        (HALF_NARROW, HALF, HALF_WIDE) if torch.version.hip is None else (CDNA_NARROW, CDNA, CDNA_WIDE)
-    )
-    return (narrow if channels <= 64 else middle if channels <= 128 else wide)[name]
+    return (HALF_NARROW if channels <= 64 else HALF if channels <= 128 else HALF_WIDE)[name]
 
 
 def _config(kernel: str, channels: int, dtype: torch.dtype, device: torch.device) -> Config:

@@ -37,6 +37,15 @@ def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
     return (HALF_NARROW if channels <= 64 else HALF if channels <= 128 else HALF_WIDE)[name]
 
 
+def held(channels: int, dtype: torch.dtype, arch: str = "") -> bool:
+    """Whether tiles of a row's `channels` fit the registers of `arch` (none: of all), in matrix products of `dtype`.
+
+    In fp32 those of more than 128 channels fit nowhere, whatever their other side; on an H200 what they spill was
+    found to be bearable, and Triton's interpreter (`cpu`) has no registers.
+    """
+    return dtype != torch.float32 or channels <= 128 or arch in ("sm_90", "cpu")
+
+
 def _config(kernel: str, x: Tensor, dtype: torch.dtype) -> Config:
     return chosen(f"transition.{kernel}", x.shape[1], dtype, x.device, default)
 

@@ -3,14 +3,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from megafold_bench.errors import UserError
 from optimized.kernels import compile_check, fit
 from optimized.kernels.compile_check import Accepted, accepted, parse_architectures, tasks_for
 from optimized.ops import catalogue as catalogue_module
-from optimized.ops.catalogue import catalogue, default_cases, launched
+from optimized.ops.catalogue import catalogue, configured, default_cases, launched
 from optimized.ops.offline import ARCHITECTURES, CompileReport
+from optimized.ops.transition import launch as transition
 from optimized.ops.tuning import SHIPPED, Config, architecture, lookup, read_configs
 from reports.compile_table import print_compile_table, save_compile_csv
 
@@ -42,6 +44,38 @@ def test_every_module_of_cases_is_in_the_catalogue():
 def test_keys_of_the_fused_operators_come_from_their_names():
     assert case_named("transition.fp16.64x256.input_gradient").entry == "transition.input_gradient/float16/64"
     assert case_named("attention.bf16.d32.fold").entry == ""
+
+
+def test_tiles_that_fit_nowhere_are_not_launched_there():
+    name = "transition.fp32.384x1536.forward"
+    assert name in {case.name for case in default_cases("sm_90")}
+    for arch in ARCHITECTURES:
+        names = {case.name for case in default_cases(arch)}
+        assert (name in names) == transition.held(384, torch.float32, arch) == (arch == "sm_90")
+        assert "transition.bf16.384x1536.forward" in names
+
+
+def test_keys_are_those_of_the_launch():
+    assert case_named("gated_output.bf16.256x64.forward").entry == "gated_output.forward/bfloat16/256"
+    assert case_named("gated_output.bf16.256x64.backward").entry == "gated_output.backward/bfloat16/64"
+    assert case_named("outer_product_mean.fp32.weight").entry == "outer_product_mean.weight/float32/128"
+    swiglu = "conditioned_transition.swiglu/float16/256"
+    assert case_named("conditioned_transition.fp16.128.swiglu").entry == swiglu
+    for form in ("average", "average.transposed"):
+        case = case_named(f"pair_weighted_averaging.bf16.8.{form}")
+        assert case.entry == "pair_weighted_averaging.average/bfloat16/8"
+
+
+def test_every_case_names_its_dtype():
+    for case in default_cases("gfx942"):
+        assert compile_check.dtype_of(case.name) in ("bf16", "fp16", "fp32"), case.name
+
+
+def test_a_form_that_a_configuration_does_not_name_is_off():
+    case = case_named("triangle_multiplication.bf16.128.project_weight")
+    assert case.constants["TURNED"] == 1
+    assert configured(case, SMALL).constants["TURNED"] is False
+    assert all(config.constants["TURNED"] == 1 for config in fit.candidates(case))
 
 
 def test_every_argument_of_every_kernel_has_a_type_or_a_value():
@@ -87,8 +121,6 @@ def test_a_fitted_configuration_is_looked_up_by_architecture(monkeypatch, tmp_pa
 
 
 def test_architecture_of_a_cpu():
-    import torch
-
     assert architecture(torch.device("cpu")) == "cpu"
 
 
@@ -97,8 +129,46 @@ def test_candidates_stay_launchable_and_start_with_the_largest_tile():
     found = list(fit.candidates(case))
     areas = [c.constants["BM"] * c.constants["BN"] for c in found]
     start = case.constants["BM"] * case.constants["BN"]
-    assert areas[0] == start and max(areas) == 2 * start and min(areas) == 16 * 16
-    assert all(not 64 <= c.constants[side] < 16 * c.num_warps for c in found for side in ("BM", "BN"))
+    assert areas[0] == start and max(areas) == areas[-1] == 2 * start and min(areas) == 16 * 16
+    assert all(not 64 <= c.constants["BM"] < 16 * c.num_warps for c in found)
+    attention = list(fit.candidates(case_named("attention.bf16.d64.forward", "sm_80")))
+    assert {c.num_warps for c in attention} == {4, 8}
+    assert all(not 64 <= c.constants[side] < 16 * c.num_warps for c in attention for side in ("BQ", "BK"))
+
+
+class Spills:
+    """Compiles in no time: bytes a thread spills, by name of the case and elements of the tile."""
+
+    def __init__(self, rule):
+        self.rule, self.tried = rule, []
+
+    def __call__(self, case, arch):
+        self.tried.append((case.name, case.constants["BM"] * case.constants["BN"], case.num_warps))
+        return CompileReport(case.name, arch, True, "", 255, 0, self.rule(*self.tried[-1]))
+
+
+SHARING = ("transition.bf16.64x128.input_gradient", "transition.bf16.64x256.input_gradient")
+
+
+def test_cases_looked_up_under_one_key_are_fitted_together(monkeypatch):
+    wider_spills = Spills(lambda name, area, warps: 100 if "256" in name and area > 512 else 0)
+    monkeypatch.setattr(fit, "compile_case", wider_spills)
+    config, report = fit.fit_entry("sm_80", SHARING)
+    assert config.constants["BM"] * config.constants["BN"] == 512 and report.problem == ""
+    assert {name for name, area, _ in wider_spills.tried if area == 512} == set(SHARING)
+
+
+def test_a_default_that_fits_stays_and_so_does_what_was_fitted_before(monkeypatch):
+    monkeypatch.setattr(fit, "compile_case", Spills(lambda *case: 0))
+    assert fit.fit_entry("sm_80", SHARING, SMALL)[0] is None
+    monkeypatch.setattr(fit, "compile_case", Spills(lambda name, area, warps: 100 if area > 512 else 0))
+    assert fit.fit_entry("sm_80", SHARING, SMALL)[0] == SMALL
+
+
+def test_where_nothing_fits_the_least_spill_is_shipped(monkeypatch):
+    monkeypatch.setattr(fit, "compile_case", Spills(lambda name, area, warps: 17 + area // 16))
+    config, report = fit.fit_entry("sm_80", SHARING[:1])
+    assert report.problem and config.constants["BM"] * config.constants["BN"] < 2048
 
 
 def test_what_counts_as_a_problem():
@@ -121,7 +191,7 @@ def test_a_known_spill_is_accepted_until_it_grows(monkeypatch):
 
 def test_operators_and_architectures_are_checked():
     assert parse_architectures("sm_80,gfx90a,sm_80") == ("sm_80", "gfx90a")
-    assert parse_architectures("") == ARCHITECTURES
+    assert parse_architectures("") == parse_architectures("sm_80,all") == ARCHITECTURES
     with pytest.raises(UserError, match="--arch sm_12"):
         parse_architectures("sm_12")
     assert {name.partition(".")[0] for _, name in tasks_for(["sm_80"], ["triangle_attention"])} == {
@@ -129,6 +199,8 @@ def test_operators_and_architectures_are_checked():
     }
     with pytest.raises(UserError, match="--op softmax"):
         tasks_for(["sm_80"], ["softmax"])
+    dtypes = {name.split(".")[1] for _, name in tasks_for(["sm_80"], ["transition"], ["bf16", "fp32"])}
+    assert dtypes == {"bf16", "fp32"}
 
 
 def test_a_tuning_file_older_than_the_kernels_is_said_to_be(monkeypatch):

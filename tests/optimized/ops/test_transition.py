@@ -98,5 +98,19 @@ def test_definition_runs_where_the_kernels_do_not():
     torch.testing.assert_close(transition(*tensors), transition_reference(*tensors))
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
+def test_wide_rows_in_fp32_take_the_definition_where_registers_do_not_hold_them(monkeypatch, arch):
+    tensors, _ = problem((5,), 192, 2, FULL, FULL)
+    assert supported(*tensors).ok
+    monkeypatch.setattr("optimized.ops.transition.op.architecture", lambda device: arch)
+    assert supported(*tensors).reason == "192 channels in float32 do not fit this GPU's registers"
+    assert supported(*problem((5,), 128, 2, FULL, FULL)[0]).ok
+    torch.testing.assert_close(transition(*tensors), transition_reference(*tensors), rtol=0, atol=0)
+    compiled = torch.compile(lambda *t: transition(*t), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*tensors), transition_reference(*tensors), rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=BF):
+        assert supported(*tensors).ok
+
+
 def test_the_interpreter_is_on():
     assert interpreting()
