@@ -77,7 +77,6 @@ def device_name(device: torch.device) -> str:
 
 
 @cache
-@cache
 def architecture(device: torch.device) -> str:
     """`sm_90`, `gfx942` and so on; `cpu` under the interpreter."""
     if device.type != "cuda":
