@@ -75,6 +75,7 @@ class Round:
         self.seen = b""
         self.safe: set[int] = set()
         self.counts: Counter[int] = Counter()
+        self.interrupted = False
 
     def sweep(self) -> int:
         """Fork a child that sweeps, resuming what is there. Returns its process id."""
@@ -140,20 +141,21 @@ class Round:
                 if len(record["losses"]) != 4:
                     self.wrong(f"an ok record with {len(record['losses'])} losses")
             elif outcome["status"] != "crash" or not self.is_killed(outcome):
-                self.wrong(f"{outcome['status']}: {outcome['status_detail']} ({outcome['signal']})")
+                self.wrong(
+                    f"{outcome['status']}: {outcome['status_detail']} ({outcome['signal']}): {outcome['log_tail']}"
+                )
         if list(self.path.glob("pending/*")):
             self.wrong("something is still pending")
 
-    @staticmethod
-    def is_killed(outcome: dict[str, Any]) -> bool:
-        """By its signal, or, while Python itself was starting, by an exception from SIGINT."""
+    def is_killed(self, outcome: dict[str, Any]) -> bool:
+        """By its signal, or by what SIGINT became: the exception, or another one where C code was importing."""
         by_signal = outcome["signal"] in {number.name for number in SIGNALS}
-        return by_signal or "KeyboardInterrupt" in (outcome["log_tail"] or "")
+        return by_signal or (self.interrupted and outcome["exit_code"] == 1)
 
 
-def kill_somebody(rng: random.Random, sweep_pid: int, mark: str, report: dict[str, Any]) -> None:
+def kill_somebody(rng: random.Random, sweep_pid: int, current: Round) -> None:
     """One kill: the sweep in every other case, else one of the trial's processes if there is one."""
-    trial_processes = marked(mark)
+    trial_processes = marked(current.mark)
     target = sweep_pid
     if trial_processes and rng.random() < 1 / 2:
         target = rng.choice(trial_processes)
@@ -162,7 +164,9 @@ def kill_somebody(rng: random.Random, sweep_pid: int, mark: str, report: dict[st
         os.kill(target, number)
     except ProcessLookupError:
         return
-    report["kills"][f"{'sweep' if target == sweep_pid else 'trial'} {number.name}"] += 1
+    of_trial = target != sweep_pid
+    current.interrupted |= of_trial and number is signal.SIGINT
+    current.report["kills"][f"{'trial' if of_trial else 'sweep'} {number.name}"] += 1
 
 
 def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -180,7 +184,7 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             while ended[0] == 0:
                 time.sleep(rng.uniform(0.0, 0.25))
                 if sum(report["kills"].values()) < kills:
-                    kill_somebody(rng, pid, mark, report)
+                    kill_somebody(rng, pid, current)
                 ended = os.waitpid(pid, os.WNOHANG)
             done = ended[1] == 0
             current.look()
