@@ -263,7 +263,7 @@ def fixed_costs(shape: tuple[int, int, int, int]) -> dict[str, float]:
 def whole(name: str, plan: launch.Plan, rep: int) -> dict[str, float | bool]:
     """Forward and forward+backward of the public operator with a plan: ms, peak MiB, repeatability."""
     p = Problem.make(SHAPES[name])
-    launch.plan_for = lambda q: plan
+    launch.plan_for = lambda q, precision: plan
     leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]
 
     def both() -> tuple[Tensor, ...]:
@@ -305,7 +305,7 @@ def accuracy(name: str, plan: launch.Plan, dtype: torch.dtype, rows: int = 24) -
     p = Problem.make((rows, h, n, d), dtype, seed=5)
     p.mask[:, 0] = False
     exact = oracle(p)
-    launch.plan_for = lambda q: plan
+    launch.plan_for = lambda q, precision: plan
     found = {}
     for who, f in (("ours", attention), ("eager", reference.attention)):
         leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]

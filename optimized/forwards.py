@@ -119,13 +119,19 @@ def triangle_attention(
 
 
 def shared_bias_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, fallbacks: Fallbacks
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    fallbacks: Fallbacks,
+    products: str = "ieee",
 ) -> Tensor:
     """Attention of any number of samples with pair bias (AF3 Algorithm 24, lines 9 and 10).
 
     q [*, L, H, d], k and v [*, K, H, d]; bias [*', H, L, K] and mask [*'', K] (True = keep) broadcast to the
     leading axes of q. The trailing leading axes along which the bias does not vary share it, without a copy.
-    Returns [*, L, H·d].
+    `products` says how those of float32 are taken: see `optimized.apply`. Returns [*, L, H·d].
     """
     lead = q.shape[:-3]
     bias = bias[(None,) * (len(lead) + 3 - bias.dim())]
@@ -138,8 +144,8 @@ def shared_bias_attention(
     bias = bias.reshape(*bias.shape[:own], *pairs).expand(*lead[:own], *pairs).unsqueeze(-4)
     if mask is not None:
         mask = mask.expand(*lead, mask.shape[-1]).reshape(*lead[:own], rows, mask.shape[-1])
-    fallbacks.check("attention_pair_bias", attention_op.supported(q, k, v, bias, mask))
-    x = attention_op.attention(q, k, v, bias, mask).transpose(-3, -2)
+    fallbacks.check("attention_pair_bias", attention_op.supported(q, k, v, bias, mask, products))
+    x = attention_op.attention(q, k, v, bias, mask, precision=products).transpose(-3, -2)
     return x.reshape(*lead, *x.shape[-3:]).flatten(-2)
 
 

@@ -110,7 +110,7 @@ class AttentionPairBias(Fused, attention_pair_bias.AttentionPairBias):
             linear(a).unflatten(-1, (self.heads, -1))
             for linear in (self.linear_q, self.linear_k, self.linear_v)
         )
-        x = forwards.shared_bias_attention(q, k, v, bias, mask, self.fallbacks)
+        x = forwards.shared_bias_attention(q, k, v, bias, mask, self.fallbacks, self.products)
         gate, weight, outer = self.linear_g(a), self.linear_o.weight, self.linear_s
         if "gated_output" not in self.fused_ops:
             x = self.linear_o(x * torch.sigmoid(gate))

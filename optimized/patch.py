@@ -11,6 +11,7 @@ from torch import nn
 
 from megafold_bench.errors import UserError
 from optimized import modules
+from optimized.ops.attention.operator import PRECISIONS
 from optimized.patches import boltz, openfold3, protenix
 from optimized.recipes import DEFAULT_OPS, OPS, Fallbacks, Fused, Recipe, fused_class
 
@@ -66,6 +67,7 @@ class Report:
             module.__class__ = kind
             module.__dict__.pop("fallbacks", None)
             module.__dict__.pop("fused_ops", None)
+            module.__dict__.pop("products", None)
 
     def __str__(self) -> str:
         lines = [f"{op}: {n} replaced" for op, n in self.counts().items()] or ["nothing replaced"]
@@ -74,7 +76,7 @@ class Report:
         return "\n".join(lines)
 
 
-def apply(model: nn.Module, ops: Iterable[str] | None = None) -> Report:
+def apply(model: nn.Module, ops: Iterable[str] | None = None, products: str = "ieee") -> Report:
     """Make the modules of `model` that have a fused operator run on it, in place.
 
     Knows the baseline and the Pairformer and token transformer modules of Boltz 2, Protenix 2 and OpenFold3, by
@@ -82,12 +84,17 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None) -> Report:
     module keeps its parameters, their names, its hooks and its identity, so optimisers, checkpoints and wrappers
     stay valid; only its class changes. Call it before or after moving, checkpointing, compiling or wrapping.
 
+    `products` says how attention with pair bias takes those of float32, the diffusion module's: ``"ieee"``, in float32;
+    ``"tf32x3"``, as three TF32 products each (NVIDIA only, errors some 2⁻²¹); ``"tf32"``, as one.
+
     Where a kernel does not take a call (on the CPU, for one) the operator's definition runs, and
     `Report.fallbacks` says so. Masks are 0 or 1. A row whose keys are all masked gives zero, where the libraries
     give an average over the masked keys. Options that pick another kernel or a chunk size are not needed and
-    ignored. Raises `UserError` for an unknown operator or a model without a module it knows.
+    ignored. Raises `UserError` for an unknown operator or kind of product, or a model without a module it knows.
     """
     chosen = _chosen(ops)
+    if products not in PRECISIONS:
+        raise UserError(f"unknown kind of products {products!r}: choose from {', '.join(PRECISIONS)}")
     log = Fallbacks()
     replaced: list[Replaced] = []
     left: list[Left] = []
@@ -106,6 +113,7 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None) -> Report:
         module.__class__ = fused_class(recipe.mixin, type(module))
         module.__dict__["fallbacks"] = log
         module.__dict__["fused_ops"] = chosen
+        module.__dict__["products"] = products
     if not replaced and not left:
         raise UserError(
             f"{type(model).__name__} has no module that optimized.apply knows: it takes the baseline, "

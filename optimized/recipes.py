@@ -53,10 +53,12 @@ class Fused:
     """Mixin of every replacement. `fallbacks` collects why its operators fell back, if they did.
 
     `fused_ops` are the operators that were asked for: a module that is replaced for one may end with another.
+    `products` is how attention with pair bias takes products of float32.
     """
 
     fallbacks: Fallbacks
     fused_ops: frozenset[str] = frozenset(OPS)
+    products: str = "ieee"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

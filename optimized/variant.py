@@ -9,16 +9,18 @@ from importlib.util import find_spec
 
 from baselines.af3.model import AlphaFold3
 from baselines.compilation import compile_units, strict_compilation
-from baselines.factors import Flag
+from baselines.factors import Choice, Flag
 from baselines.systems import PyTorchVariant
 from baselines.workload import FixedCropWorkload, build_workload
 from megafold_bench.errors import UserError
 from megafold_bench.variants import Scalar, Support
+from optimized.ops.attention.operator import PRECISIONS
 from optimized.patch import Report, apply
 from optimized.recipes import DEFAULT_OPS, OPS
 
 ALL = "all"
 COMPILE = Flag(False)
+PRODUCTS = Choice(PRECISIONS, tiny="ieee", small="ieee", af3="ieee")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class MegaFoldVariant(PyTorchVariant):
 
     Same weights, input, random choices, losses, precision policy, checkpointing and optimiser. The option
     ``ops`` names the operators to use, separated by commas, or ``all``; by default those of `DEFAULT_OPS`. With the option
-    ``compile`` the patched blocks are compiled as `inductor` compiles them; off by default.
+    ``compile`` the patched blocks are compiled as `inductor` compiles them; off by default. ``products`` is how
+    attention takes products of float32: see `optimized.apply`.
     """
 
     name: str = "megafold"
@@ -46,15 +49,17 @@ class MegaFoldVariant(PyTorchVariant):
         return eager
 
     def resolve(self, options: Mapping[str, Scalar], seq_len: int) -> dict[str, Scalar]:
-        """The factors of `pytorch`, ``ops`` in a fixed order and ``compile``. Raises `UserError`."""
-        own = ("ops", "compile")
+        """The factors of `pytorch`, ``ops`` in a fixed order, ``compile`` and ``products``. Raises `UserError`."""
+        own = ("ops", "compile", "products")
         rest = {name: value for name, value in options.items() if name not in own}
         wish = options.get("compile")
         compiled = COMPILE.default if wish is None else COMPILE.parse("compile", wish)
+        products = options.get("products")
         return {
             **super().resolve(rest, seq_len),
             "ops": _canonical(options.get("ops")),
             "compile": compiled,
+            "products": PRODUCTS.af3 if products is None else PRODUCTS.parse("products", products),
         }
 
     def build(self, factors: Mapping[str, Scalar], seq_len: int, seed: int, device: str) -> FixedCropWorkload:
@@ -65,7 +70,7 @@ class MegaFoldVariant(PyTorchVariant):
         reports: list[Report] = []
 
         def patch(model: AlphaFold3) -> None:
-            reports.append(apply(model, _names(factors["ops"])))
+            reports.append(apply(model, _names(factors["ops"]), str(factors["products"])))
             if factors["compile"]:
                 compile_units(model.checkpoint_units())
 

@@ -39,7 +39,7 @@ def _require(verdict: tuple[bool, str]) -> None:
         raise UnsupportedError(f"{verdict[1]}: the definition would run")
 
 
-def _megafold_attention(problem: Problem) -> Function:
+def _megafold_attention(problem: Problem, precision: str = "ieee") -> Function:
     from optimized.ops.attention import attention, supported
 
     def inputs(t: Tensors, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -47,10 +47,17 @@ def _megafold_attention(problem: Problem) -> Function:
         return q, k, v, t["bias"][None, None], None if mask is None else mask[None]
 
     def run(t: Tensors, mask: Tensor | None) -> list[Tensor]:
-        return [attention(*inputs(t, mask))[0].transpose(1, 2)]
+        return [attention(*inputs(t, mask), precision=precision)[0].transpose(1, 2)]
 
-    _require(supported(*inputs(problem.tensors, problem.mask)))
+    _require(supported(*inputs(problem.tensors, problem.mask), precision))
     return run
+
+
+def _megafold_tf32x3(problem: Problem) -> Function:
+    """Three TF32 products for each of float32, as PyTorch's memory-efficient attention takes them on NVIDIA GPUs."""
+    if problem.tensors["q"].dtype != torch.float32:
+        raise UnsupportedError("tf32x3 is about products of float32")
+    return _megafold_attention(problem, "tf32x3")
 
 
 def _megafold_triangle(problem: Problem) -> Function:
@@ -188,6 +195,7 @@ BUILDERS: dict[str, dict[str, Builder]] = {
     "trifast": _for_all(peers.trifast, *ATTENTION),
     "ds4sci": _for_all(peers.ds4sci, *ATTENTION),
     "megafold": MEGAFOLD,
+    "megafold-tf32x3": _for_all(_megafold_tf32x3, *ATTENTION),
 }
 
 

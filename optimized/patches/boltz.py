@@ -108,7 +108,7 @@ class _PairBias(Fused):
 
         q, k, v = split(self.proj_q(s)), split(self.proj_k(k_in)), split(self.proj_v(k_in))
         kept = keep(mask.expand(s.shape[0], -1).unflatten(0, (-1, multiplicity)))
-        o = forwards.shared_bias_attention(q, k, v, bias.unsqueeze(1), kept, self.fallbacks)
+        o = forwards.shared_bias_attention(q, k, v, bias.unsqueeze(1), kept, self.fallbacks, self.products)
         return self.proj_o(self.proj_g(s).sigmoid() * o.flatten(0, 1))
 
 

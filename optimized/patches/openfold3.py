@@ -116,7 +116,7 @@ class _PairBias(Fused):
         if precise:
             q, k, v = q.float(), k.float(), v.float()
         bias = self.linear_z(z).movedim(-1, -3)
-        o = forwards.shared_bias_attention(q, k, v, bias, keep(mask), self.fallbacks).to(dtype)
+        o = forwards.shared_bias_attention(q, k, v, bias, keep(mask), self.fallbacks, self.products).to(dtype)
         return mha.linear_o(o * torch.sigmoid(mha.linear_g(a)))
 
 

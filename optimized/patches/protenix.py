@@ -101,7 +101,7 @@ class AttentionPairBias(Fused):
             for linear, x in ((attention.linear_q, q), (attention.linear_k, kv), (attention.linear_v, kv))
         )
         bias = self._bias(z, enable_efficient_fusion)
-        o = forwards.shared_bias_attention(queries, keys, values, bias, None, self.fallbacks)
+        o = forwards.shared_bias_attention(queries, keys, values, bias, None, self.fallbacks, self.products)
         return attention.linear_o(o * torch.sigmoid(attention.linear_g(q)))
 
     def _bias(self, z: Tensor, channels_first: bool) -> Tensor:

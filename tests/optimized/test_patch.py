@@ -259,9 +259,27 @@ def test_subclasses_without_a_forward_are_replaced():
     assert_same(run(named, inputs, lambda m, x: m(x)), run(plain, inputs, lambda m, x: m(x)), 2e-5)
 
 
+def test_products_reach_the_attention(monkeypatch):
+    seen = set()
+
+    def attention(q, k, v, bias, mask=None, scale=None, precision="ieee"):
+        seen.add(precision)
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr("optimized.forwards.attention_op.attention", attention)
+    patched = block()
+    report = apply(patched, products="tf32x3")
+    call(patched, *INPUTS)
+    assert seen == {"tf32x3"}
+    report.undo()
+    assert not any("products" in vars(part) for part in patched.modules())
+
+
 def test_errors_of_the_user():
     with pytest.raises(UserError, match="unknown operator 'softmax': choose from triangle_multiplication"):
         apply(block(), ["softmax"])
+    with pytest.raises(UserError, match="unknown kind of products 'bf16': choose from ieee, tf32x3, tf32"):
+        apply(block(), products="bf16")
     with pytest.raises(UserError, match="Linear has no module"):
         apply(nn.Linear(2, 2))
 

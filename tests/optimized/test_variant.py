@@ -84,8 +84,13 @@ def test_contract_and_options():
     chosen = MEGAFOLD.resolve({**TINY, "ops": "transition, triangle_attention"}, TOKENS)
     assert chosen["ops"] == "triangle_attention,transition"
     assert chosen["compile"] is False
-    assert {k: v for k, v in chosen.items() if k not in ("ops", "compile")} == PYTORCH.resolve(TINY, TOKENS)
+    assert {k: v for k, v in chosen.items() if k not in ("ops", "compile", "products")} == PYTORCH.resolve(
+        TINY, TOKENS
+    )
     assert MEGAFOLD.resolve({**TINY, "compile": "true"}, TOKENS)["compile"] is True
+    assert chosen["products"] == "ieee"
+    with pytest.raises(UserError, match="products='bf16' is unknown: choose from ieee, tf32x3, tf32"):
+        MEGAFOLD.resolve({**TINY, "products": "bf16"}, TOKENS)
     with pytest.raises(UserError, match="unknown operator 'softmax'"):
         MEGAFOLD.resolve({**TINY, "ops": "softmax"}, TOKENS)
 

@@ -86,13 +86,22 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
     return cases
 
 
-SHIPPED = (("bf16", 16), ("bf16", 24), ("bf16", 32), ("bf16", 48), ("bf16", 64), ("fp16", 32), ("fp32", 32))
+SHIPPED = (
+    *(("bf16", width, "ieee") for width in (16, 24, 32, 48, 64)),
+    ("fp16", 32, "ieee"),
+    ("fp32", 32, "ieee"),
+    ("fp32", 48, "ieee"),
+    ("fp32", 48, "tf32x3"),
+)
 
 
 def cases(arch: str) -> list[KernelCase]:
     """Every kernel with its default configuration on `arch`, for the dtypes and head sizes of the AF3 family."""
     found: list[KernelCase] = []
-    for short, head_dim in SHIPPED:
-        plan = default_plan(getattr(torch, DTYPES[short]), head_dim, arch)
-        found += plan_cases(plan, f"attention.{short}.d{head_dim}", dtype=short, head_dim=head_dim)
+    for short, head_dim, precision in SHIPPED:
+        if precision != "ieee" and not arch.startswith("sm_"):
+            continue
+        plan = default_plan(getattr(torch, DTYPES[short]), head_dim, arch, precision)
+        label = f"attention.{short}.d{head_dim}" + ("" if precision == "ieee" else f".{precision}")
+        found += plan_cases(plan, label, dtype=short, head_dim=head_dim, precision=precision)
     return found

@@ -12,6 +12,7 @@ from optimized.ops.support import Supported, triton_support
 
 HEAD_DIMS = (8, 16, 24, 32, 48, 64)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
+"""How fp32 products are taken: in fp32, as three TF32 products each (errors some 2⁻²¹), or as one."""
 
 
 def supported(
@@ -66,7 +67,7 @@ def run_forward(
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
     call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, False)
-    launch.launch_forward(call, _five(o), lse, launch.plan_for(q).forward)
+    launch.launch_forward(call, _five(o), lse, launch.plan_for(q, precision).forward)
     return o, lse
 
 
@@ -77,7 +78,7 @@ def run_backward(
     """dq, dk, dv and dbias by the kernels, unchecked."""
     from optimized.ops.attention import launch
 
-    plan = launch.plan_for(q)
+    plan = launch.plan_for(q, precision)
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
     call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, True)
     do5, o5 = launch.aligned(_five(do)), launch.aligned(_five(o))

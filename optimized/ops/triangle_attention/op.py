@@ -102,6 +102,7 @@ def _forward(
     keys = _keys(mask, columns)
     x, lse = attention.run_forward(qs, ks, vs, bias_of_rows(pairs, flipped), keys, scale, "ieee")
     o = from_rows(x, columns)
+    del qs, ks, vs, pairs
     return ending.run_forward(o, gate, out, residual, keep, dtype), o, lse
 
 

@@ -78,6 +78,16 @@ def test_sdpa_agrees_with_the_definition():
     assert max(own.values()) < 1e-5
 
 
+def test_tf32x3_is_for_float32():
+    own, _ = errors_against_fp64(
+        build("megafold-tf32x3", make_problem("attention_pair_bias", 11, "fp32", "cpu", small=True)),
+        make_problem("attention_pair_bias", 11, "fp32", "cpu", small=True),
+    )
+    assert max(own.values()) < 1e-5
+    with pytest.raises(UnsupportedError, match="float32"):
+        build("megafold-tf32x3", make_problem("attention_pair_bias", 11, "bf16", "cpu", small=True))
+
+
 @pytest.mark.parametrize("name", ["cuequivariance", "trifast", "ds4sci", "flex"])
 def test_peers_say_why_they_cannot_run(name):
     problem = make_problem("triangle_attention", 8, "bf16", "cpu", small=True)

@@ -172,7 +172,16 @@ def test_several_rows_a_program(monkeypatch):
     case = make(torch.float32, rows=4, heads=1, queries=20, keys=40)
     row = Config({"ROWS": 3, "BQ": 16, "BK": 16, "STAGES": 1})
     plan = launch.Plan(row, row, Config({"BQ": 32, "BK": 16, "STAGES": 1}), row)
-    monkeypatch.setattr(launch, "plan_for", lambda q: plan)
+    monkeypatch.setattr(launch, "plan_for", lambda q, precision: plan)
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_tiles_of_the_diffusion_attention_in_fp32(precision, monkeypatch):
+    """Those of an H200, with the 48 channels a head that token attention has."""
+    case = make(torch.float32, rows=2, heads=1, queries=70, keys=45, dim=48)
+    plan = launch.default_plan(torch.float32, 48, "sm_90", precision)
+    monkeypatch.setattr(launch, "plan_for", lambda q, precision: plan)
     check(case, torch.float32)
 
 
