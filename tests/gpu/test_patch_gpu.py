@@ -5,7 +5,6 @@ further from it than the baseline's own operators.
 """
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,14 +32,6 @@ DEVICE = "cuda"
 LENGTHS = pytest.mark.parametrize("n", [64, 77])
 MARGIN, MEDIAN_MARGIN = 1.6, 1.1
 """How much further from float32 than the baseline's one tensor, and their median, may be: rounding scatters."""
-
-
-@pytest.fixture(autouse=True)
-def _exact_fp32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def block() -> PairformerBlock:

@@ -1,13 +1,7 @@
 """Triangle attention whole, and every operator as `verify` sees it, on a real GPU."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "optimized" / "ops"))
-
 from fused_checks import check_against_definition, check_bitwise, distance, parameters
 
 from optimized.kernels.problem import DTYPES
@@ -25,15 +19,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device is visible to torch"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _exact_fp32():
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.manual_seed(0)
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def weights(c, heads, width, dtype):
