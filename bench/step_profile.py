@@ -1,9 +1,10 @@
-"""Where the time of one training step goes: device time by kernel and by PyTorch operator and shape.
+"""Where the time of one training step goes: device time by kernel and, on request, by PyTorch operator and shape.
 
 python bench/step_profile.py --variant megafold --seq-len 768 --out DIR [--preset af3] [--option ops=all]
 
 After warm-up, some steps are timed alone and one more is profiled: a step under the profiler is slower on the host, so
-shares are read from the profile and times from the steps before it. Writes `VARIANT-LENGTH.txt` and a `.json`.
+shares are read from the profile and times, printed at once, from the steps before it. With `--operators` the profiler
+takes minutes for the hundred thousand operators of a step. Writes `VARIANT-LENGTH.txt` and a `.json`.
 """
 
 import argparse
@@ -31,7 +32,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=768)
     parser.add_argument("--preset", default="af3")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--steps", type=int, default=2, help="timed before the profile")
+    parser.add_argument("--steps", type=int, default=2, help="timed before the profile, at least 1")
+    parser.add_argument("--operators", action="store_true", help="also by PyTorch operator and shape")
     parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
@@ -81,14 +83,17 @@ def main() -> None:
 
     first = step()
     times = [step() for _ in range(args.steps)]
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities, record_shapes=True) as events:
+    title = f"{args.variant} N={args.seq_len} {' '.join(args.option)}: first step {first:.2f} s"
+    print(f"{title}, then {', '.join(f'{t:.3f}' for t in times)} s", flush=True)
+    activities = [ProfilerActivity.CUDA] if device == "cuda" else []
+    if args.operators or device == "cpu":
+        activities.append(ProfilerActivity.CPU)
+    with profile(activities=activities, record_shapes=args.operators) as events:
         profiled = step()
     by_kernel, by_operator = totals(events, device)
     busy = sum(row["s"] for row in by_kernel)
     head = (
-        f"{args.variant} N={args.seq_len} {' '.join(args.option)}: first step {first:.2f} s, "
-        f"median {statistics.median(times):.3f} s, profiled {profiled:.3f} s, kernels {busy:.3f} s, "
+        f"{title}, median {statistics.median(times):.3f} s, profiled {profiled:.3f} s, kernels {busy:.3f} s, "
         f"{sum(row['calls'] for row in by_kernel)} launches"
     )
     lines = [head, "", "kernels"]

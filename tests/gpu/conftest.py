@@ -1,4 +1,7 @@
-"""What every GPU test starts from: float32 products in float32, seeded inputs; the operators' checks can be imported."""
+"""What every GPU test starts from: float32 products in float32, seeded inputs; the operators' checks can be imported.
+
+Trials are tested first: they watch the whole device, and what this process holds of it would count as another's.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -8,6 +11,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "optimized" / "ops"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "test_harness_gpu" not in item.nodeid)
 
 
 @pytest.fixture(autouse=True)

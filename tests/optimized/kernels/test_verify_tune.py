@@ -44,6 +44,20 @@ def test_what_is_not_a_number_is_infinitely_wrong():
     assert verify.ratios({"out": 1e-6}, {"out": 1e-9})["out"] < 1.1
 
 
+def test_an_error_beyond_the_limit_is_judged_over_many_draws():
+    def never(draw):
+        raise AssertionError("one draw within the limit is enough")
+
+    assert verify.judge(({"g": 1.0}, {"g": 1.0}), never) == {"g": 1.0}
+    unlucky = verify.judge(({"g": 1.3}, {"g": 1.0}), lambda draw: ({"g": 1.0}, {"g": 1.0}))
+    assert 1.0 < unlucky["g"] < verify.ALLOWED_RATIO
+    wrong = verify.judge(({"g": 1.3}, {"g": 1.0}), lambda draw: ({"g": 1.2}, {"g": 1.0}))
+    assert wrong["g"] > verify.ALLOWED_RATIO
+    assert verify.judge(({"g": float("nan")}, {"g": 1.0}), lambda draw: ({"g": 1.0}, {"g": 1.0}))[
+        "g"
+    ] == float("inf")
+
+
 def test_the_definition_is_no_verdict(monkeypatch):
     monkeypatch.setattr("optimized.ops.support.interpreting", lambda: False)
     with pytest.raises(UnsupportedError, match="need a CUDA or ROCm device"):
