@@ -29,7 +29,14 @@ from tests.fixtures.make_amd_shaped import make
 ROOT = Path(__file__).resolve().parents[2]
 REAL = [
     ROOT / "reports" / "reference" / name
-    for name in ("h200-7a4d", "h200-lengths", "h200-long", "h200-ladder", "h200-megafold")
+    for name in (
+        "h200-7a4d",
+        "h200-lengths",
+        "h200-long",
+        "h200-ladder",
+        "h200-ladder-inductor",
+        "h200-megafold",
+    )
 ]
 AMD = ROOT / "tests" / "fixtures" / "amd-shaped"
 NAMES = [run.name for run in (*REAL, AMD)]
