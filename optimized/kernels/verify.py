@@ -51,6 +51,7 @@ def cases(op: str, dtype: str, device: str, effort: Effort, draw: int = 0) -> It
 
 
 Errors = tuple[dict[str, float], dict[str, float]]
+"""By the name of an output or gradient: those of the kernels, those of the definition."""
 
 
 def ratios(own: dict[str, float], definition: dict[str, float]) -> dict[str, float]:
