@@ -1,4 +1,5 @@
-"""Where the time of one training step goes: device time by kernel and, on request, by PyTorch operator and shape.
+"""Where the time of one training step goes: device time by kernel and, on request, by PyTorch operator and shape; and
+in which parts of the step the device waited for the host.
 
 python bench/step_profile.py --variant megafold --seq-len 768 --out DIR [--preset af3] [--option ops=all]
 
@@ -43,6 +44,25 @@ def synchronise() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+SLICES = 40
+
+
+def busy_shares(spans: list[tuple[float, float]]) -> list[float]:
+    """The share of each of `SLICES` equal parts of the step in which a kernel ran, from (start, end) of all kernels."""
+    first, last = min(s for s, _ in spans), max(e for _, e in spans)
+    width = (last - first) / SLICES
+    busy = [0.0] * SLICES
+    reached = first
+    for start, end in sorted(spans):
+        start, reached = max(start, reached), max(end, reached)
+        for index in range(min(int((start - first) / width), SLICES - 1), SLICES):
+            left = first + index * width
+            if left >= end:
+                break
+            busy[index] += max(min(end, left + width) - max(start, left), 0.0)
+    return [share / width for share in busy]
 
 
 def totals(events: Any, device: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -91,12 +111,22 @@ def main() -> None:
     with profile(activities=activities, record_shapes=args.operators) as events:
         profiled = step()
     by_kernel, by_operator = totals(events, device)
+    spans = [
+        (e.time_range.start, e.time_range.end)
+        for e in (events.events() if device == "cuda" else ())
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    shares = busy_shares(spans) if spans else []
     busy = sum(row["s"] for row in by_kernel)
     head = (
         f"{title}, median {statistics.median(times):.3f} s, profiled {profiled:.3f} s, kernels {busy:.3f} s, "
         f"{sum(row['calls'] for row in by_kernel)} launches"
     )
-    lines = [head, "", "kernels"]
+    lines = [
+        head,
+        f"busy, % of each {len(shares)}th of the step: " + " ".join(f"{100 * s:.0f}" for s in shares),
+    ]
+    lines += ["", "kernels"]
     lines += [f"{row['s']:9.4f} s {row['calls']:7d}  {row['kernel'][:150]}" for row in by_kernel[: args.rows]]
     lines += ["", "operators"]
     lines += [
@@ -105,7 +135,7 @@ def main() -> None:
     ]
     name = f"{args.variant}-{args.seq_len}" + "".join(f"-{o.replace('=', '_')}" for o in args.option)
     (args.out / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    facts = {"head": head, "first_s": first, "times_s": times, "profiled_s": profiled}
+    facts = {"head": head, "first_s": first, "times_s": times, "profiled_s": profiled, "busy": shares}
     (args.out / f"{name}.json").write_text(
         json.dumps({**facts, "kernels": by_kernel, "operators": by_operator[:400]})
     )

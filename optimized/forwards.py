@@ -23,7 +23,7 @@ from optimized.ops.conditioned_transition import ConditionedWeights
 from optimized.ops.outer_product_mean import OuterWeights
 from optimized.ops.triangle_attention import Orientation, TriangleAttentionWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
-from optimized.recipes import Fallbacks
+from optimized.recipes import Fallbacks, affine, first, width, without_bias
 
 
 class Into(NamedTuple):
@@ -116,6 +116,23 @@ def triangle_attention(
     fallbacks.check("triangle_attention", triangle_attention_op.supported(z, weights, heads, mask, *target))
     update = triangle_attention_op.triangle_attention(z, weights, heads, way, mask, eps, *target)
     return update if out_bias is None else update + out_bias.to(update.dtype)
+
+
+def pair_bias(z: Tensor, norm: Any, linear: Any, fused_ops: frozenset[str], fallbacks: Fallbacks) -> Tensor:
+    """Biases of attention (AF3 Algorithm 24, line 3), [H, *, N, N] from z [*, N, N, c] by a layer norm and a projection.
+
+    One operator where "layer_norm_linear" was asked for and it takes these modules, else the modules themselves.
+    """
+    if "layer_norm_linear" not in fused_ops or bias_obstacle(norm, linear):
+        return linear(norm(z)).movedim(-1, 0)
+    parts = (norm.weight, norm.bias)
+    fallbacks.check("layer_norm_linear", norm_linear_op.supported(z, *parts, [], linear.weight))
+    return norm_linear_op.layer_norm_linear(z, *parts, [], linear.weight, norm.eps)[0]
+
+
+def bias_obstacle(norm: Any, linear: Any) -> str:
+    """What keeps a projection of pair biases out of the operator; nothing if it takes it."""
+    return first(affine(norm), without_bias((linear,)), width("layer_norm_linear", linear.in_features))
 
 
 def shared_bias_attention(

@@ -96,6 +96,14 @@ class Transition(Fused, primitives.Transition):
         return forwards.transition(x, weights, norm.eps, self.fallbacks)
 
 
+class PairBias(Fused, attention_pair_bias.PairBias):
+    """Biases of token attention (AF3 Algorithm 24, line 3): LayerNorm and projection as one operator."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[heads, ..., N] from z [..., N, c_z]."""
+        return forwards.pair_bias(z, self.layer_norm, self.linear, self.fused_ops, self.fallbacks)
+
+
 class AttentionPairBias(Fused, attention_pair_bias.AttentionPairBias):
     """Token attention with pair bias (AF3 Algorithm 24): the attention is an operator, shared by all samples."""
 
@@ -251,6 +259,10 @@ def _check_pair_bias(m: attention_pair_bias.AttentionPairBias) -> str:
     return head_size(m.linear_q.out_features, m.heads)
 
 
+def _check_bias(m: attention_pair_bias.PairBias) -> str:
+    return forwards.bias_obstacle(m.layer_norm, m.linear)
+
+
 def _check_outer(m: msa.OuterProductMean) -> str:
     return first(
         affine(m.layer_norm),
@@ -295,6 +307,7 @@ RECIPES = {
     "baselines.af3.attention_pair_bias.AttentionPairBias": Recipe(
         "attention_pair_bias", AttentionPairBias, _check_pair_bias
     ),
+    "baselines.af3.attention_pair_bias.PairBias": Recipe("layer_norm_linear", PairBias, _check_bias),
     "baselines.af3.pairformer.PairBlock": Recipe("gated_output", PairBlock, _check_pair_block),
     "baselines.af3.msa.MSABlock": Recipe("gated_output", MSABlock, _check_msa_block),
     "baselines.af3.msa.OuterProductMean": Recipe("outer_product_mean", OuterProductMean, _check_outer),

@@ -24,6 +24,7 @@ OPS = (
     "triangle_attention",
     "transition",
     "attention_pair_bias",
+    "layer_norm_linear",
     "adaptive_layer_norm",
     "conditioned_transition",
     "gated_output",
@@ -140,6 +141,7 @@ def width(op: str, channels: int) -> str:
     limits = {
         "triangle_multiplication": triangle_multiplication_op.MAX_CHANNELS,
         "triangle_attention": layer_norm_linear_op.MAX_CHANNELS,
+        "layer_norm_linear": layer_norm_linear_op.MAX_CHANNELS,
         "transition": transition_op.MAX_CHANNELS,
         "adaptive_layer_norm": adaptive_layer_norm_op.MAX_CHANNELS,
         "outer_product_mean": outer_product_mean_op.MAX_CHANNELS,

@@ -98,4 +98,9 @@ def cases(arch: str) -> list[KernelCase]:
                 config = linear.default(f"layer_norm_linear.{kernel}", c, dtype)
                 fn = getattr(linear_kernels, f"{kernel}_kernel")
                 found.append(make_case(f"layer_norm_linear.{short}.{c}.{kernel}", fn, config, short, sizes))
+                alone = {**sizes, "H": 0, "T": 0, "HEADS": 16}  # the bias of token attention
+                if kernel == "weight_gradient":
+                    alone, config = {**sizes, "H": 16, "T": 1}, linear.narrowed(config, 16)
+                name = f"layer_norm_linear.{short}.{c}.bias.{kernel}"
+                found.append(make_case(name, fn, config, short, alone, (f"layer_norm_linear.{kernel}", c)))
     return found

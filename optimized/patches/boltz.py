@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimized import forwards
 from optimized.forwards import TransitionWeights, keep
@@ -99,6 +99,14 @@ class _PairBias(Fused):
     proj_v: Any
     proj_g: Any
     proj_o: Any
+    proj_z: Any
+
+    def _bias(self, z: Tensor) -> Tensor:
+        """[B, H, L, K] from z [B, L, K, c_z], or from [B, L, K, H] where there is nothing to project."""
+        if not isinstance(self.proj_z, nn.Sequential):
+            return self.proj_z(z)
+        norm, linear = self.proj_z[0], self.proj_z[1]
+        return forwards.pair_bias(z, norm, linear, self.fused_ops, self.fallbacks).movedim(0, 1)
 
     def _attend(self, s: Tensor, k_in: Tensor, bias: Tensor, mask: Tensor, multiplicity: int) -> Tensor:
         """s [B·M, L, c], k_in [B·M, K, c], bias [B, H, L, K], mask [B·M, K]; M samples share a bias."""
@@ -115,17 +123,14 @@ class _PairBias(Fused):
 class AttentionPairBias(_PairBias):
     """Attention with pair bias of Boltz-2 (`attentionv2`)."""
 
-    proj_z: Any
-
     def forward(self, s: Tensor, z: Tensor, mask: Tensor, k_in: Tensor, multiplicity: int = 1) -> Tensor:
         """The update of s [B·M, L, c]; z [B, L, K, c_z] or, without a projection of its own, [B, L, K, H]."""
-        return self._attend(s, k_in, self.proj_z(z), mask, multiplicity)
+        return self._attend(s, k_in, self._bias(z), mask, multiplicity)
 
 
 class FirstAttentionPairBias(_PairBias):
     """Attention with pair bias of Boltz-1 (`attention`), which normalises s itself."""
 
-    proj_z: Any
     initial_norm: bool
     norm_s: Any
 
@@ -146,7 +151,7 @@ class FirstAttentionPairBias(_PairBias):
             k_in, mask = to_keys(s), to_keys(mask.unsqueeze(-1)).squeeze(-1)
         bias = None if model_cache is None else model_cache.get("z")
         if bias is None:
-            bias = self.proj_z(z)
+            bias = self._bias(z)
             if model_cache is not None:
                 model_cache["z"] = bias
         return self._attend(s, k_in, bias, mask, multiplicity)

@@ -105,8 +105,8 @@ class _PairBias(Fused):
     mha: Any
     linear_z: Any
 
-    def _attend(self, a: Tensor, z: Tensor, mask: Tensor | None, precise: bool) -> Tensor:
-        """a [*, N, c] normalised, z [*', N, N, c_z] ready to project, mask [*, N]."""
+    def _attend(self, a: Tensor, bias: Tensor, mask: Tensor | None, precise: bool) -> Tensor:
+        """a [*, N, c] normalised, bias [*', H, N, N], mask [*, N]."""
         mha = self.mha
         q, k, v = (
             linear(a).unflatten(-1, (mha.no_heads, -1))
@@ -115,7 +115,6 @@ class _PairBias(Fused):
         dtype = q.dtype
         if precise:
             q, k, v = q.float(), k.float(), v.float()
-        bias = self.linear_z(z).movedim(-1, -3)
         o = forwards.shared_bias_attention(q, k, v, bias, keep(mask), self.fallbacks, self.products).to(dtype)
         return mha.linear_o(o * torch.sigmoid(mha.linear_g(a)))
 
@@ -136,7 +135,8 @@ class AttentionPairBias(_PairBias):
         **options: Any,
     ) -> Tensor:
         """The update of a [*, N, c]; z [*, N, N, c_z]; mask [*, N]."""
-        return self._attend(self.layer_norm_a(a), self.layer_norm_z(z), mask, use_high_precision_attention)
+        bias = forwards.pair_bias(z, self.layer_norm_z, self.linear_z, self.fused_ops, self.fallbacks)
+        return self._attend(self.layer_norm_a(a), bias.movedim(0, -3), mask, use_high_precision_attention)
 
 
 class DiffusionAttentionPairBias(_PairBias):
@@ -156,7 +156,8 @@ class DiffusionAttentionPairBias(_PairBias):
         **options: Any,
     ) -> Tensor:
         """The update of a [*, N, c]; s [*, N, c_s]; z [*, N, N, c_z] with 1 where the samples share it."""
-        update = self._attend(self.layer_norm_a(a, s), z, mask, use_high_precision_attention)
+        bias = self.linear_z(z).movedim(-1, -3)
+        update = self._attend(self.layer_norm_a(a, s), bias, mask, use_high_precision_attention)
         return torch.sigmoid(self.linear_ada_out(s)) * update
 
 

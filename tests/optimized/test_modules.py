@@ -70,6 +70,15 @@ def test_single_attention(mask):
     )
 
 
+def test_biases_of_token_attention():
+    compare(
+        attention_pair_bias.PairBias(C, HEADS, offset=True),
+        modules.PairBias(C, HEADS, offset=True),
+        [randn(N, N, C)],
+        lambda m, z: m(z),
+    )
+
+
 def test_token_attention_of_several_samples():
     """The bias is shared by the samples, here with the strides of a projection of several blocks."""
     inputs = [randn(3, N, C), randn(3, N, 12, seed=2), randn(N, N, 2 * HEADS, seed=3)]

@@ -30,7 +30,8 @@ N, C_Z, C_S = 9, 16, 32
 PAIR = PairConfig(triangle_hidden=16, attention_heads=2, attention_width=8, dropout=0.25)
 INPUTS = [randn(N, C_S), randn(N, N, C_Z, seed=2)]
 BLOCK_OPS = (
-    "triangle_multiplication", "triangle_attention", "transition", "attention_pair_bias", "gated_output",
+    "triangle_multiplication", "triangle_attention", "transition", "attention_pair_bias", "layer_norm_linear",
+    "gated_output",
 )  # fmt: skip
 """The operators of a Pairformer block."""
 TOKEN_OPS = ("attention_pair_bias", "adaptive_layer_norm", "conditioned_transition")
@@ -66,6 +67,7 @@ def test_whole_model():
         "triangle_attention": 2 * blocks,
         "transition": blocks + 48 + 4 + 3 + 4,  # single tracks, MSA rows, diffusion conditioning
         "attention_pair_bias": 48 + 4 + 24,
+        "layer_norm_linear": 48 + 4,  # the biases of token attention in the trunk
         "adaptive_layer_norm": 24 * 2 + 9 * 3,  # two in a token block, three in an atom block
         "conditioned_transition": 24 + 9,
         "gated_output": blocks + 4,  # pair blocks and MSA blocks
@@ -358,6 +360,7 @@ def test_a_patched_block_is_one_graph_of_operators(monkeypatch):
         *["triangle_multiplication", "add_update"] * 2,
         *["triangle_attention"] * 2,
         "transition",
+        "layer_norm_linear",
         "pair_attention",
         "gated_output",
         "transition",

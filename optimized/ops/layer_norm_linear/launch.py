@@ -37,7 +37,7 @@ def _narrow(shape: tuple[int, ...]) -> Config:
     return tile(*shape)
 
 
-def _narrowed(config: Config, width: int) -> Config:
+def narrowed(config: Config, width: int) -> Config:
     """The same tile with at most `width` output channels (always the same object for the same tile)."""
     constants = config.constants
     shape = (constants["BM"], width, config.num_warps, constants["STAGES"], config.max_registers)
@@ -125,7 +125,7 @@ def weight_gradient(n: Tensor, grads: list[Tensor], config: Config | None = None
     hidden = grads[0].shape[1]
     config = config or _config("weight_gradient", n, n.dtype)
     if config.constants["BN"] > max(16, power_of_two(hidden)):
-        config = _narrowed(config, max(16, power_of_two(hidden)))
+        config = narrowed(config, max(16, power_of_two(hidden)))
     programs = len(grads) * ceil_div(hidden, config.constants["BN"])
     steps = ceil_div(rows, config.constants["BM"])
     splits = max(1, min(2 * processors(n.device) // programs, steps))
