@@ -98,9 +98,20 @@ def cases(arch: str) -> list[KernelCase]:
                 config = linear.default(f"layer_norm_linear.{kernel}", c, dtype)
                 fn = getattr(linear_kernels, f"{kernel}_kernel")
                 found.append(make_case(f"layer_norm_linear.{short}.{c}.{kernel}", fn, config, short, sizes))
-                alone = {**sizes, "H": 0, "T": 0, "HEADS": 16}  # the bias of token attention
+            alone = {**sizes, "H": 0, "T": 0, "HEADS": 16}  # the bias of token attention
+            one = {**sizes, "H": 16, "T": 1}
+            for kernel, fn, sizes in (
+                ("forward", linear_kernels.forward_kernel, alone),
+                ("bias_gradient", linear_kernels.input_gradient_kernel, alone),
+                ("weight_gradient", linear_kernels.weight_gradient_kernel, one),
+            ):
+                key = f"layer_norm_linear.{kernel}"
+                config = linear.default(key, c, dtype)
                 if kernel == "weight_gradient":
-                    alone, config = {**sizes, "H": 16, "T": 1}, linear.narrowed(config, 16)
-                name = f"layer_norm_linear.{short}.{c}.bias.{kernel}"
-                found.append(make_case(name, fn, config, short, alone, (f"layer_norm_linear.{kernel}", c)))
+                    config = linear.narrowed(config, 16)
+                found.append(
+                    make_case(
+                        f"layer_norm_linear.{short}.{c}.bias.{kernel}", fn, config, short, sizes, (key, c)
+                    )
+                )
     return found

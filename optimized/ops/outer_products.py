@@ -13,11 +13,12 @@ from torch import Tensor
 
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, power_of_two, processors
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate
 from optimized.ops.tuning import Config
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(repr=profiled_as("outer_products"), do_not_specialize=["splits"])
 def products_kernel(
     g0_ptr,
     n0_ptr,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimized.ops.launcher import launch
+from optimized.ops.names import profiled_as
 from optimized.ops.tuning import Config
 
 PACK = Config({"BLOCK": 2048}, 4)
@@ -21,7 +22,7 @@ FOLD = Config({"ROWS": 128, "BLOCK": 32, "WIDE_ROWS": 8, "WIDE_BLOCK": 512}, 4)
 _MOST = 6
 
 
-@triton.jit
+@triton.jit(repr=profiled_as("parameters_pack"))
 def pack_kernel(
     w0_ptr, w1_ptr, w2_ptr, w3_ptr, w4_ptr, w5_ptr, out_ptr, n0, n1, n2, n3, n4, n5, BLOCK: tl.constexpr
 ):
@@ -67,7 +68,7 @@ def column_sums(source, out_ptr, rows, size, first, ROWS: tl.constexpr, BLOCK: t
     tl.store(out_ptr + column, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < size)
 
 
-@triton.jit
+@triton.jit(repr=profiled_as("parameters_fold"))
 def fold_kernel(
     tall_partial0,
     tall_partial1,

@@ -14,10 +14,11 @@ Elements moved, c channels of a, R rows of a, P rows of s: forward 2·R·c + 2·
 import triton
 import triton.language as tl
 
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import normal_backward, normalise_rows, normalise_rows_backward, sigmoid
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(repr=profiled_as("adaptive_layer_norm_norm"), do_not_specialize=["rows"])
 def norm_kernel(s_ptr, gamma_ptr, n_ptr, rows, eps, C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr):
     """n = γ ⊙ LN(s) of BM rows."""
     EXACT: tl.constexpr = n_ptr.dtype.element_ty == tl.float32
@@ -30,7 +31,7 @@ def norm_kernel(s_ptr, gamma_ptr, n_ptr, rows, eps, C: tl.constexpr, BC: tl.cons
     tl.store(n_ptr + tile, (normal * gamma[None, :]).to(n_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(repr=profiled_as("adaptive_layer_norm_norm_backward"), do_not_specialize=["rows"])
 def norm_backward_kernel(
     s_ptr,
     gamma_ptr,
@@ -65,7 +66,7 @@ def norm_backward_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(dn * normal, 0), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["rows", "period"])
+@triton.jit(repr=profiled_as("adaptive_layer_norm_modulate"), do_not_specialize=["rows", "period"])
 def modulate_kernel(
     a_ptr,
     p_ptr,
@@ -92,7 +93,9 @@ def modulate_kernel(
     tl.store(y_ptr + tile, (gate * normal + shift).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["period", "samples"])
+@triton.jit(
+    repr=profiled_as("adaptive_layer_norm_modulate_backward"), do_not_specialize=["period", "samples"]
+)
 def modulate_backward_kernel(
     a_ptr,
     p_ptr,

@@ -41,6 +41,7 @@ from optimized.ops.attention.packing import (
     spread,
     unpacked,
 )
+from optimized.ops.names import profiled_as
 
 COMMON = (*LENGTHS, *strides_of("q", "k", "v", "g"))
 
@@ -57,7 +58,9 @@ def bias_head(BIAS, b, h, H, LX, LY, TILE: tl.constexpr):
     return BIAS + (b * H + h) * (tl.cdiv(LX, TILE) * (TILE // 16)) * (tl.cdiv(LY, TILE) * (TILE // 16)) * 256
 
 
-@triton.jit(do_not_specialize=["R", "H", "LQ", *strides_of("o", "g")])
+@triton.jit(
+    repr=profiled_as("attention_statistics"), do_not_specialize=["R", "H", "LQ", *strides_of("o", "g")]
+)
 def statistics_kernel(
     O, G, LSE, DLSE, LSE2, DELTA, R, H, LQ, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
@@ -91,7 +94,10 @@ def statistics_kernel(
     tl.store(DELTA + target, delta)
 
 
-@triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dk", "dv")])
+@triton.jit(
+    repr=profiled_as("attention_grad_kv"),
+    do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dk", "dv")],
+)
 def grad_kv_kernel(
     Q, K, V, G, FLIPPED, MASK, LSE2, DELTA, DK, DV, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l,
@@ -193,7 +199,9 @@ def grad_kv_kernel(
         tl.store(dv_base + tile_offsets(dv_l, d, BK), dv.to(DV.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dq")])
+@triton.jit(
+    repr=profiled_as("attention_grad_q"), do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dq")]
+)
 def grad_q_kernel(
     Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
@@ -286,7 +294,10 @@ def grad_q_kernel(
         tl.store(base + tile_offsets(dq_l, d, BQ), dq, mask=q_mask & (row < R))
 
 
-@triton.jit(do_not_specialize=[*COMMON, "batches", "mask_b", "mask_r", "splits"])
+@triton.jit(
+    repr=profiled_as("attention_grad_bias"),
+    do_not_specialize=[*COMMON, "batches", "mask_b", "mask_r", "splits"],
+)
 def grad_bias_kernel(
     Q, K, V, G, BIAS, MASK, LSE2, DELTA, DBIAS, R, H, LQ, LK, splits, batches,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, mask_b, mask_r, unit_scale,
@@ -347,7 +358,7 @@ def grad_bias_kernel(
     tl.store(target, total, mask=(qi < LQ)[:, None] & (ki < LK)[None, :])
 
 
-@triton.jit(do_not_specialize=["planes", "size"])
+@triton.jit(repr=profiled_as("attention_fold"), do_not_specialize=["planes", "size"])
 def fold_kernel(PARTS, OUT, planes, size, BLOCK: tl.constexpr):
     """OUT[x] = sum over planes p, in order, of PARTS[p, x] in fp32; PARTS [planes, size], OUT [size]."""
     x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from optimized.ops.attention.packing import load_columns, load_packed, packed_pointers, spread, unpacked
 from optimized.ops.exponential import exact_exp
+from optimized.ops.names import profiled_as
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -139,7 +140,10 @@ def _any_key(MASK, mask_at, LK, HAS_MASK: tl.constexpr, TILE: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *strides_of("q", "k", "v", "o"), "mask_b", "mask_r"])
+@triton.jit(
+    repr=profiled_as("attention_forward"),
+    do_not_specialize=[*LENGTHS, *strides_of("q", "k", "v", "o"), "mask_b", "mask_r"],
+)
 def forward_kernel(
     Q, K, V, BIAS, MASK, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l, mask_b, mask_r, unit_scale,

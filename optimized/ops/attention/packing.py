@@ -23,6 +23,8 @@ would take more of its bandwidth than everything else.
 import triton
 import triton.language as tl
 
+from optimized.ops.names import profiled_as
+
 TILE = 128  # the longest tile of any kernel
 PACK = 64  # tile of the packing kernel
 
@@ -105,6 +107,7 @@ def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR:
 
 
 @triton.jit(
+    repr=profiled_as("attention_prepare"),
     do_not_specialize=[
         "LQ",
         "LK",
@@ -118,7 +121,7 @@ def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR:
         "keep_r",
         "keep_k",
         "R",
-    ]
+    ],
 )
 def prepare_kernel(
     BIAS, PACKED, FLIPPED, KEEP, MASK, LQ, LK, H, s_b, s_h, s_q, s_k, packs, R, keep_b, keep_r, keep_k,

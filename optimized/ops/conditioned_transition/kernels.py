@@ -13,10 +13,11 @@ multiprocessor, and the products are large enough for the library: what is saved
 import triton
 import triton.language as tl
 
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import sigmoid
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(repr=profiled_as("conditioned_transition_swiglu"), do_not_specialize=["rows"])
 def swiglu_kernel(u_ptr, h_ptr, rows, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """h `[rows, H]` from u and v side by side `[rows, 2H]`."""
     EXACT: tl.constexpr = u_ptr.dtype.element_ty == tl.float32
@@ -30,7 +31,7 @@ def swiglu_kernel(u_ptr, h_ptr, rows, H: tl.constexpr, BM: tl.constexpr, BN: tl.
     tl.store(h_ptr + m[:, None] * H + j[None, :], h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(repr=profiled_as("conditioned_transition_swiglu_backward"), do_not_specialize=["rows"])
 def swiglu_backward_kernel(
     u_ptr, dh_ptr, du_ptr, h_ptr, rows, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
@@ -52,7 +53,7 @@ def swiglu_backward_kernel(
     tl.store(h_ptr + tile, (swish * v).to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "period"])
+@triton.jit(repr=profiled_as("conditioned_transition_gate"), do_not_specialize=["rows", "period"])
 def gate_kernel(
     o_ptr, g_ptr, bias_ptr, y_ptr, rows, period, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
@@ -69,7 +70,7 @@ def gate_kernel(
     tl.store(y_ptr + tile, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["period", "samples"])
+@triton.jit(repr=profiled_as("conditioned_transition_gate_backward"), do_not_specialize=["period", "samples"])
 def gate_backward_kernel(
     y_ptr,
     g_ptr,

@@ -14,6 +14,7 @@ Widths beyond 256 use a library product, with one elementwise kernel before it a
 import triton
 import triton.language as tl
 
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate, sigmoid
 
 
@@ -24,7 +25,7 @@ def load_keep(keep_ptr, m, j, columns, keep_row, keep_column, inside):
     return tl.load(keep_ptr + where[:, None] + j[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(repr=profiled_as("gated_output_forward"), do_not_specialize=["rows", "columns"])
 def forward_kernel(
     x_ptr,
     g_ptr,
@@ -67,7 +68,7 @@ def forward_kernel(
         tl.store(out_ptr + tile, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "splits"])
+@triton.jit(repr=profiled_as("gated_output_backward"), do_not_specialize=["rows", "columns", "splits"])
 def backward_kernel(
     x_ptr,
     g_ptr,
@@ -120,7 +121,7 @@ def backward_kernel(
     tl.store(share + c[:, None] * H + k[None, :], dw, mask=real)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(repr=profiled_as("gated_output_gate"), do_not_specialize=["total"])
 def gate_kernel(x_ptr, g_ptr, out_ptr, total, BLOCK: tl.constexpr):
     """σ(g) ⊙ x, elementwise."""
     EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
@@ -130,7 +131,7 @@ def gate_kernel(x_ptr, g_ptr, out_ptr, total, BLOCK: tl.constexpr):
     tl.store(out_ptr + k, (sigmoid(g, False, EXACT) * x).to(out_ptr.dtype.element_ty), mask=k < total)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(repr=profiled_as("gated_output_gate_backward"), do_not_specialize=["total"])
 def gate_backward_kernel(x_ptr, g_ptr, dgated_ptr, dx_ptr, dg_ptr, gated_ptr, total, BLOCK: tl.constexpr):
     """dx and dg from the gradient of σ(g) ⊙ x, and that product again for the weight gradient."""
     EXACT: tl.constexpr = dgated_ptr.dtype.element_ty == tl.float32
@@ -144,7 +145,7 @@ def gate_backward_kernel(x_ptr, g_ptr, dgated_ptr, dx_ptr, dg_ptr, gated_ptr, to
     tl.store(dg_ptr + k, (dgated * gated * (1.0 - s)).to(dg_ptr.dtype.element_ty), mask=k < total)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(repr=profiled_as("gated_output_residual"), do_not_specialize=["rows", "columns"])
 def residual_kernel(
     residual_ptr,
     update_ptr,

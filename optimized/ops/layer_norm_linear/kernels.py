@@ -12,6 +12,7 @@ FLOP: 2·rows·c·(T·h + heads) forward, twice that backward. Bytes: forward re
 import triton
 import triton.language as tl
 
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward
 
 
@@ -28,7 +29,7 @@ def pick(t: tl.constexpr, first, second, third, fourth):
         return fourth
 
 
-@triton.jit
+@triton.jit(repr=profiled_as("layer_norm_linear_forward"))
 def forward_kernel(
     x_ptr,
     gamma_ptr,
@@ -85,7 +86,7 @@ def forward_kernel(
         tl.store(where, s, mask=(m < rows)[:, None] & (k < HEADS)[None, :])
 
 
-@triton.jit(do_not_specialize=["group"])
+@triton.jit(repr=profiled_as("layer_norm_linear_input_gradient"), do_not_specialize=["group"])
 def input_gradient_kernel(
     x_ptr,
     gamma_ptr,
@@ -156,7 +157,7 @@ def input_gradient_kernel(
         add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(repr=profiled_as("layer_norm_linear_weight_gradient"), do_not_specialize=["splits"])
 def weight_gradient_kernel(
     n_ptr,
     dy0_ptr,

@@ -17,9 +17,11 @@ HALF = {
     "forward": tile(64, 64, 4, 2),
     "input_gradient": tile(64, 64, 4, 3),
     "weight_gradient": tile(64, 64, 4, 4),
+    "bias_gradient": tile(32, 64, 4, 1),
 }
+"""`bias_gradient` is the input gradient of a head weight alone: it waits for memory, and larger tiles spill."""
 HALF_WIDE = dict.fromkeys(HALF, tile(32, 32, 8, 1))
-FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1))
+FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1)) | {"bias_gradient": tile(16, 16, 8, 1)}
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
@@ -108,7 +110,7 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, n = LN(x) in the weights' dtype, and partial sums of dγ and dβ `[programs, 2c]`."""
     rows, channels = x.shape
-    config = config or _config("input_gradient", x, w.dtype)
+    config = config or _config("input_gradient" if widths.count else "bias_gradient", x, w.dtype)
     programs, group = grouped(ceil_div(rows, config.constants["BM"]))
     dx = torch.empty_like(x)
     n = torch.empty((rows, channels), dtype=w.dtype, device=x.device)

@@ -16,6 +16,7 @@ The outer products themselves cost 2·S·N²·C·D, S/128 times as much, forward
 import triton
 import triton.language as tl
 
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate
 
 
@@ -35,7 +36,7 @@ def scaled_gradient(dout_ptr, scale_ptr, i, j, z, rows, inside, Z: tl.constexpr)
     return dout * scale[:, None]
 
 
-@triton.jit(do_not_specialize=["first", "total"])
+@triton.jit(repr=profiled_as("outer_product_mean_project"), do_not_specialize=["first", "total"])
 def project_kernel(
     o_ptr,
     w_ptr,
@@ -72,7 +73,10 @@ def project_kernel(
     tl.store(out_ptr + place[:, None] * Z + z[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "first_column", "columns", "total"])
+@triton.jit(
+    repr=profiled_as("outer_product_mean_expand"),
+    do_not_specialize=["first_row", "first_column", "columns", "total"],
+)
 def expand_kernel(
     dout_ptr,
     scale_ptr,
@@ -108,7 +112,9 @@ def expand_kernel(
         tl.store(do_ptr + where, do.to(do_ptr.dtype.element_ty), mask=valid[:, None] & (k < C * D)[None, :])
 
 
-@triton.jit(do_not_specialize=["first", "count", "total", "splits"])
+@triton.jit(
+    repr=profiled_as("outer_product_mean_weight"), do_not_specialize=["first", "count", "total", "splits"]
+)
 def weight_kernel(
     dout_ptr,
     scale_ptr,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.exponential import LOG2E, exact_exp
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate
 
 
@@ -52,7 +53,10 @@ def load_logits(
     return x
 
 
-@triton.jit(do_not_specialize=["columns", "stride_h", "stride_i", "stride_j"])
+@triton.jit(
+    repr=profiled_as("pair_weighted_averaging_softmax"),
+    do_not_specialize=["columns", "stride_h", "stride_i", "stride_j"],
+)
 def softmax_kernel(
     logits_ptr,
     mask_ptr,
@@ -101,7 +105,10 @@ def softmax_kernel(
         tl.store(w_ptr + where, w, mask=(j < columns)[:, None] & (h < H)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "splits", "stride_h", "stride_i", "stride_j"])
+@triton.jit(
+    repr=profiled_as("pair_weighted_averaging_softmax_backward"),
+    do_not_specialize=["rows", "columns", "splits", "stride_h", "stride_i", "stride_j"],
+)
 def softmax_backward_kernel(
     logits_ptr,
     mask_ptr,
@@ -153,7 +160,9 @@ def folded(n, token, samples, length, head, H: tl.constexpr, D: tl.constexpr):
     return ((row * length + token) * H + head) * D + n % D
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "samples"])
+@triton.jit(
+    repr=profiled_as("pair_weighted_averaging_average"), do_not_specialize=["rows", "columns", "samples"]
+)
 def average_kernel(
     w_ptr,
     v_ptr,
@@ -196,7 +205,10 @@ def average_kernel(
     tl.store(o_ptr + where, acc.to(o_ptr.dtype.element_ty), mask=(m < rows)[:, None] & real[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "samples", "splits"])
+@triton.jit(
+    repr=profiled_as("pair_weighted_averaging_weight_gradient"),
+    do_not_specialize=["rows", "columns", "samples", "splits"],
+)
 def weight_gradient_kernel(
     do_ptr,
     v_ptr,

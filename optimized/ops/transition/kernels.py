@@ -19,10 +19,11 @@ Weight gradients are fp32 partial sums over fixed sets of rows, folded afterward
 import triton
 import triton.language as tl
 
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
 
 
-@triton.jit
+@triton.jit(repr=profiled_as("transition_forward"))
 def forward_kernel(
     x_ptr,
     gamma_ptr,
@@ -82,7 +83,7 @@ def hidden_gradients(a, b, dh, FAST: tl.constexpr, EXACT: tl.constexpr):
     return swish * b, dh * b * (s + swish * (1.0 - s)), dh * swish
 
 
-@triton.jit(do_not_specialize=["group"])
+@triton.jit(repr=profiled_as("transition_input_gradient"), do_not_specialize=["group"])
 def input_gradient_kernel(
     x_ptr,
     gamma_ptr,
@@ -151,7 +152,7 @@ def input_gradient_kernel(
         add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(repr=profiled_as("transition_weight_gradient"), do_not_specialize=["splits"])
 def weight_gradient_kernel(
     n_ptr,
     dy_ptr,

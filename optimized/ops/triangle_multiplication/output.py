@@ -13,6 +13,7 @@ operands of the weight gradients, which read them once. Recomputing them took th
 import triton
 import triton.language as tl
 
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
 from optimized.ops.triangle_multiplication.project import load_rows, pair_rows
 
@@ -49,7 +50,7 @@ def load_weights(w_ptr, t, c, h, C: tl.constexpr, H: tl.constexpr, FULL: tl.cons
     return wo, wg
 
 
-@triton.jit(do_not_specialize=["group"])
+@triton.jit(repr=profiled_as("triangle_multiplication_output_forward"), do_not_specialize=["group"])
 def forward_kernel(
     x_ptr,
     z_ptr,
@@ -104,7 +105,7 @@ def forward_kernel(
             tl.store(out_ptr + dense[:, None] * C + t[None, :], y, mask=inside[:, None] & (t < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["group"])
+@triton.jit(repr=profiled_as("triangle_multiplication_output_backward"), do_not_specialize=["group"])
 def backward_kernel(
     x_ptr,
     z_ptr,

@@ -16,6 +16,7 @@ gate's share of dn and writes dz and n; weight_gradient reads n and the two grad
 import triton
 import triton.language as tl
 
+from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
 
 
@@ -62,7 +63,7 @@ def load_weights(w_ptr, t, c, H: tl.constexpr, C: tl.constexpr, FULL: tl.constex
     return wp, wg
 
 
-@triton.jit(do_not_specialize=["group"])
+@triton.jit(repr=profiled_as("triangle_multiplication_project_forward"), do_not_specialize=["group"])
 def forward_kernel(
     z_ptr,
     gamma_ptr,
@@ -119,7 +120,7 @@ def forward_kernel(
             tl.store(where, value.to(out_ptr.dtype.element_ty), mask=own)
 
 
-@triton.jit(do_not_specialize=["group"])
+@triton.jit(repr=profiled_as("triangle_multiplication_project_input_gradient"), do_not_specialize=["group"])
 def input_gradient_kernel(
     z_ptr,
     gamma_ptr,
@@ -187,7 +188,7 @@ def input_gradient_kernel(
         add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(repr=profiled_as("triangle_multiplication_project_weight_gradient"), do_not_specialize=["splits"])
 def weight_gradient_kernel(
     n_ptr,
     grad_ptr,
