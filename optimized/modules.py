@@ -23,6 +23,7 @@ from optimized.forwards import (
 )
 from optimized.ops.conditioned_transition import ConditionedWeights
 from optimized.ops.launching import compute_dtype
+from optimized.ops.linear import op as linear_op
 from optimized.ops.outer_product_mean import OuterWeights
 from optimized.ops.triangle_attention import Orientation, TriangleAttentionWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
@@ -96,6 +97,17 @@ class Transition(Fused, primitives.Transition):
         return forwards.transition(x, weights, norm.eps, self.fallbacks)
 
 
+class Linear(Fused, primitives.Linear):
+    """Linear layer whose products of float32 are three TF32 products each; in another dtype as it was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., c_in] to [..., c_out]."""
+        if compute_dtype(x) != torch.float32:
+            return super().forward(x)
+        self.fallbacks.check("linear", linear_op.supported(x, self.weight, self.bias))
+        return linear_op.linear(x, self.weight, self.bias)
+
+
 class PairBias(Fused, attention_pair_bias.PairBias):
     """Biases of token attention (AF3 Algorithm 24, line 3): LayerNorm and projection as one operator."""
 
@@ -106,6 +118,8 @@ class PairBias(Fused, attention_pair_bias.PairBias):
 
 class AttentionPairBias(Fused, attention_pair_bias.AttentionPairBias):
     """Token attention with pair bias (AF3 Algorithm 24): the attention is an operator, shared by all samples."""
+
+    whole = False
 
     def forward(self, a: Tensor, bias: Tensor, s: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """The update of a, without the residual.
@@ -131,6 +145,8 @@ class AttentionPairBias(Fused, attention_pair_bias.AttentionPairBias):
 
 class PairBlock(Fused, pairformer.PairBlock):
     """The pair half of a Pairformer block (AF3 Algorithm 17): every update goes into z with its dropout at once."""
+
+    whole = False
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """The new z [N, N, c_z]. `mask` [N]: tokens to keep."""
@@ -185,6 +201,8 @@ class PairWeightedAveraging(Fused, msa.PairWeightedAveraging):
 
 class MSABlock(Fused, msa.MSABlock):
     """A block of the MSA module (AF3 Algorithm 8) whose averages go into m with their dropout at once."""
+
+    whole = False
 
     def _update_msa(self, m: Tensor, z: Tensor, msa_mask: Tensor) -> Tensor:
         update = self.averaging
@@ -259,6 +277,14 @@ def _check_pair_bias(m: attention_pair_bias.AttentionPairBias) -> str:
     return head_size(m.linear_q.out_features, m.heads)
 
 
+def _check_linear(m: primitives.Linear) -> str:
+    thin = min(m.weight.shape) < linear_op.SMALLEST
+    return first(
+        "kept in float32 for lengths in Å" if m.precise else "",
+        f"fewer than {linear_op.SMALLEST} channels on one side" if thin else "",
+    )
+
+
 def _check_bias(m: attention_pair_bias.PairBias) -> str:
     return forwards.bias_obstacle(m.layer_norm, m.linear)
 
@@ -307,6 +333,7 @@ RECIPES = {
     "baselines.af3.attention_pair_bias.AttentionPairBias": Recipe(
         "attention_pair_bias", AttentionPairBias, _check_pair_bias
     ),
+    "baselines.af3.primitives.Linear": Recipe("linear", Linear, _check_linear, ("tf32x3",)),
     "baselines.af3.attention_pair_bias.PairBias": Recipe("layer_norm_linear", PairBias, _check_bias),
     "baselines.af3.pairformer.PairBlock": Recipe("gated_output", PairBlock, _check_pair_block),
     "baselines.af3.msa.MSABlock": Recipe("gated_output", MSABlock, _check_msa_block),

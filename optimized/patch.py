@@ -85,7 +85,8 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None, products: str = "i
     stay valid; only its class changes. Call it before or after moving, checkpointing, compiling or wrapping.
 
     `products` says how attention with pair bias takes those of float32, the diffusion module's: ``"ieee"``, in float32;
-    ``"tf32x3"``, as three TF32 products each (NVIDIA only, errors some 2⁻²¹); ``"tf32"``, as one.
+    ``"tf32x3"``, as three TF32 products each (NVIDIA only, errors some 2⁻²¹); ``"tf32"``, as one. With ``"tf32x3"`` the
+    operator ``"linear"`` takes the baseline's linear layers the same way where they are in float32.
 
     Where a kernel does not take a call (on the CPU, for one) the operator's definition runs, and
     `Report.fallbacks` says so. Masks are 0 or 1. A row whose keys are all masked gives zero, where the libraries
@@ -99,11 +100,16 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None, products: str = "i
     replaced: list[Replaced] = []
     left: list[Left] = []
     originals: list[tuple[nn.Module, type[nn.Module]]] = []
+    inside: set[int] = set()  # what an operator stands for and never calls
     for name, module in model.named_modules():
-        found = _recipe(type(module))
+        found = None if id(module) in inside else _recipe(type(module))
+        if isinstance(module, Fused) and module.whole:
+            inside.update(_below(module))
         if found is None:
             continue
         kind, recipe = found
+        if isinstance(recipe, Recipe) and products not in recipe.products:
+            continue
         reason = recipe if isinstance(recipe, str) else _obstacle(module, kind, recipe, chosen)
         if isinstance(recipe, str) or reason:
             left.append(Left(name, _qualified(kind), reason))
@@ -111,6 +117,8 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None, products: str = "i
         originals.append((module, type(module)))
         replaced.append(Replaced(name, _qualified(kind), recipe.op))
         module.__class__ = fused_class(recipe.mixin, type(module))
+        if recipe.mixin.whole:
+            inside.update(_below(module))
         module.__dict__["fallbacks"] = log
         module.__dict__["fused_ops"] = chosen
         module.__dict__["products"] = products
@@ -120,6 +128,11 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None, products: str = "i
             "and models of Boltz 2.2, Protenix 2.0 and OpenFold3 0.5"
         )
     return Report(tuple(replaced), tuple(left), log, tuple(originals))
+
+
+def _below(module: Any) -> set[int]:
+    """The modules in it, by identity."""
+    return {id(part) for part in module.modules() if part is not module}
 
 
 def _chosen(ops: Iterable[str] | None) -> frozenset[str]:

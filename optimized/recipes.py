@@ -11,7 +11,7 @@ from torch import nn
 
 from baselines.fallbacks import Fallbacks as Notes
 from optimized.ops.adaptive_layer_norm import op as adaptive_layer_norm_op
-from optimized.ops.attention.operator import HEAD_DIMS
+from optimized.ops.attention.operator import HEAD_DIMS, PRECISIONS
 from optimized.ops.layer_norm_linear import op as layer_norm_linear_op
 from optimized.ops.outer_product_mean import op as outer_product_mean_op
 from optimized.ops.pair_weighted_averaging.op import WIDTHS
@@ -30,6 +30,7 @@ OPS = (
     "gated_output",
     "outer_product_mean",
     "pair_weighted_averaging",
+    "linear",
 )
 """The operators that can be switched one by one."""
 
@@ -54,9 +55,11 @@ class Fused:
     """Mixin of every replacement. `fallbacks` collects why its operators fell back, if they did.
 
     `fused_ops` are the operators that were asked for: a module that is replaced for one may end with another.
-    `products` is how attention with pair bias takes products of float32.
+    `products` is how attention with pair bias and linear layers take products of float32.
     """
 
+    whole = True
+    """Whether this takes the place of the modules inside too, which are then not called."""
     fallbacks: Fallbacks
     fused_ops: frozenset[str] = frozenset(OPS)
     products: str = "ieee"
@@ -68,11 +71,15 @@ class Fused:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The replacement of one class: `mixin` overrides its forward; `check` says what does not fit, or nothing."""
+    """The replacement of one class: `mixin` overrides its forward; `check` says what does not fit, or nothing.
+
+    `products`: the kinds of products for which there is something to replace, without which it is passed over.
+    """
 
     op: str
     mixin: type[Fused]
     check: Callable[[Any], str]
+    products: tuple[str, ...] = PRECISIONS
 
 
 def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module]:

@@ -1,5 +1,7 @@
 """The kernels of the conditioned operators as cases for offline compilation."""
 
+from dataclasses import replace
+
 import torch
 import triton
 
@@ -10,6 +12,8 @@ from optimized.ops.conditioned_transition import kernels as conditioned
 from optimized.ops.conditioned_transition import launch as conditioned_launch
 from optimized.ops.gated_output import kernels as gated
 from optimized.ops.gated_output import launch as gated_launch
+from optimized.ops.linear import kernels as linear
+from optimized.ops.linear import launch as linear_launch
 from optimized.ops.offline import KernelCase
 from optimized.ops.outer_product_mean import kernels as outer
 from optimized.ops.outer_product_mean import launch as outer_launch
@@ -19,9 +23,9 @@ from optimized.ops.pair_weighted_averaging import launch as averaging_launch
 WIDTHS = (128, 384, 768)
 
 
-def cases() -> list[KernelCase]:
-    """Every kernel of adaptive layer norm and conditioned transition, for all dtypes, at the AF3 widths."""
-    found: list[KernelCase] = []
+def cases(arch: str) -> list[KernelCase]:
+    """The kernels of these operators that `arch` launches, for all dtypes, at the AF3 widths."""
+    found: list[KernelCase] = _linear() if arch.startswith("sm_") else []
     for short in DTYPES:
         dtype = getattr(torch, DTYPES[short])
         for c in WIDTHS:
@@ -75,6 +79,27 @@ def _outer(short: str) -> list[KernelCase]:
         key = f"outer_product_mean.{name}", 128
         config = outer_launch.default(*key, getattr(torch, DTYPES[short]))
         found.append(make_case(f"outer_product_mean.{short}.{name}", fn, config, short, sizes, key))
+    return found
+
+
+def _linear() -> list[KernelCase]:
+    """The linear layer in TF32 products, on NVIDIA only: its three products differ in the strides that are 1."""
+    found = []
+    strides = ("x_row", "x_term", "w_column", "w_term")
+    for name, ones in (
+        ("forward", ("x_term", "w_term")),
+        ("input_gradient", ("x_term", "w_column")),
+        ("weight_gradient", ("x_row", "w_column")),
+    ):
+        key = f"linear.{name}", linear_launch.ANY
+        config = linear_launch.default(*key, torch.float32)
+        for even in (True, False):
+            sizes = {"BIAS": name == "forward", "EVEN": even, **dict.fromkeys(ones, 1)}
+            label = f"linear.fp32.{name}{'' if even else '.odd'}"
+            case = make_case(label, linear.product_kernel, config, "fp32", sizes, key)
+            # Triton assumes nothing of what it was told not to specialise on.
+            aligned = (n for n in case.aligned if n.endswith("_ptr") or n in (*strides, "columns"))
+            found.append(replace(case, aligned=tuple(aligned)))
     return found
 
 

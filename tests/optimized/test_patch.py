@@ -68,7 +68,7 @@ def test_whole_model():
         "transition": blocks + 48 + 4 + 3 + 4,  # single tracks, MSA rows, diffusion conditioning
         "attention_pair_bias": 48 + 4 + 24,
         "layer_norm_linear": 48 + 4,  # the biases of token attention in the trunk
-        "adaptive_layer_norm": 24 * 2 + 9 * 3,  # two in a token block, three in an atom block
+        "adaptive_layer_norm": 24 + 9 * 2,  # another in every conditioned transition is part of that
         "conditioned_transition": 24 + 9,
         "gated_output": blocks + 4,  # pair blocks and MSA blocks
         "outer_product_mean": 4,
@@ -128,6 +128,27 @@ def test_each_operator_of_a_token_block_alone(op):
     inputs = [randn(3, N, C_S), randn(3, N, C_Z, seed=2), randn(4, N, N, seed=3)]
     assert_same(run(patched, inputs, lambda m, *x: m(*x)), run(expected, inputs, lambda m, *x: m(*x)), 2e-5)
     assert op in {key.partition(":")[0] for key in report.fallbacks.counts}
+
+
+def test_linear_layers_in_three_tf32_products():
+    """Only those that no other operator stands for, and none without products of that kind."""
+    expected = TokenBlock(64, 64, DiffusionConfig(heads=4), "sdpa")
+    randomise(expected)
+    patched = copy.deepcopy(expected)
+    with pytest.raises(UserError, match="products"):
+        apply(patched, ["linear"], "bf16x9")
+    assert not apply(patched, ["linear"]).replaced
+    report = apply(patched, ["linear", "conditioned_transition"], "tf32x3")
+    replaced = {r.name for r in report.replaced if r.op == "linear"}
+    assert {"attention.linear_q", "attention.linear_o", "attention.ada_ln.linear_shift"} <= replaced
+    assert not any(name.startswith("transition.") for name in replaced)
+    inputs = [randn(3, N, 64), randn(3, N, 64, seed=2), randn(4, N, N, seed=3)]
+    assert_same(run(patched, inputs, lambda m, *x: m(*x)), run(expected, inputs, lambda m, *x: m(*x)), 2e-5)
+    assert "linear" in {key.partition(":")[0] for key in report.fallbacks.counts}
+    with torch.autocast("cpu", torch.bfloat16):
+        before = dict(report.fallbacks.counts)
+        patched.attention.linear_q(inputs[0])
+    assert report.fallbacks.counts == before  # nothing to fall back from in another dtype
 
 
 def test_dropout_and_residuals_are_the_blocks_own():
