@@ -294,6 +294,8 @@ def describe(found: Boundary) -> str:
     ]
     if not found.monotone:
         parts.append("not monotone: an interval, not a boundary")
+    if None not in (found.max_ok, found.min_fail) and not found.confirmed:
+        parts.append("not confirmed by repeats")
     if found.pressure_from is not None:
         parts.append(f"under allocator pressure from {found.pressure_from}")
     if found.stopped is not None:

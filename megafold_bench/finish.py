@@ -9,6 +9,7 @@ from datetime import datetime
 
 from megafold_bench.measure.company import found_company
 from megafold_bench.measure.steps import SERIES
+from megafold_bench.outcomes import Outcome
 from megafold_bench.records import Record, TimeRecord
 from megafold_bench.statistics import quality_flags, summarise
 
@@ -18,10 +19,24 @@ def finish(record: Record) -> Record:
     if record["time"] is not None:
         _summarise_times(record, record["time"])
     flags = _flags(record)
+    if over_capacity(record):
+        flags.append("over_capacity")
     if datetime.fromisoformat(record["ended_at"]) < datetime.fromisoformat(record["started_at"]):
         flags.append("clock_backwards")
     record["quality"] += [flag for flag in flags if flag not in record["quality"]]
     return record
+
+
+def over_capacity(record: Record) -> bool:
+    """Whether a trial that passed held more than the card it emulates has.
+
+    The allocator's limit is set as the trial begins, less what lies outside it then; that still grows by some 0.15 GiB
+    while kernels are loaded and libraries take workspaces.
+    """
+    capacity, memory = record["factors"]["capacity_emulated_bytes"], record["memory"]
+    if capacity is None or memory is None or not Outcome(record["outcome"]["status"]).is_ok:
+        return False
+    return (memory.get("reserved_peak_bytes") or 0) + (memory.get("non_torch_bytes") or 0) > capacity
 
 
 def _flags(record: Record) -> list[str]:

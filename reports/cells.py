@@ -31,6 +31,7 @@ FLAG_MEANING = {
     "throttled": "the device lowered its clocks for more than 5 % of the time",
     "foreign_process": "another process used the device, or over 1 GiB of it was in use before",
     "allocator_retries": "the allocator freed its cache and retried: slower than it should be",
+    "over_capacity": "it passed with more memory than the emulated card has: what lies outside the allocator grew",
     "unsteady": "step times still drifted by 2 % or more",
     "outliers": "some steps lie more than 10 scaled median deviations off (kept in all numbers)",
     "clock_backwards": "the system clock went backwards",

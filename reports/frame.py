@@ -33,6 +33,11 @@ class Run:
         return self.path.resolve().name
 
     @property
+    def measures_time(self) -> bool:
+        """Whether any trial was to measure time; those of a boundary search measure memory alone."""
+        return any(record["factors"]["phase"] == "time" for record in self.records)
+
+    @property
     def provenance(self) -> Provenance:
         """Where the run was measured: of its newest record that has any, with the manifest behind it."""
         newest: Mapping[str, Any] = next(

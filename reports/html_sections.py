@@ -92,6 +92,8 @@ def _marks(cell: Cell) -> str:
 
 
 def _time(part: Part) -> Markup:
+    if not part.run.measures_time:
+        return tag("p", "No trial of this run was to measure time.")
     groups = by_series(part.cells)
     reference = {cell.seq_len: cell for cell in next(iter(groups.values()), [])}
     rows = []

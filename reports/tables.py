@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from megafold_bench.boundary import BoundarySpec, recorded_boundaries
+from megafold_bench.bracket import describe
 from megafold_bench.outcomes import Outcome
 from reports.cells import FLAG_MEANING, Cell, cells
 from reports.frame import Run, load_run
@@ -93,6 +95,14 @@ def _progress(run: Run) -> str:
     return f"{done} of {planned} trials so far"
 
 
+def _boundaries(run: Run) -> list[str]:
+    """What a boundary search has found so far, a line for each variant and capacity; nothing for other runs."""
+    if run.manifest.get("kind") != "boundary":
+        return []
+    spec = BoundarySpec.from_dict(run.manifest["spec"])
+    return [describe(found) for found in recorded_boundaries(spec, run.records)]
+
+
 def print_table(run_dir: Path, console: Console | None = None) -> None:
     """Print the table of `run_dir`: time, memory, speed-up against the first variant, outcome, footnotes.
 
@@ -108,6 +118,8 @@ def print_table(run_dir: Path, console: Console | None = None) -> None:
     else:
         numbers = flag_numbers(found)
         out.print(_table(found, numbers, out.width < NARROW_COLUMNS))
+        for line in _boundaries(run):
+            out.print(escape(line), highlight=False, soft_wrap=True)
         _footnotes(out, found, numbers)
     for warning in run.warnings:
         out.print(f"warning: {escape(warning)}", style="yellow", highlight=False, soft_wrap=True)

@@ -65,8 +65,8 @@ def make_case(
     )
 
 
-def cases(arch: str) -> list[KernelCase]:
-    """The kernels of the fused operators that `arch` launches, with their default configurations, at the AF3 widths."""
+def cases() -> list[KernelCase]:
+    """The kernels of the fused operators with their default configurations, at the AF3 widths."""
     import torch
 
     found: list[KernelCase] = []
@@ -78,7 +78,7 @@ def cases(arch: str) -> list[KernelCase]:
     for short, full in DTYPES.items():
         dtype = getattr(torch, full)
         for c, h in ((64, 128), (64, 256), (128, 512), (384, 1536)):
-            if not transition.held(c, dtype, arch):
+            if not transition.held(c, dtype):
                 continue
             sizes = {"C": c, "H": h, "BC": triton.next_power_of_2(c), "FAST": False}
             for kernel in ("forward", "input_gradient", "weight_gradient"):

@@ -100,10 +100,14 @@ def new_figure(
 def length_axis(axes: Axes, lengths: Sequence[int], room_at_right: bool = False) -> None:
     """A log2 axis with a tick at each measured length, labels thinned out where they would touch.
 
-    `room_at_right` leaves space behind the longest length, where failed series are hatched.
+    `room_at_right` leaves space behind the longest length, where failed series are hatched. Margins are shares of what
+    is measured, so that the few near lengths of a boundary search fill the axis too.
     """
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(lengths) / 1.07, max(lengths) * (1.16 if room_at_right else 1.07))
+    measured = max(lengths) / min(lengths)
+    left = min(1.07, measured**0.12) if measured > 1 else 1.07
+    right = min(1.16, measured**0.3) if measured > 1 else 1.16
+    axes.set_xlim(min(lengths) / left, max(lengths) * (right if room_at_right else left))
     axes.xaxis.set_major_locator(FixedLocator(sorted(set(lengths))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -153,7 +157,7 @@ def spread_apart(wanted: Sequence[float], size: float, low: float, high: float) 
 def label_series(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Names right of the axes at their series' last points: (name, x, y in data, colour), never overlapping.
 
-    A name that had to move, or whose series ends early, gets a pale thin line to its point,
+    A name that had to move, or whose series ends early, gets a pale dotted line to its point,
     which no reader can take for data.
     """
     if not ends:
@@ -170,7 +174,7 @@ def label_series(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> N
             elided(name), (x, y), textcoords="axes fraction",
             xytext=(1 + LABEL_GAP_PT * point / frame.width, (label_y - frame.y0) / frame.height),
             fontsize=6, color=colour, va="center", ha="left", annotation_clip=False, gid=slug(f"label-{name}"),
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": LEADER, "zorder": 1, "shrinkA": 1, "shrinkB": 2.5,
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "ls": (0, (1, 1.6)), "color": LEADER, "zorder": 1, "shrinkA": 1, "shrinkB": 2.5,
                         "relpos": (0, 0.5)}
             if moved else None,
         )  # fmt: skip

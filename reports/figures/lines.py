@@ -19,6 +19,7 @@ from reports.figures.canvas import (
     marker_style,
     new_figure,
     slug,
+    text_size_in,
 )
 from reports.figures.failures import Failure, draw_lanes, first_failures, lanes_height
 from reports.figures.style import COLUMN_IN, FAINT, PAPER, PUBLISHED, SOLID, Look, looks
@@ -80,7 +81,7 @@ def line_figure(
     for name, group in drawn.items():
         if group:
             ends.insert(len(ends) - len(quantity.overlays), _draw_series(axes, quantity, group, styles[name]))
-    _draw_rules(axes, quantity)
+    _draw_rules(axes, quantity, drawn)
     draw_lanes(axes, failures, styles)
     if not any(drawn.values()) and not quantity.overlays:
         axes.set_yticks([])
@@ -155,10 +156,43 @@ def _draw_overlays(axes: Axes, quantity: Quantity) -> list[tuple[str, float, flo
     return ends
 
 
-def _draw_rules(axes: Axes, quantity: Quantity) -> None:
+RULE_TEXT_PT = 5.5
+CLEAR_PT = 4.0
+"""From the middle of a marker to what stays clear of it."""
+
+
+def _draw_rules(axes: Axes, quantity: Quantity, drawn: Mapping[str, Sequence[Cell]]) -> None:
+    """Horizontal lines, their texts at the first end and side where no marker is in the way."""
     side = blended_transform_factory(axes.transAxes, axes.transData)
+    scale = quantity.per_unit
+    points = [(c.seq_len, _need(quantity.get(c)).value / scale) for group in drawn.values() for c in group]
+    points += [(n, value / scale) for overlay in quantity.overlays for n, value in overlay.values.items()]
     for value, text in quantity.rules:
-        height = value / quantity.per_unit
+        height = value / scale
         axes.axhline(height, color=FAINT, linewidth=0.8, zorder=1.5, gid="capacity")
-        axes.annotate(text, (0, height), xycoords=side, xytext=(2, -1.5), textcoords="offset points",
-                      fontsize=5.5, color=FAINT, va="top", ha="left")  # fmt: skip
+        at_right, above = _free_place(axes, height, text, points)
+        axes.annotate(text, (float(at_right), height), xycoords=side, xytext=(-2 if at_right else 2, 1.5 if above else -1.5),
+                      textcoords="offset points", fontsize=RULE_TEXT_PT, color=FAINT,
+                      va="bottom" if above else "top", ha="right" if at_right else "left")  # fmt: skip
+
+
+def _free_place(
+    axes: Axes, height: float, text: str, points: Sequence[tuple[float, float]]
+) -> tuple[bool, bool]:
+    """Whether a rule's text stands at the right end, and above: the first place that no point touches."""
+    frame, per_inch = axes.get_window_extent(), axes.figure.dpi
+    wide, high = (length * per_inch for length in text_size_in(text, RULE_TEXT_PT))
+    clear = CLEAR_PT * per_inch / 72
+    rule = axes.transData.transform((points[0][0] if points else 1.0, height))[1]
+    pixels = [axes.transData.transform(point) for point in points]
+    places = [(False, False), (True, False), (False, True), (True, True)]
+    for at_right, above in places:
+        left = frame.x1 - wide - clear if at_right else frame.x0
+        bottom = rule if above else rule - high - clear
+        touched = any(
+            left - clear < x < left + wide + clear and bottom - clear < y < bottom + high + clear
+            for x, y in pixels
+        )
+        if not touched:
+            return at_right, above
+    return places[0]

@@ -1,4 +1,4 @@
-"""The four figures of a run."""
+"""The figures of a run."""
 
 from __future__ import annotations
 
@@ -222,17 +222,23 @@ def published_for(provenance: Provenance) -> tuple[PublishedSeries, ...]:
 
 
 def draw_run(run: Run, published: bool = False, width_in: float = COLUMN_IN) -> list[Drawing]:
-    """The figures of a run that has at least one record, in the order of a report."""
+    """The figures of a run that has at least one record, in the order of a report.
+
+    Those of time only where a trial was to measure it: a boundary search has memory alone.
+    """
     found = cells(run.records)
     caption = run.provenance.caption()
     chosen = published_for(run.provenance) if published else ()
     with styled():
-        drawings = [
+        memory = memory_drawing(found, caption, chosen, width_in)
+        if not run.measures_time:
+            return [memory]
+        return [
             time_drawing(found, caption, chosen, width_in),
-            memory_drawing(found, caption, chosen, width_in),
+            memory,
             throughput_drawing(found, caption, chosen, width_in),
+            distribution_drawing(found, caption, width_in),
         ]
-        return [*drawings, distribution_drawing(found, caption, width_in)]
 
 
 def plot_run(

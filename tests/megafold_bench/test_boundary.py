@@ -90,6 +90,13 @@ def test_prediction_needs_growth_and_capacity():
     assert predict_longest([Observation(100, OK, 10), Observation(200, OK, 25)]) is None
 
 
+def test_ends_that_were_not_repeated_are_called_so():
+    history = [Observation(64, OK), Observation(96, Outcome.OOM_DEVICE)]
+    grid = Grid(32, 4096)
+    assert describe(conclude(history, grid, "v")).endswith("2 trials, not confirmed by repeats")
+    assert describe(conclude(history * 2, grid, "v")).endswith("4 trials")
+
+
 def test_nothing_fits():
     found, _ = simulate(threshold(0), Grid(32, 4096))
     assert (found.max_ok, found.min_fail) == (None, 32)

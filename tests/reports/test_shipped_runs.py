@@ -36,6 +36,7 @@ REAL = [
         "h200-ladder",
         "h200-ladder-inductor",
         "h200-megafold",
+        "h200-boundary-40gib",
     )
 ]
 AMD = ROOT / "tests" / "fixtures" / "amd-shaped"
@@ -75,8 +76,27 @@ def test_table_and_export(run, tmp_path):
 @pytest.mark.parametrize("run", [*REAL, AMD], ids=NAMES)
 def test_report(run, tmp_path):
     page = write_report([run], tmp_path / "report.html", published=True).read_text()
-    assert page.count("<svg") >= 4
+    figures = {drawing.name for drawing in draw_run(load_run(run))}
+    assert "memory" in figures and page.count("<svg") >= len(figures)
     assert ("FIXTURE, not measured" in page) is (run is AMD)
+
+
+def test_a_boundary_search_shows_its_ends_and_no_empty_figure(tmp_path):
+    """This one was stopped before `inductor` was confirmed: at a capacity of 40 GiB it has a point near the rule."""
+    run = REAL[-1]
+    text = printed(print_table, run)
+    assert (
+        "pytorch at 40 GiB (capacity_emulated): max_ok 864, min_fail 896, granularity 32, 6 trials\n" in text
+    )
+    assert (
+        "inductor at 40 GiB (capacity_emulated): max_ok 896, min_fail 928, granularity 32, 4 trials, not"
+        in text
+    )
+    (drawing,) = draw_run(load_run(run))
+    assert drawing.name == "memory"
+    (rule,) = [t for t in drawing.figure.axes[0].texts if t.get_text() == "capacity 40.0 GiB"]
+    assert rule.get_ha() == "right"  # at the left it would lie on the first points
+    assert "No trial of this run was to measure time." in write_report([run], tmp_path / "r.html").read_text()
 
 
 def test_the_two_vendors_compare(tmp_path):

@@ -26,24 +26,24 @@ FULL = {
     "input_gradient": tile(32, 32, 8, 1),
     "weight_gradient": tile(16, 32, 8, 1),
 }
-FULL_WIDE = dict.fromkeys(FULL, tile(16, 16, 8, 1))
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
     """The tile shape of `transition.<kernel>` where no tuning file has one."""
     name = kernel.partition(".")[2]
     if dtype == torch.float32:
-        return (FULL if channels <= 128 else FULL_WIDE)[name]
+        return FULL[name]
     return (HALF_NARROW if channels <= 64 else HALF if channels <= 128 else HALF_WIDE)[name]
 
 
-def held(channels: int, dtype: torch.dtype, arch: str = "") -> bool:
-    """Whether tiles of a row's `channels` fit the registers of `arch` (none: of all), in matrix products of `dtype`.
+def held(channels: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels are worth it for rows of `channels`, in matrix products of `dtype`.
 
-    In fp32 those of more than 128 channels fit nowhere, whatever their other side; on an H200 what they spill was
-    found to be bearable, and Triton's interpreter (`cpu`) has no registers.
+    In fp32 more than 128 channels leave room for 16 rows at a time. On an H200 a program then waits three times as long
+    for shared memory as for arithmetic (432 loads of 16 bytes a lane for 1551 fused multiply-adds, counted in the
+    compiled loop), far behind the library's products; elsewhere its registers do not hold them either.
     """
-    return dtype != torch.float32 or channels <= 128 or arch in ("sm_90", "cpu")
+    return dtype != torch.float32 or channels <= 128
 
 
 def _config(kernel: str, x: Tensor, dtype: torch.dtype) -> Config:

@@ -12,15 +12,8 @@ from optimized.ops.parameters import gradient_dtype, pack, unpacked
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.transition import launch
 from optimized.ops.transition.reference import transition_reference
-from optimized.ops.tuning import architecture
 
 MAX_CHANNELS = 512
-
-
-@torch.compiler.assume_constant_result
-def _architecture(device: torch.device) -> str:
-    """`tuning.architecture`, into which `torch.compile` need not look."""
-    return architecture(device)
 
 
 def supported(
@@ -34,9 +27,10 @@ def supported(
         return Supported(
             False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
         )
-    size = x.shape[-1], compute_dtype(x)
-    if not launch.held(*size) and not launch.held(*size, _architecture(x.device)):
-        return Supported(False, f"{x.shape[-1]} channels in float32 do not fit this GPU's registers")
+    if not launch.held(x.shape[-1], compute_dtype(x)):
+        return Supported(
+            False, f"{x.shape[-1]} channels in float32, for which the library's products are faster"
+        )
     return Supported(False, "the input is empty") if x.numel() == 0 else Supported(True)
 
 

@@ -46,13 +46,12 @@ def test_keys_of_the_fused_operators_come_from_their_names():
     assert case_named("attention.bf16.d32.fold").entry == ""
 
 
-def test_tiles_that_fit_nowhere_are_not_launched_there():
-    name = "transition.fp32.384x1536.forward"
-    assert name in {case.name for case in default_cases("sm_90")}
-    for arch in ARCHITECTURES:
-        names = {case.name for case in default_cases(arch)}
-        assert (name in names) == transition.held(384, torch.float32, arch) == (arch == "sm_90")
-        assert "transition.bf16.384x1536.forward" in names
+def test_what_is_not_launched_is_not_compiled():
+    names = {case.name for case in default_cases("sm_90")}
+    assert "transition.bf16.384x1536.forward" in names and "transition.fp32.128x512.forward" in names
+    assert not transition.held(384, torch.float32) and "transition.fp32.384x1536.forward" not in names
+    assert "linear.fp32.forward" in names
+    assert not any(case.name.startswith("linear.") for case in default_cases("gfx90a"))
 
 
 def test_keys_are_those_of_the_launch():
