@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.af3 import attention_pair_bias, msa, pairformer, primitives, triangle
+from baselines.af3 import attention_pair_bias, diffusion, msa, pairformer, primitives, triangle
 from baselines.af3.primitives import LayerNorm, SharedDropout
 from optimized import forwards
 from optimized.forwards import (
@@ -141,6 +141,22 @@ class AttentionPairBias(Fused, attention_pair_bias.AttentionPairBias):
             return GatedOutput(weight)(x, gate, self.fallbacks)
         adaptive_gate = AdaptiveGate(outer.weight, outer.bias)
         return forwards.conditioned_output(x, gate, weight, s, adaptive_gate, self.fallbacks)
+
+
+class TokenTransformer(Fused, diffusion.TokenTransformer):
+    """The token transformer (AF3 Algorithm 23) whose shared pair biases come head by head, as attention reads them."""
+
+    whole = False
+
+    def _shared(self, layer_norm: LayerNorm, a: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        pairs = layer_norm(z).flatten(0, -2)
+        for group, linear in enumerate(self.pair_biases):
+            # W·zᵀ instead of z·Wᵀ: the same product, written with the heads first.
+            assert isinstance(linear, primitives.Linear)
+            biases = torch.mm(linear.weight, pairs.t()).view(self.super_block, self.heads, *z.shape[:-1])
+            for index, bias in enumerate(biases.unbind(0)):
+                a = self.blocks[group * self.super_block + index](a, s, bias)
+        return a
 
 
 class PairBlock(Fused, pairformer.PairBlock):
@@ -289,6 +305,10 @@ def _check_bias(m: attention_pair_bias.PairBias) -> str:
     return forwards.bias_obstacle(m.layer_norm, m.linear)
 
 
+def _check_token_transformer(m: diffusion.TokenTransformer) -> str:
+    return "" if m.layer_norm_pair is not None else "biases that every block normalises by itself"
+
+
 def _check_outer(m: msa.OuterProductMean) -> str:
     return first(
         affine(m.layer_norm),
@@ -335,6 +355,9 @@ RECIPES = {
     ),
     "baselines.af3.primitives.Linear": Recipe("linear", Linear, _check_linear, ("tf32x3",)),
     "baselines.af3.attention_pair_bias.PairBias": Recipe("layer_norm_linear", PairBias, _check_bias),
+    "baselines.af3.diffusion.TokenTransformer": Recipe(
+        "attention_pair_bias", TokenTransformer, _check_token_transformer
+    ),
     "baselines.af3.pairformer.PairBlock": Recipe("gated_output", PairBlock, _check_pair_block),
     "baselines.af3.msa.MSABlock": Recipe("gated_output", MSABlock, _check_msa_block),
     "baselines.af3.msa.OuterProductMean": Recipe("outer_product_mean", OuterProductMean, _check_outer),

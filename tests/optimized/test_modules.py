@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.af3 import attention_pair_bias, msa, pairformer, primitives, triangle
-from baselines.af3.config import PairConfig
+from baselines.af3 import attention_pair_bias, diffusion, msa, pairformer, primitives, triangle
+from baselines.af3.config import AF3Config, DiffusionConfig, PairConfig
 from optimized import modules
 from tests.optimized.drop_in import assert_same, definitions_on_the_cpu, randn, randomise, run  # noqa: F401
 
@@ -88,6 +88,16 @@ def test_token_attention_of_several_samples():
         inputs,
         lambda m, a, s, b: m(a, b.movedim(-1, 0)[HEADS:], s),
     )
+
+
+def test_token_transformer_with_shared_pair_biases():
+    config = AF3Config(
+        c_z=C,
+        c_s=12,
+        diffusion=DiffusionConfig(c_token=32, blocks=4, heads=HEADS, super_block=2, transition_n=2),
+    )
+    inputs = [randn(3, N, 32), randn(3, N, 12, seed=2), randn(N, N, C, seed=3)]
+    compare(diffusion.TokenTransformer(config), modules.TokenTransformer(config), inputs, lambda m, *x: m(*x))
 
 
 def test_conditioned_attention_needs_its_conditioning():

@@ -66,7 +66,7 @@ def test_whole_model():
         "triangle_multiplication": 2 * blocks,
         "triangle_attention": 2 * blocks,
         "transition": blocks + 48 + 4 + 3 + 4,  # single tracks, MSA rows, diffusion conditioning
-        "attention_pair_bias": 48 + 4 + 24,
+        "attention_pair_bias": 48 + 4 + 24 + 1,  # and how the token transformer makes its biases
         "layer_norm_linear": 48 + 4,  # the biases of token attention in the trunk
         "adaptive_layer_norm": 24 + 9 * 2,  # another in every conditioned transition is part of that
         "conditioned_transition": 24 + 9,
