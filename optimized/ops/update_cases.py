@@ -94,7 +94,8 @@ def _linear() -> list[KernelCase]:
         key = f"linear.{name}", linear_launch.ANY
         config = linear_launch.default(*key, torch.float32)
         for even in (True, False):
-            sizes = {"BIAS": name == "forward", "EVEN": even, **dict.fromkeys(ones, 1)}
+            whole = dict.fromkeys(("EVEN", "WHOLE_M", "WHOLE_N"), even)
+            sizes = {"BIAS": name == "forward", **whole, **dict.fromkeys(ones, 1)}
             label = f"linear.fp32.{name}{'' if even else '.odd'}"
             case = make_case(label, linear.product_kernel, config, "fp32", sizes, key)
             # Triton assumes nothing of what it was told not to specialise on.

@@ -38,6 +38,8 @@ def product_kernel(
     w_term,
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,
+    WHOLE_M: tl.constexpr,
+    WHOLE_N: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -45,15 +47,18 @@ def product_kernel(
 ):
     """A tile of y `[rows, columns]` = Σ_k x[m, k]·w[n, k] + bias, or its share from `steps`·BK of all `terms`.
 
-    EVEN: BK divides `terms`. Rows and columns outside wrap around and are not stored.
+    EVEN: BK divides `terms`. WHOLE_M, WHOLE_N: tiles divide the rows, the columns; elsewhere those outside wrap around
+    and are not stored, and operands whose rows or columns lie side by side in memory are loaded number by number.
     """
     across = tl.cdiv(columns, BN)
     m = (tl.program_id(0) // across) * BM + tl.arange(0, BM)
     n = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
     first = tl.program_id(1) * steps * BK
     k = first + tl.arange(0, BK)
-    x_at = x_ptr + (m % rows).to(tl.int64)[:, None] * x_row + k.to(tl.int64)[None, :] * x_term
-    w_at = w_ptr + (n % columns).to(tl.int64)[None, :] * w_column + k.to(tl.int64)[:, None] * w_term
+    m_in = m if WHOLE_M else m % rows
+    n_in = n if WHOLE_N else n % columns
+    x_at = x_ptr + m_in.to(tl.int64)[:, None] * x_row + k.to(tl.int64)[None, :] * x_term
+    w_at = w_ptr + n_in.to(tl.int64)[None, :] * w_column + k.to(tl.int64)[:, None] * w_term
     total = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(first, min(first + steps * BK, terms), BK, num_stages=STAGES):
         if EVEN:

@@ -33,8 +33,9 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, config: Config, splits: i
     y = torch.empty((splits, rows, columns), dtype=torch.float32, device=x.device)
     grid = (ceil_div(rows, tile["BM"]) * ceil_div(columns, tile["BN"]), splits, 1)
     arguments = (x, w, y if bias is None else bias, y, rows, columns, terms, steps, *x.stride(), *w.stride())
-    even = terms % tile["BK"] == 0
-    launch(kernels.product_kernel, grid, config, arguments, BIAS=bias is not None, EVEN=even)
+    whole = {"EVEN": terms % tile["BK"], "WHOLE_M": rows % tile["BM"], "WHOLE_N": columns % tile["BN"]}
+    sizes = {name: rest == 0 for name, rest in whole.items()}
+    launch(kernels.product_kernel, grid, config, arguments, BIAS=bias is not None, **sizes)
     return y
 
 

@@ -34,8 +34,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·weightᵀ + bias with the products of float32 taken as three TF32 products each, forward and backward.
 
     x `[..., c]`, weight `[h, c]`, bias `[h]`, giving `[..., h]`. Errors are those of float32 products and some 2⁻²³ of
-    the terms more. Sums have a fixed order: results and gradients repeat bit for bit. Where the kernel does not
-    apply (`supported` says why) the definition runs.
+    the terms more; infinities become NaN. Sums have a fixed order: results and gradients repeat bit for bit. Where the
+    kernel does not apply (`supported` says why) the definition runs.
     """
     if not supported(x, weight, bias).ok:
         return linear_reference(x, weight, bias)
