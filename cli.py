@@ -294,7 +294,7 @@ def sweep(
 def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool, snapshot: bool) -> None:
     from megafold_bench.environment import collect
     from megafold_bench.launchers import LocalLauncher
-    from megafold_bench.progress import LiveListener, PlainListener
+    from megafold_bench.progress import LiveListener, PlainListener, can_redraw
     from megafold_bench.runs import RunFolder
     from megafold_bench.sweep import SAMPLE_INTERVAL_S, Runner, plan, run_plan
 
@@ -305,7 +305,7 @@ def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool, sn
             RunFolder.open(path, kind="sweep", spec=spec.as_dict(), environment=collect, resume=resume)
         )
         stack.enter_context(_resumable(path, "sweep"))
-        live = console.is_terminal
+        live = can_redraw(console)
         listener = (
             stack.enter_context(LiveListener(console, trials, folder.records))
             if live

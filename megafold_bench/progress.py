@@ -98,6 +98,11 @@ class PlainListener:
         )
 
 
+def can_redraw(console: Console) -> bool:
+    """Whether a display can be drawn over again: not in a pipe, nor on a terminal that cannot move its cursor."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 class LiveListener:
     """The outcomes so far, the current trial and its steps, the time gone and the time left."""
 

@@ -5,7 +5,14 @@ import io
 import pytest
 from rich.console import Console
 
-from megafold_bench.progress import LiveListener, PlainListener, describe, estimate_s, format_duration
+from megafold_bench.progress import (
+    LiveListener,
+    PlainListener,
+    can_redraw,
+    describe,
+    estimate_s,
+    format_duration,
+)
 from megafold_bench.sweep import plan
 
 
@@ -62,7 +69,15 @@ def test_plain_lines_are_not_wrapped_nor_marked_up(trials):
     )
 
 
-def test_live_display_shows_outcomes_steps_and_time_left(trials):
+@pytest.mark.parametrize(("term", "redraws"), [("xterm", True), ("dumb", False)])
+def test_a_display_is_drawn_where_it_can_be_drawn_over(monkeypatch, term, redraws):
+    monkeypatch.setenv("TERM", term)
+    assert can_redraw(Console(file=io.StringIO(), force_terminal=True)) is redraws
+    assert not can_redraw(Console(file=io.StringIO(), force_terminal=False))
+
+
+def test_live_display_shows_outcomes_steps_and_time_left(trials, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100)
     with LiveListener(console, trials, [record(trials[0])]) as listener:
