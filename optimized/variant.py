@@ -30,7 +30,7 @@ class MegaFoldVariant(PyTorchVariant):
     Same weights, input, random choices, losses, precision policy, checkpointing and optimiser. The option
     ``ops`` names the operators to use, separated by commas, or ``all``; by default those of `DEFAULT_OPS`. With the option
     ``compile`` the patched blocks are compiled as `inductor` compiles them; off by default. ``products`` is how
-    attention takes products of float32: see `optimized.apply`.
+    attention, and with the operator ``linear`` linear layers, take products of float32: see `optimized.apply`.
     """
 
     name: str = "megafold"
