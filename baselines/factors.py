@@ -85,6 +85,7 @@ OPTIONS: dict[str, Whole | Choice | Flag] = {
     "crop": Choice(tuple(CROP_WEIGHTS), tiny="spatial", small="spatial", af3="spatial"),
     "warmup_steps": Whole(1, tiny=5, small=1000, af3=1000),
     "ema": Flag(True),
+    "graphs": Flag(False),
 }
 
 
@@ -92,7 +93,8 @@ def resolve_factors(options: Mapping[str, Scalar], seq_len: int) -> dict[str, Sc
     """Every factor of the workload, defaults filled in.
 
     ``preset`` is ``af3`` where torch sees a GPU, else ``tiny``; without a GPU ``precision`` is ``fp32``.
-    ``input`` is None for the synthetic complex. The diffusion chunk is at most the number of samples.
+    ``input`` is None for the synthetic complex. The diffusion chunk is at most the number of samples. ``graphs`` is
+    a factor only where it is on.
     Raises `UserError` for an unknown option, an impossible value, files that are missing or do not fit, or
     a length that the input cannot give; to tell, it reads the files.
     """
@@ -114,6 +116,8 @@ def resolve_factors(options: Mapping[str, Scalar], seq_len: int) -> dict[str, Sc
             if name == "precision" and not on_gpu:
                 value = "fp32"
         factors[name] = option.parse(name, value)
+    if not factors["graphs"]:  # records from before there were graphs have no such factor and mean the same
+        del factors["graphs"]
     factors["diffusion_chunk"] = min(_whole(factors, "diffusion_chunk"), _whole(factors, "diffusion_samples"))
     check_input(factors, seq_len)
     return factors

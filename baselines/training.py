@@ -41,6 +41,7 @@ from baselines.optim import Optimizer, OptimizerConfig
 from baselines.permutation import permute_labels
 from baselines.precision import POLICIES, PrecisionPolicy
 from baselines.randomness import derived_seed, repeatable, stream
+from baselines.replay import Recorder, Repeated
 
 NOISE_LOG_MEAN, NOISE_LOG_STD = -1.2, 1.5
 """Training noise levels are σ_data · exp(−1.2 + 1.5·N(0, 1))."""
@@ -59,6 +60,8 @@ class TrainingConfig:
     msa_rows: int = 1024
     precision: PrecisionPolicy = POLICIES["bf16"]
     checkpointing: str = "block"
+    graphs: bool = False
+    """Whether the denoiser's repetitions are replayed from CUDA graphs: see `baselines.replay`."""
     weights: LossWeights = field(default_factory=LossWeights)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -88,6 +91,7 @@ class TrainingSession:
         self.config, self.device, self.seed = config, device, seed
         self.optimizer = Optimizer(self.model.parameters(), config.optimizer)
         self._condition = self.model.diffusion.condition
+        self._recorder = Recorder(device) if config.graphs else None
         if config.checkpointing == "block":
             checkpoint_units(self.model.checkpoint_units())
             self._condition = recomputed(self._condition)
@@ -157,7 +161,8 @@ class TrainingSession:
         with torch.no_grad():
             schedule = SamplingConfig(steps=self.config.rollout_steps)
             generator = self._stream(index, "rollout")
-            return sample(denoise, features["atom_mask"], schedule, generator=generator)[0]
+            repeated = Repeated(denoise, self._recorder)
+            return sample(repeated, features["atom_mask"], schedule, generator=generator)[0]
 
     def _distogram(self, features: Features, leaves: TrunkOutput, labels: Labels) -> Losses:
         weight = self.config.weights.distogram
@@ -190,15 +195,22 @@ class TrainingSession:
         noised = noise_samples(labels, config.diffusion_samples, self._stream(index, "diffusion"))
         targets = diffusion_targets(features, labels, smooth_lddt=config.weights.smooth_lddt > 0)
         shared = DiffusionConditioning(*(t.detach().requires_grad_() for t in conditioning))
+
+        def denoise(x_noisy: Tensor, t_hat: Tensor) -> Tensor:
+            with config.precision.diffusion(self.device):
+                return self.model.diffusion(
+                    x_noisy, t_hat, features, leaves.s_inputs, leaves.s, leaves.z, shared
+                )
+
+        repeated = Repeated(denoise, self._recorder)
         sums: Losses = {}
         for start in range(0, config.diffusion_samples, config.diffusion_chunk):
             chunk = noised[start : start + config.diffusion_chunk]
-            with config.precision.diffusion(self.device):
-                x = self.model.diffusion(
-                    chunk.x_noisy, chunk.t_hat, features, leaves.s_inputs, leaves.s, leaves.z, shared
-                )
+            x = repeated(chunk.x_noisy, chunk.t_hat)
             parts = _diffusion_parts(x.float(), chunk, targets, config.weights)
             (parts["diffusion"] * (config.weights.diffusion / config.diffusion_samples)).backward()
+            assert x.grad is not None
+            repeated.backward(x.grad)
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in parts.items()}
         _backward_through(conditioning, shared)
         return {name: value / config.diffusion_samples for name, value in sums.items()}

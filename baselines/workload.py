@@ -99,6 +99,7 @@ def training_config(factors: Mapping[str, Scalar]) -> TrainingConfig:
         msa_rows=whole("msa_rows"),
         precision=precision_policy(str(factors["precision"])),
         checkpointing=check_mode(str(factors["checkpointing"])),
+        graphs=bool(factors.get("graphs")),
         weights=stage_weights(str(factors["stage"])),
         optimizer=OptimizerConfig(
             warmup_steps=whole("warmup_steps"), ema_decay=EMA_DECAY if factors["ema"] else None
