@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import sys
 import time
-from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,38 +21,29 @@ from optimized.ops.linear import launch
 from optimized.ops.tuning import Config
 
 TILES = (
-    (128, 128, 32, 8, 3), (128, 128, 32, 8, 4), (128, 64, 32, 8, 3), (128, 64, 32, 4, 3), (64, 128, 32, 4, 3),
-    (64, 64, 32, 4, 4), (64, 256, 32, 4, 3), (128, 256, 32, 8, 2), (64, 128, 64, 4, 2), (128, 64, 64, 8, 2),
+    (64, 64, 32, 4, 4), (64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (64, 128, 32, 4, 3), (128, 64, 32, 4, 3),
+    (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (64, 32, 32, 4, 4), (64, 96, 32, 4, 3), (64, 48, 32, 4, 4),
 )  # fmt: skip
 """BM, BN, BK, warps, stages."""
-FORMS = ("nt", "nn", "tn")
-"""x·wᵀ, its gradient to x, its gradient to w."""
 
 
-def problems(rows: int) -> dict[str, tuple[int, int, int, str]]:
-    """Rows, columns, terms and form of the products of a token block and an atom block."""
+def problems(rows: int) -> dict[str, tuple[int, int, int]]:
+    """Rows, columns and terms of the products of a token block and an atom block."""
     atoms = 8 * rows
     return {
-        "projection": (rows, 768, 768, "nt"),
-        "four projections": (rows, 3072, 768, "nt"),
-        "conditions": (rows, 768, 384, "nt"),
-        "hidden": (rows, 1536, 768, "nt"),
-        "out": (rows, 768, 1536, "nt"),
-        "d input": (rows, 768, 768, "nn"),
-        "d four inputs": (rows, 768, 3072, "nn"),
-        "d weight": (768, 768, rows, "tn"),
-        "d hidden weight": (1536, 768, rows, "tn"),
-        "atoms": (atoms, 128, 128, "nt"),
-        "atoms hidden": (atoms, 256, 128, "nt"),
-        "d atoms weight": (128, 128, atoms, "tn"),
+        "projection": (rows, 768, 768),
+        "conditions": (rows, 768, 384),
+        "hidden": (rows, 1536, 768),
+        "out": (rows, 768, 1536),
+        "d conditions": (rows, 384, 768),
+        "atoms": (atoms, 128, 128),
+        "atoms hidden": (atoms, 256, 128),
     }
 
 
-def operands(m: int, n: int, k: int, form: str) -> tuple[Tensor, Tensor]:
-    """x `[m, k]` and w `[n, k]` with the strides of the form."""
-    x = torch.randn((k, m) if form == "tn" else (m, k), device="cuda")
-    w = torch.randn((n, k) if form == "nt" else (k, n), device="cuda") * k**-0.5
-    return x.t() if form == "tn" else x, w if form == "nt" else w.t()
+def operands(m: int, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """x `[m, k]` and w `[n, k]`."""
+    return torch.randn((m, k), device="cuda"), torch.randn((n, k), device="cuda") * k**-0.5
 
 
 def config(tile: tuple[int, int, int, int, int]) -> Config:
@@ -62,14 +52,13 @@ def config(tile: tuple[int, int, int, int, int]) -> Config:
     return Config({"BM": bm, "BN": bn, "BK": bk, "STAGES": stages}, warps)
 
 
-def compiled(job: tuple[str, tuple[int, int, int, int, int]]) -> str:
-    """Compile one tile for one form, into Triton's cache; empty, or what went wrong."""
-    form, tile = job
+def compiled(tile: tuple[int, int, int, int, int]) -> str:
+    """Compile one tile, into Triton's cache; empty, or what went wrong."""
     try:
-        launch.product(*operands(512, 512, 512, form), None, config(tile))
+        launch.product(*operands(512, 512, 512), None, config(tile))
         torch.cuda.synchronize()
     except Exception as error:  # a tile that does not fit is a finding
-        return f"{job}: {type(error).__name__}: {str(error)[:100]}"
+        return f"{tile}: {type(error).__name__}: {str(error)[:100]}"
     return ""
 
 
@@ -89,14 +78,13 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    jobs = list(product(FORMS, TILES))
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        failures = [text for text in pool.imap_unordered(compiled, jobs) if text]
-    print(f"{len(jobs)} compiled in {time.perf_counter() - began:.0f} s", *failures, sep="\n", flush=True)
+        failures = [text for text in pool.imap_unordered(compiled, TILES) if text]
+    print(f"{len(TILES)} compiled in {time.perf_counter() - began:.0f} s", *failures, sep="\n", flush=True)
     found = []
-    for name, (m, n, k, form) in problems(args.rows).items():
+    for name, (m, n, k) in problems(args.rows).items():
         torch.manual_seed(0)
-        x, w = operands(m, n, k, form)
+        x, w = operands(m, n, k)
         exact = x.double() @ w.double().t()
 
         def error(y: Tensor, exact: Tensor = exact) -> float:
@@ -105,31 +93,29 @@ def main() -> None:
         def library(x: Tensor = x, w: Tensor = w) -> Tensor:
             return torch.mm(x, w.t())
 
-        row = {"product": name, "m": m, "n": n, "k": k, "form": form}
+        row = {"product": name, "m": m, "n": n, "k": k}
         row |= {"fp32_ms": timed(library), "fp32_error": error(library())}
         torch.backends.cuda.matmul.allow_tf32 = True
         row |= {"tf32_ms": timed(library), "tf32_error": error(library())}
         torch.backends.cuda.matmul.allow_tf32 = False
         tiles = []
-        for tile, splits in product(TILES, (1, 4) if form == "tn" else (1,)):
+        for tile in TILES:
 
-            def ours(x: Tensor = x, w: Tensor = w, tile: tuple = tile, splits: int = splits) -> Tensor:
-                y = launch.product(x, w, None, configs[tile], splits)
-                return y[0] if splits == 1 else y.sum(0)
+            def ours(x: Tensor = x, w: Tensor = w, tile: tuple = tile) -> Tensor:
+                return launch.product(x, w, None, configs[tile])
 
             try:
-                tiles.append((timed(ours), tile, splits, error(ours())))
+                tiles.append((timed(ours), tile, error(ours())))
             except Exception as problem:  # does not launch: said above
                 print(name, tile, type(problem).__name__, flush=True)
         tiles.sort()
         found.append(row | {"tiles": tiles})
         flop = 2e-9 * m * n * k
         best = "; ".join(
-            f"{ms * 1e3:.1f} us {flop / ms:.0f} TFLOP/s {tile} splits {splits} error {e:.1e}"
-            for ms, tile, splits, e in tiles[:3]
+            f"{ms * 1e3:.1f} us {flop / ms:.0f} TFLOP/s {tile} error {e:.1e}" for ms, tile, e in tiles[:3]
         )
         print(
-            f"{name:18s} {m}x{n}x{k} {form}: fp32 {row['fp32_ms'] * 1e3:.1f} us ({flop / row['fp32_ms']:.0f} "
+            f"{name:18s} {m}x{n}x{k}: fp32 {row['fp32_ms'] * 1e3:.1f} us ({flop / row['fp32_ms']:.0f} "
             f"TFLOP/s, error {row['fp32_error']:.1e}), tf32 {row['tf32_ms'] * 1e3:.1f} us ({row['tf32_error']:.1e}); {best}",
             flush=True,
         )

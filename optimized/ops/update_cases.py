@@ -83,24 +83,16 @@ def _outer(short: str) -> list[KernelCase]:
 
 
 def _linear() -> list[KernelCase]:
-    """The linear layer in TF32 products, on NVIDIA only: its three products differ in the strides that are 1."""
+    """The linear layer in TF32 products, on NVIDIA only."""
+    key = "linear.product", linear_launch.ANY
+    config = linear_launch.default(*key, torch.float32)
     found = []
-    strides = ("x_row", "x_term", "w_column", "w_term")
-    for name, ones in (
-        ("forward", ("x_term", "w_term")),
-        ("input_gradient", ("x_term", "w_column")),
-        ("weight_gradient", ("x_row", "w_column")),
-    ):
-        key = f"linear.{name}", linear_launch.ANY
-        config = linear_launch.default(*key, torch.float32)
-        for even in (True, False):
-            whole = dict.fromkeys(("EVEN", "WHOLE_M", "WHOLE_N"), even)
-            sizes = {"BIAS": name == "forward", **whole, **dict.fromkeys(ones, 1)}
-            label = f"linear.fp32.{name}{'' if even else '.odd'}"
-            case = make_case(label, linear.product_kernel, config, "fp32", sizes, key)
-            # Triton assumes nothing of what it was told not to specialise on.
-            aligned = (n for n in case.aligned if n.endswith("_ptr") or n in (*strides, "columns"))
-            found.append(replace(case, aligned=tuple(aligned)))
+    for even in (True, False):
+        label = f"linear.fp32.product{'' if even else '.odd'}"
+        case = make_case(label, linear.product_kernel, config, "fp32", {"BIAS": True, "EVEN": even}, key)
+        # Triton assumes nothing of what it was told not to specialise on.
+        aligned = (n for n in case.aligned if n.endswith("_ptr") or n in ("x_row", "columns"))
+        found.append(replace(case, aligned=tuple(aligned)))
     return found
 
 

@@ -22,7 +22,7 @@ def high(x):
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True)
 
 
-@triton.jit(repr=profiled_as("linear"), do_not_specialize=["rows", "terms", "steps"])
+@triton.jit(repr=profiled_as("linear"), do_not_specialize=["rows", "terms"])
 def product_kernel(
     x_ptr,
     w_ptr,
@@ -31,41 +31,31 @@ def product_kernel(
     rows,
     columns,
     terms,
-    steps,
     x_row,
-    x_term,
-    w_column,
-    w_term,
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,
-    WHOLE_M: tl.constexpr,
-    WHOLE_N: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A tile of y `[rows, columns]` = Σ_k x[m, k]·w[n, k] + bias, or its share from `steps`·BK of all `terms`.
+    """A tile of y `[rows, columns]` = Σ_k x[m, k]·w[n, k] + bias; terms side by side in memory, w contiguous.
 
-    EVEN: BK divides `terms`. WHOLE_M, WHOLE_N: tiles divide the rows, the columns; elsewhere those outside wrap around
-    and are not stored, and operands whose rows or columns lie side by side in memory are loaded number by number.
+    EVEN: BK divides `terms`. Rows and columns outside wrap around and are not stored.
     """
     across = tl.cdiv(columns, BN)
     m = (tl.program_id(0) // across) * BM + tl.arange(0, BM)
     n = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
-    first = tl.program_id(1) * steps * BK
-    k = first + tl.arange(0, BK)
-    m_in = m if WHOLE_M else m % rows
-    n_in = n if WHOLE_N else n % columns
-    x_at = x_ptr + m_in.to(tl.int64)[:, None] * x_row + k.to(tl.int64)[None, :] * x_term
-    w_at = w_ptr + n_in.to(tl.int64)[None, :] * w_column + k.to(tl.int64)[:, None] * w_term
+    k = tl.arange(0, BK)
+    x_at = x_ptr + (m % rows).to(tl.int64)[:, None] * x_row + k[None, :]
+    w_at = w_ptr + (n % columns).to(tl.int64)[None, :] * terms + k[:, None]
     total = tl.zeros([BM, BN], tl.float32)
-    for start in tl.range(first, min(first + steps * BK, terms), BK, num_stages=STAGES):
+    for start in tl.range(0, terms, BK, num_stages=STAGES):
         if EVEN:
             x = tl.load(x_at)
             w = tl.load(w_at)
         else:
-            inside = start + tl.arange(0, BK) < terms
+            inside = start + k < terms
             x = tl.load(x_at, mask=inside[None, :], other=0.0)
             w = tl.load(w_at, mask=inside[:, None], other=0.0)
         x_high = high(x)
@@ -75,10 +65,9 @@ def product_kernel(
         # `max_num_imprecise_acc` keeps Triton from folding the sum below into the product.
         part = tl.dot(x_high, w_high, part, input_precision="tf32", max_num_imprecise_acc=1)
         total += part
-        x_at += BK * x_term
-        w_at += BK * w_term
+        x_at += BK
+        w_at += BK
     if BIAS:
         total += tl.load(bias_ptr + n, mask=n < columns, other=0.0)[None, :]
-    share = y_ptr + tl.program_id(1).to(tl.int64) * rows * columns
-    where = share + m.to(tl.int64)[:, None] * columns + n[None, :]
+    where = y_ptr + m.to(tl.int64)[:, None] * columns + n[None, :]
     tl.store(where, total, mask=(m < rows)[:, None] & (n < columns)[None, :])
