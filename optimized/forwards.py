@@ -142,7 +142,7 @@ def shared_bias_attention(
     bias: Tensor,
     mask: Tensor | None,
     fallbacks: Fallbacks,
-    products: str = "ieee",
+    products: str,
 ) -> Tensor:
     """Attention of any number of samples with pair bias (AF3 Algorithm 24, lines 9 and 10).
 
@@ -161,7 +161,7 @@ def shared_bias_attention(
     bias = bias.reshape(*bias.shape[:own], *pairs).expand(*lead[:own], *pairs).unsqueeze(-4)
     if mask is not None:
         mask = mask.expand(*lead, mask.shape[-1]).reshape(*lead[:own], rows, mask.shape[-1])
-    fallbacks.check("attention_pair_bias", attention_op.supported(q, k, v, bias, mask, products))
+    fallbacks.check("attention_pair_bias", attention_op.supported(q, k, v, bias, mask))
     x = attention_op.attention(q, k, v, bias, mask, precision=products).transpose(-3, -2)
     return x.reshape(*lead, *x.shape[-3:]).flatten(-2)
 

@@ -353,7 +353,7 @@ RECIPES = {
     "baselines.af3.attention_pair_bias.AttentionPairBias": Recipe(
         "attention_pair_bias", AttentionPairBias, _check_pair_bias
     ),
-    "baselines.af3.primitives.Linear": Recipe("linear", Linear, _check_linear, ("tf32x3",)),
+    "baselines.af3.primitives.Linear": Recipe("linear", Linear, _check_linear, ("tf32x3",), basic=True),
     "baselines.af3.attention_pair_bias.PairBias": Recipe("layer_norm_linear", PairBias, _check_bias),
     "baselines.af3.diffusion.TokenTransformer": Recipe(
         "attention_pair_bias", TokenTransformer, _check_token_transformer

@@ -13,7 +13,7 @@ from megafold_bench.errors import UserError
 from optimized import modules
 from optimized.ops.attention.operator import PRECISIONS
 from optimized.patches import boltz, openfold3, protenix
-from optimized.recipes import DEFAULT_OPS, OPS, Fallbacks, Fused, Recipe, fused_class
+from optimized.recipes import DEFAULT_OPS, OPS, PRODUCTS, Fallbacks, Fused, Recipe, fused_class
 
 _SOURCES = (modules, boltz, protenix, openfold3)
 
@@ -76,7 +76,7 @@ class Report:
         return "\n".join(lines)
 
 
-def apply(model: nn.Module, ops: Iterable[str] | None = None, products: str = "ieee") -> Report:
+def apply(model: nn.Module, ops: Iterable[str] | None = None, products: str = PRODUCTS) -> Report:
     """Make the modules of `model` that have a fused operator run on it, in place.
 
     Knows the baseline and the Pairformer and token transformer modules of Boltz 2, Protenix 2 and OpenFold3, by
@@ -84,9 +84,10 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None, products: str = "i
     module keeps its parameters, their names, its hooks and its identity, so optimisers, checkpoints and wrappers
     stay valid; only its class changes. Call it before or after moving, checkpointing, compiling or wrapping.
 
-    `products` says how attention with pair bias takes those of float32, the diffusion module's: ``"ieee"``, in float32;
-    ``"tf32x3"``, as three TF32 products each (NVIDIA only, errors some 2⁻²¹); ``"tf32"``, as one. With ``"tf32x3"`` the
-    operator ``"linear"`` takes the baseline's linear layers the same way where they are in float32.
+    `products` says how attention with pair bias takes those of float32, the diffusion module's: ``"tf32x3"``, as three
+    TF32 products each, which PyTorch's own attention does too (errors some 2⁻²¹); ``"ieee"``, in float32, the only way
+    on AMD; ``"tf32"``, as one. With ``"tf32x3"`` the operator ``"linear"`` takes the baseline's linear layers the same
+    way where they are in float32.
 
     Where a kernel does not take a call (on the CPU, for one) the operator's definition runs, and
     `Report.fallbacks` says so. Masks are 0 or 1. A row whose keys are all masked gives zero, where the libraries
@@ -108,7 +109,7 @@ def apply(model: nn.Module, ops: Iterable[str] | None = None, products: str = "i
         if found is None:
             continue
         kind, recipe = found
-        if isinstance(recipe, Recipe) and products not in recipe.products:
+        if isinstance(recipe, Recipe) and not recipe.concerns(chosen, products):
             continue
         reason = recipe if isinstance(recipe, str) else _obstacle(module, kind, recipe, chosen)
         if isinstance(recipe, str) or reason:

@@ -16,11 +16,11 @@ from megafold_bench.errors import UserError
 from megafold_bench.variants import Scalar, Support
 from optimized.ops.attention.operator import PRECISIONS
 from optimized.patch import Report, apply
-from optimized.recipes import DEFAULT_OPS, OPS
+from optimized.recipes import DEFAULT_OPS, OPS, PRODUCTS
 
 ALL = "all"
 COMPILE = Flag(False)
-PRODUCTS = Choice(PRECISIONS, tiny="ieee", small="ieee", af3="ieee")
+WAYS = Choice(PRECISIONS, tiny=PRODUCTS, small=PRODUCTS, af3=PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class MegaFoldVariant(PyTorchVariant):
             **super().resolve(rest, seq_len),
             "ops": _canonical(options.get("ops")),
             "compile": compiled,
-            "products": PRODUCTS.af3 if products is None else PRODUCTS.parse("products", products),
+            "products": PRODUCTS if products is None else WAYS.parse("products", products),
         }
 
     def build(self, factors: Mapping[str, Scalar], seq_len: int, seed: int, device: str) -> FixedCropWorkload:

@@ -49,7 +49,7 @@ def _megafold_attention(problem: Problem, precision: str = "ieee") -> Function:
     def run(t: Tensors, mask: Tensor | None) -> list[Tensor]:
         return [attention(*inputs(t, mask), precision=precision)[0].transpose(1, 2)]
 
-    _require(supported(*inputs(problem.tensors, problem.mask), precision))
+    _require(supported(*inputs(problem.tensors, problem.mask)))
     return run
 
 
@@ -57,6 +57,8 @@ def _megafold_tf32x3(problem: Problem) -> Function:
     """Three TF32 products for each of float32, as PyTorch's memory-efficient attention takes them on NVIDIA GPUs."""
     if problem.tensors["q"].dtype != torch.float32:
         raise UnsupportedError("tf32x3 is about products of float32")
+    if torch.version.hip is not None:
+        raise UnsupportedError("TF32 products exist on NVIDIA only")
     return _megafold_attention(problem, "tf32x3")
 
 

@@ -88,7 +88,7 @@ def test_contract_and_options():
         TINY, TOKENS
     )
     assert MEGAFOLD.resolve({**TINY, "compile": "true"}, TOKENS)["compile"] is True
-    assert chosen["products"] == "ieee"
+    assert chosen["products"] == "tf32x3"
     with pytest.raises(UserError, match="products='bf16' is unknown: choose from ieee, tf32x3, tf32"):
         MEGAFOLD.resolve({**TINY, "products": "bf16"}, TOKENS)
     with pytest.raises(UserError, match="unknown operator 'softmax'"):

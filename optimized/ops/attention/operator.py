@@ -12,12 +12,10 @@ from optimized.ops.support import Supported, triton_support
 
 HEAD_DIMS = (8, 16, 24, 32, 48, 64)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
-"""How fp32 products are taken: in fp32, as three TF32 products each (errors some 2⁻²¹), or as one."""
+"""How fp32 products are taken: in fp32, as three TF32 products each (errors some 2⁻²¹), or as one. AMD has fp32 only."""
 
 
-def supported(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None, precision: str = "ieee"
-) -> Supported:
+def supported(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None) -> Supported:
     """Whether the Triton kernels take this call; if not, the definition runs and the reason says why."""
     if q.shape[-1] not in HEAD_DIMS:
         return Supported(False, f"head size {q.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}")
@@ -25,8 +23,6 @@ def supported(
         return Supported(False, f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
     if 0 in q.shape or 0 in k.shape:
         return Supported(False, "a dimension is empty")
-    if precision != "ieee" and torch.version.hip is not None:
-        return Supported(False, f"precision {precision} exists on NVIDIA only")
     if mask is not None and mask.device != q.device:
         return Supported(False, f"the mask is on {mask.device}, q on {q.device}")
     return triton_support(q, k, v, bias)
@@ -46,6 +42,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, p
         raise ValueError(f"mask must be boolean [*, R, K], got {mask.dtype} {tuple(mask.shape)}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+
+
+def _available(precision: str) -> str:
+    """How the kernels take fp32 products on this kind of GPU if asked for `precision`."""
+    return precision if torch.version.hip is None else "ieee"
 
 
 def _shapes(*tensors: Tensor) -> str:
@@ -97,7 +98,7 @@ def run_backward(
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
 ) -> tuple[Tensor, Tensor]:
-    if supported(q, k, v, bias, mask, precision).ok:
+    if supported(q, k, v, bias, mask).ok:
         return run_forward(q, k, v, bias, mask, scale, precision)
     o, lse = reference.attention_with_lse(q, k, v, bias, mask, scale)
     return torch.empty_like(q).copy_(o), lse.contiguous()
@@ -116,7 +117,7 @@ def _backward_op(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
     o: Tensor, lse: Tensor, scale: float, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if supported(q, k, v, bias, mask, precision).ok:
+    if supported(q, k, v, bias, mask).ok:
         return run_backward(do, dlse, q, k, v, bias, mask, o, lse, scale, precision)
     grads = reference.attention_backward(do, q, k, v, bias, mask, o, lse, scale, dlse)
     fresh = (
@@ -192,15 +193,16 @@ def attention_with_lse(
 
     q [*, R, H, Q, D]; k, v [*, R, H, K, D]; bias [*, 1, H, Q, K] of any float dtype, in either orientation (a
     transposed view is read in place); mask [*, R, K] boolean, True = keep. Any strides with a contiguous last axis
-    are read in place. `scale` defaults to D ** -0.5; `precision` is how fp32 products are taken. Returns o in the
+    are read in place. `scale` defaults to D ** -0.5; `precision` is one of `PRECISIONS`. Returns o in the
     shape, dtype and memory order of q, and lse [*, R, H, Q] in fp32: natural logarithm, -inf for rows without keys,
     whose output and gradients are zero. Where `supported` says no, the definition runs. Raises ValueError on shapes
     or dtypes that do not fit.
     """
     _check(q, k, v, bias, mask, precision)
-    inputs = (q, k, v, bias, mask, q.shape[-1] ** -0.5 if scale is None else scale, precision)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = (q, k, v, bias, mask, factor, _available(precision))
     tensors = (q, k, v, bias) if mask is None else (q, k, v, bias, mask)
-    if direct(tensors) and supported(q, k, v, bias, mask, precision).ok:
+    if direct(tensors) and supported(q, k, v, bias, mask).ok:
         return _Direct.apply(*inputs)
     return _forward_op(*inputs)
 
@@ -238,8 +240,8 @@ def attention_backward(
     """
     _check(q, k, v, bias, mask, precision)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (do, dlse, q, k, v, bias, mask, o, lse, factor, precision)
+    inputs = (do, dlse, q, k, v, bias, mask, o, lse, factor, _available(precision))
     tensors = [t for t in inputs[:-2] if t is not None]
-    if direct(tensors) and supported(q, k, v, bias, mask, precision).ok:
+    if direct(tensors) and supported(q, k, v, bias, mask).ok:
         return run_backward(*inputs)
     return _backward_op(*inputs)

@@ -50,7 +50,7 @@ def test_what_is_not_launched_is_not_compiled():
     names = {case.name for case in default_cases("sm_90")}
     assert "transition.bf16.384x1536.forward" in names and "transition.fp32.128x512.forward" in names
     assert not transition.held(384, torch.float32) and "transition.fp32.384x1536.forward" not in names
-    assert "linear.fp32.forward" in names
+    assert "linear.fp32.product" in names
     assert not any(case.name.startswith("linear.") for case in default_cases("gfx90a"))
 
 
