@@ -195,11 +195,12 @@ class TrainingSession:
         noised = noise_samples(labels, config.diffusion_samples, self._stream(index, "diffusion"))
         targets = diffusion_targets(features, labels, smooth_lddt=config.weights.smooth_lddt > 0)
         shared = DiffusionConditioning(*(t.detach().requires_grad_() for t in conditioning))
+        trunk = leaves.leaves()  # of no other graph: a recording must not meet what other streams have begun
 
         def denoise(x_noisy: Tensor, t_hat: Tensor) -> Tensor:
             with config.precision.diffusion(self.device):
                 return self.model.diffusion(
-                    x_noisy, t_hat, features, leaves.s_inputs, leaves.s, leaves.z, shared
+                    x_noisy, t_hat, features, trunk.s_inputs, trunk.s, trunk.z, shared
                 )
 
         repeated = Repeated(denoise, self._recorder)
@@ -212,6 +213,7 @@ class TrainingSession:
             assert x.grad is not None
             repeated.backward(x.grad)
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in parts.items()}
+        _backward_through(vars(leaves).values(), vars(trunk).values())
         _backward_through(conditioning, shared)
         return {name: value / config.diffusion_samples for name, value in sums.items()}
 

@@ -15,6 +15,7 @@ from baselines.losses.weights import STAGES
 from baselines.optim import OptimizerConfig
 from baselines.precision import POLICIES
 from baselines.randomness import derived_seed
+from baselines.replay import Repeated
 from baselines.training import TrainingConfig, TrainingSession, noise_samples
 from tests.baselines.samples import make_features
 
@@ -68,6 +69,47 @@ def test_checkpointing_changes_nothing():
     a, b = plain.backward(features, 0), wrapped.backward(features, 0)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert_same_gradients(plain, wrapped, 1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_chunks_share_no_accumulators(checkpointing, monkeypatch):
+    """Where gradients arrive is made anew in every chunk: a CUDA graph cannot record what exists before it.
+
+    Here the conditioning keeps the trunk's outputs, as checkpointing in PyTorch 2.11 does with its inputs.
+    """
+    met: list[bool] = []
+    session = make_session(replace(CONFIG, checkpointing=checkpointing))
+    condition, kept = session._condition, []
+
+    def keeping(features, s_inputs, s, z):
+        kept.extend((s_inputs * 1, s * 1, z * 1))
+        return condition(features, s_inputs, s, z)
+
+    monkeypatch.setattr(session, "_condition", keeping)
+    called = Repeated.__call__
+
+    def call(self, *inputs):
+        result = called(self, *inputs)
+        if self._plain is not None and self._plain.requires_grad:
+            met.append(any(node.metadata.get("met") for node in accumulators(self._plain)))
+            for node in accumulators(self._plain):
+                node.metadata["met"] = True
+        return result
+
+    monkeypatch.setattr(Repeated, "__call__", call)
+    session.backward(make_features(), 0)
+    assert met == [False, False] and kept
+
+
+def accumulators(x: torch.Tensor) -> list:
+    """The nodes at which the gradients of `x` arrive."""
+    seen, left = set(), [x.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+    return [node for node in seen if node.name() == "torch::autograd::AccumulateGrad"]
 
 
 def test_chunk_size_changes_nothing():
