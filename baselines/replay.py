@@ -3,7 +3,7 @@
 A step of AF3 denoises in 20 rollout steps and 12 chunks of training samples, with some hundred thousand launches.
 Here the first repetition runs as usual, which also compiles and loads whatever is lazy; the second is recorded; it and
 all later ones are replayed on new inputs. Recordings live for one step, so that features, shapes and gradients may be
-other tensors in the next one. The kernels and their order are the same, and so is every bit of the results.
+other tensors in the next one. The kernels and their order are those of a step without graphs.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ class _Recording:
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """The function's value, always the same tensor."""
         for kept, given in zip(self.inputs, inputs, strict=True):
-            kept.copy_(given)
+            kept.data.copy_(
+                given
+            )  # unseen by autograd, which would refuse to record a backward pass that reads it
         self._forward.replay()
         return self._output
 

@@ -31,6 +31,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def product_width(n: int) -> int:
+    """The side of a matrix product's tile that holds n: a power of two, and 16 at least, as Triton wants on a GPU."""
+    return max(16, power_of_two(n))
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors or compute units of the device; 4 under the interpreter."""

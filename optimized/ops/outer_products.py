@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, power_of_two, processors
+from optimized.ops.launching import ceil_div, processors, product_width
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate
 from optimized.ops.tuning import Config
@@ -73,7 +73,7 @@ def products(pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], config:
     splits = max(1, min(2 * processors(g0.device) // chunks, steps))
     widths = (n0.shape[1], n1.shape[1])
     partial = torch.empty((splits, outputs * sum(widths)), dtype=torch.float32, device=g0.device)
-    block = power_of_two(max(widths))
+    block = product_width(max(widths))
     sizes = {"G": outputs, "N0": widths[0], "N1": widths[1], "BC": block}
     arguments = (g0, n0, g1, n1, partial, rows, splits)
     launch(products_kernel, (chunks, splits, 1), config, arguments, **sizes)

@@ -17,7 +17,7 @@ from optimized.ops.attention.backward import (
 from optimized.ops.attention.forward import forward_kernel
 from optimized.ops.attention.packing import PACK, TILE, prepare_kernel
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, power_of_two, processors
+from optimized.ops.launching import ceil_div, power_of_two, processors, product_width
 from optimized.ops.tuning import Config, architecture, device_name, forget_with, lookup
 
 FOLD_BLOCK = 1024
@@ -173,7 +173,7 @@ class Call:
         return {
             "HAS_MASK": self.has_mask,
             "D": d,
-            "BLOCK_D": max(16, power_of_two(d)),
+            "BLOCK_D": product_width(d),
             "TILE": TILE,
             "PRECISION": self.precision,
         }

@@ -9,7 +9,7 @@ from optimized.ops.conditioned_transition.launch import grid
 from optimized.ops.conditioned_transition.launch import tile as flat_tile
 from optimized.ops.gated_output import kernels
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, power_of_two, processors, resized, tile
+from optimized.ops.launching import ceil_div, chosen, processors, product_width, resized, tile
 from optimized.ops.library_products import side_by_side, side_by_side_backward, weight_product
 from optimized.ops.tuning import Config
 
@@ -93,7 +93,7 @@ def forward(
     source = out if residual is None else residual
     arguments = (x, g, weight.to(dtype).contiguous(), source, mask.values, out, rows)
     sizes = {"RESIDUAL": residual is not None, "KEEP": keep is not None, "C": channels, "H": hidden}
-    sizes["BH"] = max(16, power_of_two(hidden))
+    sizes["BH"] = product_width(hidden)
     places = (mask.columns, mask.row, mask.column)
     grid_size = (ceil_div(rows, config.constants["BM"]), 1, 1)
     launch(kernels.forward_kernel, grid_size, config, arguments + places, **sizes)
@@ -116,7 +116,7 @@ def backward(
     if not fused(weight):
         return library_backward(add(None, dout, keep, shape, dtype), x, g, weight)
     config = config or _config("backward", channels, dtype, x.device)
-    config = resized(config, min(config.constants["BN"], max(16, power_of_two(hidden))))
+    config = resized(config, min(config.constants["BN"], product_width(hidden)))
     mask = Keep.of(keep, shape, dout)
     chunks = ceil_div(hidden, config.constants["BN"])
     splits = max(1, min(2 * processors(x.device) // chunks, ceil_div(rows, config.constants["BM"])))
@@ -124,7 +124,7 @@ def backward(
     shares = torch.empty((splits, channels, hidden), dtype=torch.float32, device=x.device)
     tensors = (x, g, weight.to(dtype).contiguous(), mask.values, dout, dx, dg, shares)
     places = (rows, mask.columns, splits, mask.row, mask.column)
-    sizes = {"KEEP": keep is not None, "C": channels, "H": hidden, "BC": max(16, power_of_two(channels))}
+    sizes = {"KEEP": keep is not None, "C": channels, "H": hidden, "BC": product_width(channels)}
     launch(kernels.backward_kernel, (chunks, splits, 1), config, tensors + places, **sizes)
     return dx, dg, shares.sum(0)
 

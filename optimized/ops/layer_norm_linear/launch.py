@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, grouped, power_of_two, processors, tile
+from optimized.ops.launching import ceil_div, chosen, grouped, processors, product_width, tile
 from optimized.ops.layer_norm_linear import kernels
 from optimized.ops.parameters import fold, gradient_dtype, pack
 from optimized.ops.tuning import Config
@@ -72,8 +72,8 @@ class Widths:
             "H": self.hidden,
             "HEADS": self.heads,
             "T": self.count,
-            "BC": power_of_two(channels),
-            "BS": max(16, power_of_two(max(self.heads, 1))),
+            "BC": product_width(channels),
+            "BS": product_width(self.heads),
         }
 
 
@@ -126,14 +126,14 @@ def weight_gradient(n: Tensor, grads: list[Tensor], config: Config | None = None
     rows, channels = n.shape
     hidden = grads[0].shape[1]
     config = config or _config("weight_gradient", n, n.dtype)
-    if config.constants["BN"] > max(16, power_of_two(hidden)):
-        config = narrowed(config, max(16, power_of_two(hidden)))
+    if config.constants["BN"] > product_width(hidden):
+        config = narrowed(config, product_width(hidden))
     programs = len(grads) * ceil_div(hidden, config.constants["BN"])
     steps = ceil_div(rows, config.constants["BM"])
     splits = max(1, min(2 * processors(n.device) // programs, steps))
     partial = torch.empty((splits, len(grads) * hidden * channels), dtype=torch.float32, device=n.device)
     arguments = (n, *_four(grads, n), partial, rows, splits, grads[0].stride(0), grads[0].stride(1))
-    blocks = {"C": channels, "H": hidden, "T": len(grads), "BC": power_of_two(channels)}
+    blocks = {"C": channels, "H": hidden, "T": len(grads), "BC": product_width(channels)}
     launch(kernels.weight_gradient_kernel, (programs, splits, 1), config, arguments, **blocks)
     return partial
 

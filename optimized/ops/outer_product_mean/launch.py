@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, power_of_two, processors, tile
+from optimized.ops.launching import ceil_div, chosen, processors, product_width, tile
 from optimized.ops.outer_product_mean import kernels
 from optimized.ops.tuning import Config
 
@@ -40,7 +40,7 @@ def _config(kernel: str, weight: Tensor) -> Config:
 
 def _sizes(a: Tensor, b: Tensor, weight: Tensor) -> dict[str, int]:
     channels = weight.shape[0]
-    padded = max(16, power_of_two(channels))
+    padded = product_width(channels)
     return {"C": a.shape[2], "D": b.shape[2], "Z": channels, "BZ": padded}
 
 

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, fast_sigmoid, grouped, power_of_two, processors, tile
+from optimized.ops.launching import (
+    ceil_div,
+    chosen,
+    fast_sigmoid,
+    grouped,
+    processors,
+    product_width,
+    tile,
+)
 from optimized.ops.parameters import fold, gradient_dtype, pack
 from optimized.ops.transition import kernels
 from optimized.ops.tuning import Config
@@ -53,7 +61,7 @@ def _config(kernel: str, x: Tensor, dtype: torch.dtype) -> Config:
 def _sizes(w: Tensor, channels: int, device: torch.device) -> dict[str, int]:
     """Compile-time sizes of the kernels, for packed weights w_a, w_b, w_out of `dtype`."""
     hidden = w.numel() // (3 * channels)
-    block = power_of_two(channels)
+    block = product_width(channels)
     return {"C": channels, "H": hidden, "BC": block, "FAST": fast_sigmoid(w.dtype, device)}
 
 

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, fast_sigmoid, grouped, power_of_two, processors, tile
+from optimized.ops.launching import (
+    ceil_div,
+    chosen,
+    fast_sigmoid,
+    grouped,
+    processors,
+    product_width,
+    tile,
+)
 from optimized.ops.outer_products import products
 from optimized.ops.parameters import fold, gradient_dtype, pack
 from optimized.ops.triangle_multiplication import output, project
@@ -73,7 +81,7 @@ class Shape:
     def blocks(self, w: Tensor) -> dict[str, int]:
         """Compile-time sizes of the kernels, for weights `w`."""
         c, h = self.channels, self.hidden
-        blocks = {"C": c, "H": h, "BC": power_of_two(c), "BH": power_of_two(h)}
+        blocks = {"C": c, "H": h, "BC": product_width(c), "BH": product_width(h)}
         return blocks | {"FAST": fast_sigmoid(w.dtype, w.device)}
 
     def inner(self, w: Tensor) -> dict[str, int]:
