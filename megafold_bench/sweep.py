@@ -11,11 +11,12 @@ from typing import Any, Protocol
 from megafold_bench import variants
 from megafold_bench.errors import UserError
 from megafold_bench.finish import finish
+from megafold_bench.host import own_source
 from megafold_bench.launchers import Event, Launched, Launcher
 from megafold_bench.measure.memory import MIN_STEPS
 from megafold_bench.outcomes import Outcome, Verdict, complete, signal_name
 from megafold_bench.points import Phase, Point, Trial
-from megafold_bench.records import Record, latest
+from megafold_bench.records import Record, jsonable, latest
 from megafold_bench.runs import RunFolder
 from megafold_bench.trials import WorkerRequest, blank_record, utc_now
 from megafold_bench.variants import Scalar
@@ -184,6 +185,7 @@ class Runner:
         self._sample_interval_s = sample_interval_s
         self._retry = retry
         self._snapshot = snapshot
+        self._source = jsonable(own_source())
         folder.adopt_pending(finish)
         self._records = {record["trial_id"]: record for record in latest(folder.records)}
         self._retried: set[str] = set()
@@ -219,6 +221,7 @@ class Runner:
             started_monotonic_s=time.monotonic(),
             sample_interval_s=self._sample_interval_s,
             snapshot=self._wants_snapshot(trial),
+            source=self._source,
         )
         launched = self._launcher.run(request, self._timeout_s, self._listener)
         record = self._conclude(request, launched)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class WorkerRequest:
     """Interval of the device sampler; None to run without one."""
     snapshot: bool = False
     """Whether to keep a summary of what held the memory, if an allocation fails."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """What this package is, as `host.own_source` has it: a run may be resumed with another version."""
 
     @property
     def samples_path(self) -> Path:
@@ -53,6 +56,7 @@ class WorkerRequest:
                 "started_monotonic_s": self.started_monotonic_s,
                 "sample_interval_s": self.sample_interval_s,
                 "snapshot": self.snapshot,
+                "source": dict(self.source),
             }
         )
 
@@ -107,7 +111,7 @@ def blank_record(request: WorkerRequest, verdict: Verdict) -> Record:
         "telemetry": None,
         "losses": [],
         "facts": {},
-        "provenance": {},
+        "provenance": {"source": dict(request.source)} if request.source else {},
         "quality": [],
         "unavailable": {},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Run:
     def provenance(self) -> Provenance:
         """Where the run was measured: of its newest record that has any, with the manifest behind it."""
         newest: Mapping[str, Any] = next(
-            (r["provenance"] for r in reversed(self.records) if r.get("provenance")), {}
+            (p for p in reversed(self._records_provenance) if p.get("python")), {}
         )
         spec = self.manifest.get("spec") or {}
         asked = spec.get("device") or (spec.get("base") or {}).get("device")
@@ -50,6 +50,28 @@ class Run:
         if self.manifest.get("fixture") and not environment.get("fixture"):
             environment = {**environment, "fixture": "its manifest says so"}
         return Provenance.gather(newest, environment, device or "cuda")
+
+    @property
+    def _records_provenance(self) -> list[Mapping[str, Any]]:
+        return [r.get("provenance") or {} for r in self.records]
+
+    @property
+    def caption(self) -> str:
+        """What the run was measured on and with, in one line, and whether that changed on the way."""
+        known = self._records_provenance
+        devices = {p["device_uuid"] for p in known if p.get("device_uuid")}
+        now = self.provenance
+        began = (self.manifest.get("environment") or {}).get("source") or {}
+        commits = dict.fromkeys(
+            replace(now, commit=str(s.get("commit") or ""), dirty=str(s.get("dirty"))).short_commit
+            for s in (p.get("source") or began for p in known)
+        )
+        line = now.caption()
+        if len(devices) > 1:
+            line += f" · on {len(devices)} devices of this kind, one after another"
+        if len(commits) > 1:
+            line += f" · trials at commits {', '.join(c or 'unknown' for c in commits)}"
+        return line
 
 
 def load_run(run_dir: Path) -> Run:

@@ -64,7 +64,7 @@ def _summary(part: Part) -> Markup:
         ),
         ("measuring took", duration_text(sum(record.get("wall_s") or 0 for record in run.records))),
         ("begun", run.manifest.get("created_at") or DASH),
-        ("measured with", provenance.caption()),
+        ("measured with", run.caption),
     ]
     sentences = [f"{boundary.series}: {boundary.text()}." for boundary in boundaries(part.cells)]
     return join(
@@ -238,7 +238,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _environment(part: Part) -> Markup:
     worker: Mapping[str, Any] = next(
-        (r["provenance"] for r in reversed(part.run.records) if r.get("provenance")), {}
+        (r["provenance"] for r in reversed(part.run.records) if (r.get("provenance") or {}).get("python")), {}
     )
     pieces = []
     for title, facts in (
@@ -248,7 +248,7 @@ def _environment(part: Part) -> Markup:
         pieces.append(
             tag("details", tag("summary", f"Of {title}"), table(("fact", "value"), _flat(facts), words=2))
         )
-    return join([tag("p", part.run.provenance.caption()), *pieces])
+    return join([tag("p", part.run.caption), *pieces])
 
 
 def _reproduce(part: Part) -> Markup:

@@ -111,7 +111,7 @@ def print_table(run_dir: Path, console: Console | None = None) -> None:
     out = console or Console()
     run = load_run(run_dir)
     out.print(f"[bold]{escape(run.name)}[/] · {_progress(run)}", highlight=False)
-    out.print(escape(run.provenance.caption()), style="dim", highlight=False, soft_wrap=True)
+    out.print(escape(run.caption), style="dim", highlight=False, soft_wrap=True)
     found = cells(run.records)
     if not found:
         out.print("No trial has ended yet.")

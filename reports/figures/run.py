@@ -227,7 +227,7 @@ def draw_run(run: Run, published: bool = False, width_in: float = COLUMN_IN) -> 
     Those of time only where a trial was to measure it: a boundary search has memory alone.
     """
     found = cells(run.records)
-    caption = run.provenance.caption()
+    caption = run.caption
     chosen = published_for(run.provenance) if published else ()
     with styled():
         memory = memory_drawing(found, caption, chosen, width_in)

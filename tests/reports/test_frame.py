@@ -45,6 +45,22 @@ def test_the_latest_attempt_counts(make):
     assert cells(load_run(run).records)[0].outcome is Outcome.TIMEOUT
 
 
+def test_a_run_that_was_resumed_elsewhere_says_so(make):
+    run = make("single", lengths=(256,))
+    alone = load_run(run).caption
+    assert "devices" not in alone and "commits" not in alone
+    record = lines(run)[0]
+    source = {"version": "0.1.0", "commit": "f" * 40, "dirty": False}
+    record["attempt"] = 2
+    record["provenance"] |= {"python": "3.12.3", "device_uuid": "another", "source": source}
+    append(run, record)
+    first, *others = lines(run)[1:-1]
+    others = [first | {"provenance": first["provenance"] | {"device_uuid": "one"}}, *others]
+    (run / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*others, record]))
+    assert "on 2 devices of this kind, one after another · trials at commits " in load_run(run).caption
+    assert "fffffff" in load_run(run).caption
+
+
 def test_a_cell_pools_all_steps_of_all_processes(make):
     run = make("single", lengths=(256,))
     (cell,) = cells(load_run(run).records)

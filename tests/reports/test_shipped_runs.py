@@ -82,16 +82,20 @@ def test_report(run, tmp_path):
 
 
 def test_a_boundary_search_shows_its_ends_and_no_empty_figure(tmp_path):
-    """This one was stopped before `inductor` was confirmed: at a capacity of 40 GiB it has a point near the rule."""
+    """Both are confirmed, on two machines; with its last repeats cut off, the end of `inductor` would not be."""
     run = REAL[-1]
     text = printed(print_table, run)
+    assert "commit ac69806 · on 2 devices of this kind, one after another" in text
     assert (
         "pytorch at 40 GiB (capacity_emulated): max_ok 864, min_fail 896, granularity 32, 6 trials\n" in text
     )
-    assert (
-        "inductor at 40 GiB (capacity_emulated): max_ok 896, min_fail 928, granularity 32, 4 trials, not"
-        in text
-    )
+    inductor = "inductor at 40 GiB (capacity_emulated): max_ok 896, min_fail 928, granularity 32, "
+    assert inductor + "7 trials, under allocator pressure from 864" in text and "not confirmed" not in text
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    lines = (cut / "results.jsonl").read_text().splitlines()
+    (cut / "results.jsonl").write_text("\n".join(lines[:-3]) + "\n")
+    assert inductor + "4 trials, not" in printed(print_table, cut)
     (drawing,) = draw_run(load_run(run))
     assert drawing.name == "memory"
     (rule,) = [t for t in drawing.figure.axes[0].texts if t.get_text() == "capacity 40.0 GiB"]

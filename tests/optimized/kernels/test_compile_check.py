@@ -11,8 +11,10 @@ from optimized.kernels import compile_check, fit
 from optimized.kernels.compile_check import Accepted, accepted, parse_architectures, tasks_for
 from optimized.ops import catalogue as catalogue_module
 from optimized.ops.catalogue import catalogue, configured, default_cases, launched
-from optimized.ops.offline import ARCHITECTURES, CompileReport
+from optimized.ops.layer_norm_linear import launch as layer_norm_linear
+from optimized.ops.offline import ARCHITECTURES, CompileReport, compile_case
 from optimized.ops.transition import launch as transition
+from optimized.ops.triangle_multiplication import launch as triangle_multiplication
 from optimized.ops.tuning import SHIPPED, Config, architecture, lookup, read_configs
 from reports.compile_table import print_compile_table, save_compile_csv
 
@@ -39,6 +41,16 @@ def test_every_module_of_cases_is_in_the_catalogue():
     for file in files:
         package = "optimized.ops" if file.parent.name == "ops" else f"optimized.ops.{file.parent.name}"
         assert f"from {package} import {file.stem}" in text, f"{package}.{file.stem}"
+
+
+def test_narrow_channels_compile():
+    """A product on a GPU has sides of 16 at least, which the interpreter does not mind."""
+    case = case_named("triangle_multiplication.bf16.64.project")
+    sizes = triangle_multiplication.Shape(16, 16, 8, 8).inner(torch.empty(1)) | {"FAST": False}
+    assert compile_case(replace(case, constants={**case.constants, **sizes}), "sm_90").shared_bytes >= 0
+    case = case_named("layer_norm_linear.bf16.64.forward")
+    sizes = layer_norm_linear.Widths(8, 2, 4).blocks(8)
+    assert compile_case(replace(case, constants={**case.constants, **sizes}), "sm_90").shared_bytes >= 0
 
 
 def test_keys_of_the_fused_operators_come_from_their_names():
