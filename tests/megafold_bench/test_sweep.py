@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from megafold_bench import __version__
 from megafold_bench.errors import UserError
 from megafold_bench.launchers import LocalLauncher
 from megafold_bench.points import Phase
@@ -182,6 +183,7 @@ def test_failed_trials_can_be_retried(run, spec, tmp_path):
 def test_failure_at_one_length_does_not_stop_the_others(run, spec):
     records = run(spec(seq_lens=(32, 64), options={"ending": "segv@64"}))
     assert [r["outcome"]["status"] for r in records] == ["ok", "ok", "crash", "crash"]
+    assert {r["provenance"]["source"]["version"] for r in records} == {__version__}
 
 
 def test_lengths_beyond_two_memory_failures_are_skipped_with_a_record(run, spec, listener):
