@@ -24,10 +24,12 @@ def side_by_side(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """
     if not _ready(weights, x.dtype):
         return torch.mm(x, _stacked(weights, x.dtype).t())
+    if len(weights) == 1:
+        return torch.mm(x, weights[0].t())
     height = weights[0].shape[0]
     out = torch.empty((x.shape[0], len(weights) * height), dtype=x.dtype, device=x.device)
-    for part, w in zip(out.split(height, 1), weights, strict=True):
-        torch.mm(x, w.t(), out=part)
+    for index, w in enumerate(weights):
+        torch.mm(x, w.t(), out=out.narrow(1, index * height, height))
     return out
 
 

@@ -15,6 +15,9 @@ class Supported(NamedTuple):
     reason: str = ""
 
 
+SUPPORTED = Supported(True)
+
+
 @torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton runs in its CPU interpreter (TRITON_INTERPRET=1), so that CPU tensors reach kernels.
@@ -35,11 +38,12 @@ def triton_support(*tensors: Tensor) -> Supported:
     except ImportError:
         return Supported(False, "triton is not installed")
     device = tensors[0].device
-    if any(t.device != device for t in tensors):
-        return Supported(False, "the tensors are on different devices")
+    for t in tensors:  # a loop: generators would take a few microseconds of every call
+        if t.device != device:
+            return Supported(False, "the tensors are on different devices")
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return Supported(False, f"Triton kernels need a CUDA or ROCm device, the input is on {device.type}")
-    odd = next((t.dtype for t in tensors if t.dtype not in FLOATS), None)
-    if odd is not None:
-        return Supported(False, f"dtype {odd} is not one of float32, bfloat16, float16")
-    return Supported(True)
+    for t in tensors:
+        if t.dtype not in FLOATS:
+            return Supported(False, f"dtype {t.dtype} is not one of float32, bfloat16, float16")
+    return SUPPORTED
