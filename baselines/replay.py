@@ -128,9 +128,8 @@ class _Recording:
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """The function's value, always the same tensor."""
         for kept, given in zip(self.inputs, inputs, strict=True):
-            kept.data.copy_(
-                given
-            )  # unseen by autograd, which would refuse to record a backward pass that reads it
+            # Past autograd, which would refuse to record a backward pass that reads what was overwritten.
+            kept.data.copy_(given)
         self._forward.replay()
         return self._output
 

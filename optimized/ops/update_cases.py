@@ -91,7 +91,9 @@ def _linear() -> list[KernelCase]:
         label = f"linear.fp32.product{'' if even else '.odd'}"
         case = make_case(label, linear.product_kernel, config, "fp32", {"BIAS": True, "EVEN": even}, key)
         # Triton assumes nothing of what it was told not to specialise on.
-        aligned = (n for n in case.aligned if n.endswith("_ptr") or n in ("x_row", "columns"))
+        aligned = (
+            n for n in case.aligned if n.endswith("_ptr") or n in ("x_row", "columns", *["terms"] * even)
+        )
         found.append(replace(case, aligned=tuple(aligned)))
     return found
 

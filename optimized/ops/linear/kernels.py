@@ -22,7 +22,7 @@ def high(x):
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True)
 
 
-@triton.jit(repr=profiled_as("linear"), do_not_specialize=["rows", "terms"])
+@triton.jit(repr=profiled_as("linear"), do_not_specialize=["rows"])
 def product_kernel(
     x_ptr,
     w_ptr,
