@@ -169,6 +169,14 @@ def _megafold_conditioned(problem: Problem) -> Function:
     return lambda t, mask: [conditioned_transition(*inputs(t))]
 
 
+def _megafold_products(problem: Problem) -> Function:
+    from optimized.ops.linear import linear, supported
+
+    names = ("x", "weight", "bias")
+    _require(supported(*picked(problem.tensors, names)))
+    return lambda t, mask: [linear(*picked(t, names))]
+
+
 def _for_all(builder: Builder, *ops: str) -> dict[str, Builder]:
     return dict.fromkeys(ops, builder)
 
@@ -184,6 +192,7 @@ MEGAFOLD: dict[str, Builder] = {
     "pair_weighted_averaging": _megafold_averaging,
     "adaptive_layer_norm": _megafold_adaptive,
     "conditioned_transition": _megafold_conditioned,
+    "linear": _megafold_products,
 }
 BUILDERS: dict[str, dict[str, Builder]] = {
     "definition": _for_all(_definition, *MEGAFOLD),

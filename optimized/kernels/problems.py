@@ -24,6 +24,7 @@ OPERATORS = {
         update.pair_weighted_averaging(),
         update.adaptive_layer_norm(),
         update.conditioned_transition(),
+        update.linear(),
     )
 }
 GROUPS = {"triangle_multiplication": ("triangle_multiplication_outgoing", "triangle_multiplication_incoming")}

@@ -12,6 +12,7 @@ from optimized.ops.conditioned_transition.reference import (
     conditioned_transition_reference,
 )
 from optimized.ops.gated_output.reference import gated_output_reference
+from optimized.ops.linear.reference import linear_reference
 from optimized.ops.outer_product_mean.reference import OuterWeights, outer_product_mean_reference
 from optimized.ops.pair_weighted_averaging.reference import weighted_average_reference
 from optimized.ops.triangle_attention.reference import (
@@ -218,6 +219,29 @@ def conditioned_transition(c_a: int = 768, c_s: int = 384, factor: int = 2) -> O
 
     summary = f"{SAMPLES} samples of {c_a} channels, {factor} × hidden, conditioning of {c_s}"
     return Operator("conditioned_transition", summary, make, forward, backward)
+
+
+def linear(c_in: int = 768, c_out: int = 768) -> Operator:
+    """A projection of the token transformer; an operator for float32 alone."""
+
+    def definition(t: Tensors, mask: Tensor | None) -> list[Tensor]:
+        return [linear_reference(t["x"], t["weight"], t["bias"])]
+
+    def make(source: Source, n: int, small: bool) -> Problem:
+        samples, c, h = (2, 64, 96) if small else (SAMPLES, c_in, c_out)
+        tensors = {"x": source.normal(samples, n, c), "weight": source.weight(h, c), "bias": source.normal(h)}
+        return Problem("linear", tensors, None, [source.normal(samples, n, h)], definition)
+
+    def forward(n: int, size: int) -> Cost:
+        rows = SAMPLES * n
+        return Cost(2 * rows * c_in * c_out, size * (rows * (c_in + c_out) + c_in * c_out))
+
+    def backward(n: int, size: int) -> Cost:
+        rows = SAMPLES * n
+        return Cost(4 * rows * c_in * c_out, size * (rows * (2 * c_in + c_out) + 2 * c_in * c_out))
+
+    summary = f"{SAMPLES} samples, {c_in} channels to {c_out}, float32 as three TF32 products"
+    return Operator("linear", summary, make, forward, backward)
 
 
 def _conditioned(
