@@ -133,8 +133,10 @@ class Bench:
     def __init__(self, p: Problem) -> None:
         self.p, self.call = p, p.call()
         self.o = torch.empty_like(p.q)
-        self.lse = torch.empty(p.q.shape[:-1], dtype=torch.float32, device=DEVICE)
-        launch.launch_forward(self.call, self.o, self.lse, config(4, 2, 0, ROWS=1, BQ=64, BK=64))
+        self.lse, self.rounding = torch.empty((2, *p.q.shape[:-1]), dtype=torch.float32, device=DEVICE)
+        launch.launch_forward(
+            self.call, self.o, self.lse, self.rounding, config(4, 2, 0, ROWS=1, BQ=64, BK=64)
+        )
         self.lse2, self.delta = launch.launch_statistics(self.call, self.o, p.do, self.lse, None)
         self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (p.q, p.k, p.v))
         self.dbias = torch.empty_like(p.bias)
@@ -143,7 +145,7 @@ class Bench:
         """A closure that runs one kernel with one configuration."""
         p, call = self.p, self.call
         if kernel == "forward":
-            return lambda: launch.launch_forward(call, self.o, self.lse, c)
+            return lambda: launch.launch_forward(call, self.o, self.lse, self.rounding, c)
         if kernel == "grad_kv":
             return lambda: launch.launch_grad_kv(call, p.do, self.lse2, self.delta, self.dk, self.dv, c)
         if kernel == "grad_q":

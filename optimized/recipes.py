@@ -44,7 +44,7 @@ they save the GPU.
 PRODUCTS = "tf32x3"
 """How products of float32 are taken unless asked otherwise.
 
-On an H200 with smaller errors than eager PyTorch's, but for the bias gradient, where `ieee` is no better (1.6 times).
+On an H200 with smaller errors than eager PyTorch's, but for the bias gradient, where `ieee` is no better.
 """
 
 

@@ -145,13 +145,17 @@ def _any_key(MASK, mask_at, LK, HAS_MASK: tl.constexpr, TILE: tl.constexpr):
     do_not_specialize=[*LENGTHS, *strides_of("q", "k", "v", "o"), "mask_b", "mask_r"],
 )
 def forward_kernel(
-    Q, K, V, BIAS, MASK, O, LSE, R, H, LQ, LK,
+    Q, K, V, BIAS, MASK, O, LSE, ROUNDING, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l, mask_b, mask_r, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ]."""
+    """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ].
+
+    ROUNDING, of its shape, is written in fp32 only: exp(LSE) over the sum of exponentials, not quite one. A sum some
+    2¹³ has a logarithm near 9, whose rounding shifts all probabilities of a row by 3e-7.
+    """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
@@ -249,4 +253,8 @@ def forward_kernel(
         tl.store(ob + tile_offsets(o_l, d, BQ), out, mask=q_mask & (row < R))
         highest = top if EXACT else top * LN2
         lse = tl.where(total == 0.0, float("-inf"), highest + natural_log(total, EXACT))
-        tl.store(LSE + ((b * R + row) * H + h) * LQ + qi, lse, mask=(qi < LQ) & (row < R))
+        line = ((b * R + row) * H + h) * LQ + qi
+        tl.store(LSE + line, lse, mask=(qi < LQ) & (row < R))
+        if EXACT:
+            rounding = tl.where(total == 0.0, 1.0, powers(lse - top, True) * inverse)
+            tl.store(ROUNDING + line, rounding, mask=(qi < LQ) & (row < R))

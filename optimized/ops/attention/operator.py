@@ -60,24 +60,36 @@ def _five(x: Tensor) -> Tensor:
 
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
-) -> tuple[Tensor, Tensor]:
-    """o and log-sum-exp by the kernels, unchecked and without autograd."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, log-sum-exp and what its rounding does to the probabilities (empty but in fp32), unchecked, no autograd."""
     from optimized.ops.attention import launch
 
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    rounding = _rounding_like(q)
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
     call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, False)
-    launch.launch_forward(call, _five(o), lse, launch.plan_for(q, precision).forward)
-    return o, lse
+    launch.launch_forward(call, _five(o), lse, rounding, launch.plan_for(q, precision).forward)
+    return o, lse, rounding
+
+
+def _rounding_like(q: Tensor) -> Tensor:
+    return torch.empty(
+        q.shape[:-1] if q.dtype == torch.float32 else (0,), dtype=torch.float32, device=q.device
+    )
 
 
 def run_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
-    o: Tensor, lse: Tensor, scale: float, precision: str,
+    o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv and dbias by the kernels, unchecked."""
     from optimized.ops.attention import launch
+
+    if rounding is not None and rounding.numel():
+        # The kernels' probabilities are too small by this factor, row by row, and every gradient is linear in these two.
+        do = do * rounding.unsqueeze(-1)
+        dlse = None if dlse is None else dlse * rounding
 
     plan = launch.plan_for(q, precision)
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
@@ -97,28 +109,29 @@ def run_backward(
 @torch.library.custom_op("megafold_bench::pair_attention", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if supported(q, k, v, bias, mask).ok:
         return run_forward(q, k, v, bias, mask, scale, precision)
     o, lse = reference.attention_with_lse(q, k, v, bias, mask, scale)
-    return torch.empty_like(q).copy_(o), lse.contiguous()
+    return torch.empty_like(q).copy_(o), lse.contiguous(), _rounding_like(q).fill_(1.0)
 
 
 @_forward_op.register_fake
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), torch.empty(q.shape[:-1], dtype=wide, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
+    return torch.empty_like(q), lse, _rounding_like(q)
 
 
 @torch.library.custom_op("megafold_bench::pair_attention_backward", mutates_args=())
 def _backward_op(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
-    o: Tensor, lse: Tensor, scale: float, precision: str,
+    o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if supported(q, k, v, bias, mask).ok:
-        return run_backward(do, dlse, q, k, v, bias, mask, o, lse, scale, precision)
+        return run_backward(do, dlse, q, k, v, bias, mask, o, lse, rounding, scale, precision)
     grads = reference.attention_backward(do, q, k, v, bias, mask, o, lse, scale, dlse)
     fresh = (
         *(torch.empty_like(x) for x in (q, k, v)),
@@ -131,26 +144,27 @@ def _backward_op(
 @_backward_op.register_fake
 def _backward_fake(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
-    o: Tensor, lse: Tensor, scale: float, precision: str,
+    o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, bias, mask, scale, precision = inputs
     ctx.save_for_backward(q, k, v, bias, mask, *output)
     ctx.scale, ctx.precision = scale, precision
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, mask, o, lse = ctx.saved_tensors
+def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, bias, mask, o, lse, rounding = ctx.saved_tensors
     if do is None and dlse is None:
         return (None,) * 7
     if do is None:
         do = torch.zeros_like(o)
-    return *_backward_op(do, dlse, q, k, v, bias, mask, o, lse, ctx.scale, ctx.precision), None, None, None
+    grads = _backward_op(do, dlse, q, k, v, bias, mask, o, lse, rounding, ctx.scale, ctx.precision)
+    return *grads, None, None, None
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -160,20 +174,21 @@ class _Direct(torch.autograd.Function):
     """The same passes without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        o, lse = run_forward(*inputs)
-        _setup_context(ctx, inputs, (o, lse))
-        return o, lse
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = run_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, mask, o, lse = ctx.saved_tensors
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, o, lse, rounding = ctx.saved_tensors
         if do is None and dlse is None:
             return (None,) * 7
         do = torch.zeros_like(o) if do is None else do
         return (
-            *run_backward(do, dlse, q, k, v, bias, mask, o, lse, ctx.scale, ctx.precision),
+            *run_backward(do, dlse, q, k, v, bias, mask, o, lse, rounding, ctx.scale, ctx.precision),
             None,
             None,
             None,
@@ -203,8 +218,8 @@ def attention_with_lse(
     inputs = (q, k, v, bias, mask, factor, _available(precision))
     tensors = (q, k, v, bias) if mask is None else (q, k, v, bias, mask)
     if direct(tensors) and supported(q, k, v, bias, mask).ok:
-        return _Direct.apply(*inputs)
-    return _forward_op(*inputs)
+        return _Direct.apply(*inputs)[:2]
+    return _forward_op(*inputs)[:2]
 
 
 def attention(
@@ -240,7 +255,7 @@ def attention_backward(
     """
     _check(q, k, v, bias, mask, precision)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (do, dlse, q, k, v, bias, mask, o, lse, factor, _available(precision))
+    inputs = (do, dlse, q, k, v, bias, mask, o, lse, None, factor, _available(precision))
     tensors = [t for t in inputs[:-2] if t is not None]
     if direct(tensors) and supported(q, k, v, bias, mask).ok:
         return run_backward(*inputs)

@@ -94,16 +94,16 @@ def _forward(
     z: Tensor, mask: Tensor | None, residual: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
     heads: int, columns: bool, flipped: bool, eps: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result, and for the backward pass o `[*, N, N, h·d]` and the log-sum-exp `[*, rows, h, N]`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The result, and for the backward pass o `[*, N, N, h·d]`, the log-sum-exp `[*, rows, h, N]` and its rounding."""
     scale = (q.shape[0] // heads) ** -0.5
     qs, ks, vs, gate, pairs = _project(z, (norm_weight, norm_bias, q, k, v, g, bias), eps, dtype)
     qs, ks, vs = (to_rows(x, heads, columns) for x in (qs, ks, vs))
     keys = _keys(mask, columns)
-    x, lse = attention.run_forward(qs, ks, vs, bias_of_rows(pairs, flipped), keys, scale, "ieee")
+    x, lse, rounding = attention.run_forward(qs, ks, vs, bias_of_rows(pairs, flipped), keys, scale, "ieee")
     o = from_rows(x, columns)
     del qs, ks, vs, pairs
-    return ending.run_forward(o, gate, out, residual, keep, dtype), o, lse
+    return ending.run_forward(o, gate, out, residual, keep, dtype), o, lse, rounding
 
 
 _op = torch.library.custom_op("megafold_bench::triangle_attention", mutates_args=())(_forward)
@@ -114,20 +114,21 @@ def _(
     z: Tensor, mask: Tensor | None, residual: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
     heads: int, columns: bool, flipped: bool, eps: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     kind = dtype if residual is None else torch.promote_types(residual.dtype, dtype)
     *lead, rows, length, _ = z.shape
     return (
         z.new_empty((*z.shape[:-1], out.shape[0]), dtype=kind),
         z.new_empty((*z.shape[:-1], q.shape[0]), dtype=dtype),
         z.new_empty((*lead, rows, heads, length), dtype=torch.float32),
+        z.new_empty((*lead, rows, heads, length) if dtype == torch.float32 else (0,), dtype=torch.float32),
     )
 
 
 def _backward(
     dy: Tensor, z: Tensor, mask: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
-    o: Tensor, lse: Tensor, heads: int, columns: bool, flipped: bool, eps: float,
+    o: Tensor, lse: Tensor, rounding: Tensor, heads: int, columns: bool, flipped: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dz, the gradients of γ, β, the maps and the bias's in one vector, and that of the output projection."""
     from optimized.ops.gated_output import launch
@@ -141,7 +142,7 @@ def _backward(
     del du, gate
     dx, keys = to_rows(do.view(o.shape), heads, columns), _keys(mask, columns)
     dq, dk, dv, d_pairs = attention.run_backward(
-        dx, None, qs, ks, vs, bias_of_rows(pairs, flipped), keys, x, lse, scale, "ieee"
+        dx, None, qs, ks, vs, bias_of_rows(pairs, flipped), keys, x, lse, rounding, scale, "ieee"
     )
     del do, dx, qs, ks, vs, pairs
     grads = [from_rows(t, columns) for t in (dq, dk, dv)] + [dg, bias_from_rows(d_pairs, flipped)]
@@ -158,7 +159,7 @@ _backward_op = torch.library.custom_op("megafold_bench::triangle_attention_backw
 def _(
     dy: Tensor, z: Tensor, mask: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
-    o: Tensor, lse: Tensor, heads: int, columns: bool, flipped: bool, eps: float,
+    o: Tensor, lse: Tensor, rounding: Tensor, heads: int, columns: bool, flipped: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parameters = (norm_weight, norm_bias, q, k, v, g, bias)
     size = sum(p.numel() for p in parameters)
