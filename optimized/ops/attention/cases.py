@@ -11,7 +11,7 @@ from optimized.ops.offline import KernelCase
 from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-FP32 = ("LSE", "ROUNDING", "LSE2", "DLSE", "DELTA", "DBIAS", "MASK")
+FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "MASK")
 FLOATS = ("scale", "unit_scale")
 WIDE_INTS = ("size", "s_b", "s_h", "s_q", "s_k", "keep_b")
 

@@ -145,7 +145,7 @@ def _any_key(MASK, mask_at, LK, HAS_MASK: tl.constexpr, TILE: tl.constexpr):
     do_not_specialize=[*LENGTHS, *strides_of("q", "k", "v", "o"), "mask_b", "mask_r"],
 )
 def forward_kernel(
-    Q, K, V, BIAS, MASK, O, LSE, ROUNDING, R, H, LQ, LK,
+    Q, K, V, BIAS, MASK, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l, mask_b, mask_r, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
@@ -153,8 +153,9 @@ def forward_kernel(
 ):  # fmt: skip
     """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ].
 
-    ROUNDING, of its shape, is written in fp32 only: exp(LSE) over the sum of exponentials, not quite one. A sum some
-    2¹³ has a logarithm near 9, whose rounding shifts all probabilities of a row by 3e-7.
+    In fp32 as many numbers again follow it: exp(LSE) over the sum of exponentials, not quite one. A sum some 2¹³ has a
+    logarithm near 9, whose rounding shifts all probabilities of a row by 3e-7. (A pointer of its own would cost 16-bit
+    kernels registers.)
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
@@ -257,4 +258,5 @@ def forward_kernel(
         tl.store(LSE + line, lse, mask=(qi < LQ) & (row < R))
         if EXACT:
             rounding = tl.where(total == 0.0, 1.0, powers(lse - top, True) * inverse)
-            tl.store(ROUNDING + line, rounding, mask=(qi < LQ) & (row < R))
+            behind = tl.num_programs(0).to(tl.int64) // tiles // groups * R * LQ
+            tl.store(LSE + behind + line, rounding, mask=(qi < LQ) & (row < R))

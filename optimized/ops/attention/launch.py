@@ -228,10 +228,10 @@ def programs(call: Call, length: int, tile: int, config: Config) -> tuple[int, i
     return ceil_div(length, tile) * groups * heads * call.q.shape[0], 1, 1
 
 
-def launch_forward(call: Call, o: Tensor, lse: Tensor, rounding: Tensor, config: Config) -> None:
-    """Fill o [B, R, H, Q, D], lse [B, R, H, Q] and in fp32 rounding, of lse's shape: see `forward_kernel`."""
+def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
+    """Fill o [B, R, H, Q, D] and lse [1, B, R, H, Q], in fp32 [2, B, R, H, Q] with its rounding."""
     arguments = (
-        call.q, call.k, call.v, call.bias, call.mask, o, lse, rounding, *call.sizes,
+        call.q, call.k, call.v, call.bias, call.mask, o, lse, *call.sizes,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(o), *call.mask_strides, call.unit_scale,
     )  # fmt: skip
     grid = programs(call, call.sizes[2], config.constants["BQ"], config)

@@ -65,12 +65,13 @@ def run_forward(
     from optimized.ops.attention import launch
 
     o = torch.empty_like(q)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    rounding = _rounding_like(q)
+    full = q.dtype == torch.float32
+    lse = torch.empty((1 + full, *q.shape[:-1]), dtype=torch.float32, device=q.device)
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
     call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, False)
-    launch.launch_forward(call, _five(o), lse, rounding, launch.plan_for(q, precision).forward)
-    return o, lse, rounding
+    launch.launch_forward(call, _five(o), lse, launch.plan_for(q, precision).forward)
+    # Results of a registered operator may not share memory.
+    return o, lse[0], lse[1].clone() if full else _rounding_like(q)
 
 
 def _rounding_like(q: Tensor) -> Tensor:
