@@ -575,6 +575,10 @@ def doctor(
     preset: Preset = None,
     tokens: Annotated[int | None, typer.Option(help="With --sampler-cost: the length.")] = None,
     pairs: Annotated[int, typer.Option(help="With --sampler-cost: steps with and without.")] = 10,
+    dose: Annotated[
+        int | None,
+        typer.Option(help="With --sampler-cost: how many times as often to sample; the cost is divided."),
+    ] = None,
     warmup: Annotated[int, typer.Option(help="With --sampler-cost: steps before them.")] = 2,
     out: Annotated[Path | None, typer.Option(help="With --sampler-cost: a JSON file to write.")] = None,
     device: Device = None,
@@ -584,7 +588,7 @@ def doctor(
     if sampler_cost:
         options = _options(preset, None, None, None, settings)
         asked = {"variants": variant, "device": device, "warmup": warmup}
-        _sampler_cost(_sweep_spec(None, False, asked, options), tokens, pairs, out)
+        _sampler_cost(_sweep_spec(None, False, asked, options), tokens, pairs, dose, out)
         return
     from megafold_bench.doctor import doctor as examine
 
@@ -595,14 +599,16 @@ def doctor(
             typer.echo(f"{'':33s} → {check.remedy}")
 
 
-def _sampler_cost(spec: SweepSpec, tokens: int | None, pairs: int, out: Path | None) -> None:
+def _sampler_cost(
+    spec: SweepSpec, tokens: int | None, pairs: int, dose: int | None, out: Path | None
+) -> None:
     import json
     import tempfile
 
     from megafold_bench import defaults
     from megafold_bench.environment import collect
     from megafold_bench.points import Phase
-    from megafold_bench.sampler_cost import measure
+    from megafold_bench.sampler_cost import DOSE, measure
     from megafold_bench.sweep import make_point
 
     if out is not None and not out.parent.is_dir():
@@ -617,7 +623,7 @@ def _sampler_cost(spec: SweepSpec, tokens: int | None, pairs: int, out: Path | N
         typer.echo(f"[{index + 1}/{pairs}] with {with_s:.4g} s, without {without_s:.4g} s")
 
     with tempfile.TemporaryDirectory() as folder:
-        effect = measure(point, pairs, Path(folder), on_pair=on_pair)
+        effect = measure(point, pairs, Path(folder), dose=DOSE if dose is None else dose, on_pair=on_pair)
     typer.echo(effect.text())
     if out is not None:
         found = {**effect.as_dict(), "factors": point.factors, "environment": collect()}

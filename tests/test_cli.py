@@ -214,6 +214,9 @@ def test_doctor_measures_the_sampler(call, tmp_path):
     found = json.loads((tmp_path / "cost.json").read_text())
     assert len(found["with_s"]) == len(found["without_s"]) == 6
     assert found["factors"]["seq_len_tokens"] == 64 and "software" in found["environment"]
+    assert 1 <= found["dose"] <= 5
+    code, _, err = call("doctor", *arguments, "--dose", "60")
+    assert code == 2 and "--dose 60: must be from 1 to 50" in err
 
 
 def test_sweep_without_the_sampler(call, tmp_path):

@@ -74,17 +74,21 @@ class Sampler:
     baseline, is taken before ``__enter__`` returns: enter before the first CUDA call.
 
     Afterwards `result()` summarises everything, `result(start_ns, end_ns)` a window of
-    ``time.monotonic_ns``. Raises RuntimeError if the child does not start.
+    ``time.monotonic_ns``. `dose` makes every kind of reading that many times as often as a sampler of `interval_s`
+    does: what sampling costs shows sooner. Raises RuntimeError if the child does not start.
     """
 
-    def __init__(self, selectors: Sequence[str], interval_s: float, path: Path) -> None:
+    def __init__(self, selectors: Sequence[str], interval_s: float, path: Path, dose: int = 1) -> None:
         if not selectors:
             raise ValueError("a sampler needs at least one device")
-        if interval_s < 0.001:
-            raise ValueError(f"interval of {interval_s} s: a sampler needs at least 1 ms")
+        if dose < 1:
+            raise ValueError(f"dose of {dose}: must be at least 1")
+        if interval_s / dose < 0.001:
+            raise ValueError(f"interval of {interval_s / dose} s: a sampler needs at least 1 ms")
         self._selectors = [_resolved(selector) for selector in selectors]
         self._interval_s = interval_s
         self._path = path
+        self._dose = dose
         self._child: subprocess.Popen[str] | None = None
         self._file: SampleFile | None = None
 
@@ -95,7 +99,8 @@ class Sampler:
 
     def __enter__(self) -> Sampler:
         command = [sys.executable, "-m", "megafold_bench.measure.sampler", "--out", str(self._path)]
-        command += ["--interval", repr(self._interval_s), "--parent", str(os.getpid()), *self._selectors]
+        command += ["--interval", repr(self._interval_s), "--dose", str(self._dose)]
+        command += ["--parent", str(os.getpid()), *self._selectors]
         package_root = str(Path(__file__).resolve().parents[2])
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._child = subprocess.Popen(
@@ -153,7 +158,7 @@ class Sampler:
         cost: SamplerCost | Unavailable = Unavailable("the sampler was killed before it wrote its cost")
         if file.footer is not None:
             cost = SamplerCost(**file.footer)
-        return SamplerResult(self._path, self._interval_s, summaries, cost)
+        return SamplerResult(self._path, self._interval_s / self._dose, summaries, cost)
 
 
 def _resolved(selector: str) -> str:
@@ -214,20 +219,21 @@ class _Recorder:
             self.latency_max_ns = max(self.latency_max_ns, latency)
 
 
-def _record(recorder: _Recorder, out: TextIO, interval_s: float, parent: int) -> int:
+def _record(recorder: _Recorder, out: TextIO, interval_s: float, dose: int, parent: int) -> int:
     """Sample on a fixed grid until the pipe closes or the parent is gone; returns how many ticks were missed."""
     stdin = sys.stdin.fileno()
+    interval_s, slow_s, company_s = interval_s / dose, SLOW_INTERVAL_S / dose, COMPANY_INTERVAL_S / dose
     now = next_fast = next_slow = next_flush = time.monotonic()
-    next_look = now + COMPANY_INTERVAL_S
+    next_look = now + company_s
     missed = 0
     while True:
         slow = now >= next_slow
         recorder.take(slow)
         if slow:
-            next_slow += SLOW_INTERVAL_S * (1 + int((now - next_slow) / SLOW_INTERVAL_S))
+            next_slow += slow_s * (1 + int((now - next_slow) / slow_s))
         if now >= next_look:
             recorder.look()
-            next_look = now + COMPANY_INTERVAL_S
+            next_look = now + company_s
         if now >= next_flush:
             out.flush()
             next_flush = now + FLUSH_INTERVAL_S
@@ -250,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="megafold_bench.measure.sampler")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--interval", type=float, required=True)
+    parser.add_argument("--dose", type=int, default=1)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("selectors", nargs="+")
     options = parser.parse_args(arguments)
@@ -262,8 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recorder = _Recorder(devices, out)
         header = {
             "schema": SCHEMA,
-            "interval_s": options.interval,
-            "slow_interval_s": SLOW_INTERVAL_S,
+            "interval_s": options.interval / options.dose,
+            "slow_interval_s": SLOW_INTERVAL_S / options.dose,
             "selectors": options.selectors,
             "columns": ["device", "time_ns", "latency_ns", "used_bytes", *SLOW],
             "unavailable": recorder.probe(),
@@ -276,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.flush()
         print(READY, flush=True)
         before, begin = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-        missed = _record(recorder, out, options.interval, options.parent)
+        missed = _record(recorder, out, options.interval, options.dose, options.parent)
         after, wall = resource.getrusage(resource.RUSAGE_SELF), time.monotonic() - begin
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         cost = SamplerCost(cpu, wall, cpu / wall, recorder.samples, recorder.latency_max_ns * 1e-9, missed)

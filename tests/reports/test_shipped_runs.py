@@ -36,6 +36,7 @@ REAL = [
         "h200-ladder",
         "h200-ladder-inductor",
         "h200-megafold",
+        "h200-boundary",
         "h200-boundary-40gib",
     )
 ]

@@ -137,6 +137,22 @@ def test_a_killed_sampler_leaves_its_samples(tmp_path):
     assert isinstance(result.cost, Unavailable)
 
 
+def test_a_dose_makes_every_reading_more_often(tmp_path):
+    def watch(dose):
+        with Sampler(["cpu"], 0.05, tmp_path / f"{dose}.jsonl", dose) as sampler:
+            time.sleep(0.6)
+        rows = [json.loads(line) for line in (tmp_path / f"{dose}.jsonl").read_text().splitlines()]
+        full = [row for row in rows if isinstance(row, list) and len(row) > 4]
+        return sampler.result().cost.samples, len(full), rows[0]["interval_s"]
+
+    samples, full, interval = watch(1)
+    dosed_samples, dosed_full, dosed_interval = watch(5)
+    assert (interval, dosed_interval) == (0.05, 0.01)
+    assert 2.5 * samples < dosed_samples and 2.5 * full < dosed_full
+    with pytest.raises(ValueError, match="dose of 0"):
+        Sampler(["cpu"], 0.05, tmp_path / "s.jsonl", 0)
+
+
 def test_ctrl_c_is_left_to_the_parent(tmp_path):
     with Sampler(["cpu"], 0.02, tmp_path / "s.jsonl") as sampler:
         os.kill(sampler.pid, signal.SIGINT)
