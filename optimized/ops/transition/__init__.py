@@ -1,4 +1,4 @@
-"""Transition (AF3 Algorithm 11), fused."""
+"""Transition (AF3 Algorithm 11), fused; in float32 over runs of rows."""
 
 from optimized.ops.transition.op import supported, transition
 from optimized.ops.transition.reference import transition_reference

@@ -1,4 +1,4 @@
-"""Transition kernels: the wide hidden layer lives in registers, forward and backward.
+"""Transition kernels for 16-bit products: the wide hidden layer lives in registers, forward and backward.
 
 With n = LN(x):  a = n·w_aᵀ, b = n·w_bᵀ, h = swish(a)·b, y = h·w_outᵀ.
 
@@ -42,7 +42,6 @@ def forward_kernel(
 ):
     """One tile of BM rows: y = h·w_outᵀ, hidden chunk by hidden chunk."""
     dtype = w_ptr.dtype.element_ty
-    EXACT: tl.constexpr = dtype == tl.float32
     wa_ptr = w_ptr
     wb_ptr = w_ptr + H * C
     wo_ptr = w_ptr + 2 * H * C
@@ -53,7 +52,7 @@ def forward_kernel(
     x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normal, _ = normalise_rows(x, c, eps, C, EXACT)
+    normal, _ = normalise_rows(x, c, eps, C)
     n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
     acc = tl.zeros([BM, BC], tl.float32)
     for start in tl.range(0, H, BN, num_stages=STAGES):
@@ -70,15 +69,15 @@ def forward_kernel(
             wo = tl.load(wo_ptr + tall, mask=(j < H)[None, :] & (c < C)[:, None], other=0.0)
         a = tl.dot(n, tl.trans(wa), input_precision="ieee")
         b = tl.dot(n, tl.trans(wb), input_precision="ieee")
-        h = (a * sigmoid(a, FAST, EXACT) * b).to(dtype)
+        h = (a * sigmoid(a, FAST) * b).to(dtype)
         acc = accumulate(acc, h, tl.trans(wo))
     tl.store(out_ptr + tile, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def hidden_gradients(a, b, dh, FAST: tl.constexpr, EXACT: tl.constexpr):
+def hidden_gradients(a, b, dh, FAST: tl.constexpr):
     """From the pre-activations and dh: h, da, db (fp32)."""
-    s = sigmoid(a, FAST, EXACT)
+    s = sigmoid(a, FAST)
     swish = a * s
     return swish * b, dh * b * (s + swish * (1.0 - s)), dh * swish
 
@@ -106,7 +105,6 @@ def input_gradient_kernel(
 ):
     """`group` consecutive tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ."""
     dtype = w_ptr.dtype.element_ty
-    EXACT: tl.constexpr = dtype == tl.float32
     wa_ptr = w_ptr
     wb_ptr = w_ptr + H * C
     wo_ptr = w_ptr + 2 * H * C
@@ -118,7 +116,7 @@ def input_gradient_kernel(
         x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
         beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        normal, _ = normalise_rows(x, c, eps, C, EXACT)
+        normal, _ = normalise_rows(x, c, eps, C)
         n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
         tl.store(n_ptr + tile, n, mask=inside)
         dy = tl.load(dy_ptr + tile, mask=inside, other=0.0).to(dtype)
@@ -138,13 +136,13 @@ def input_gradient_kernel(
             a = tl.dot(n, tl.trans(wa), input_precision="ieee")
             b = tl.dot(n, tl.trans(wb), input_precision="ieee")
             dh = tl.dot(dy, wo, input_precision="ieee")
-            _h, da, db = hidden_gradients(a, b, dh, FAST, EXACT)
+            _h, da, db = hidden_gradients(a, b, dh, FAST)
             acc = accumulate(acc, da.to(dtype), wa)
             acc = accumulate(acc, db.to(dtype), wb)
         # The row tile is read again (from L2): keeping it would cost BM·BC registers through the loop.
         x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        normal, rstd = normalise_rows(x, c, eps, C, EXACT)
+        normal, rstd = normalise_rows(x, c, eps, C)
         dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
         tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
@@ -170,7 +168,6 @@ def weight_gradient_kernel(
 ):
     """One chunk of BN hidden units over every `splits`-th row tile: partial dw_a, dw_b `[H, C]`, dw_out `[C, H]`."""
     dtype = w_ptr.dtype.element_ty
-    EXACT: tl.constexpr = dtype == tl.float32
     wa_ptr = w_ptr
     wb_ptr = w_ptr + H * C
     wo_ptr = w_ptr + 2 * H * C
@@ -195,7 +192,7 @@ def weight_gradient_kernel(
         a = tl.dot(n, wa, input_precision="ieee")
         b = tl.dot(n, wb, input_precision="ieee")
         dh = tl.dot(dy, wo, input_precision="ieee")
-        h, da, db = hidden_gradients(a, b, dh, FAST, EXACT)
+        h, da, db = hidden_gradients(a, b, dh, FAST)
         dwa = accumulate(dwa, tl.trans(n), da.to(dtype))
         dwb = accumulate(dwb, tl.trans(n), db.to(dtype))
         dwo = accumulate(dwo, tl.trans(dy), h.to(dtype))

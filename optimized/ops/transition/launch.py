@@ -29,29 +29,12 @@ HALF_WIDE = {
     "input_gradient": tile(16, 32, 8, 1),
     "weight_gradient": tile(16, 16, 8, 1),
 }
-FULL = {
-    "forward": tile(32, 32, 8, 1),
-    "input_gradient": tile(32, 32, 8, 1),
-    "weight_gradient": tile(16, 32, 8, 1),
-}
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
     """The tile shape of `transition.<kernel>` where no tuning file has one."""
     name = kernel.partition(".")[2]
-    if dtype == torch.float32:
-        return FULL[name]
     return (HALF_NARROW if channels <= 64 else HALF if channels <= 128 else HALF_WIDE)[name]
-
-
-def held(channels: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels are worth it for rows of `channels`, in matrix products of `dtype`.
-
-    In fp32 more than 128 channels leave room for 16 rows at a time. On an H200 a program then waits three times as long
-    for shared memory as for arithmetic (432 loads of 16 bytes a lane for 1551 fused multiply-adds, counted in the
-    compiled loop), far behind the library's products; elsewhere its registers do not hold them either.
-    """
-    return dtype != torch.float32 or channels <= 128
 
 
 def _config(kernel: str, x: Tensor, dtype: torch.dtype) -> Config:

@@ -1,4 +1,4 @@
-"""Transition as a differentiable operator: LayerNorm, SwiGLU and projection in one kernel."""
+"""Transition as a differentiable operator: LayerNorm, SwiGLU and projection in one kernel; in float32 over runs of rows."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from optimized.ops.launcher import direct
 from optimized.ops.launching import compute_dtype
 from optimized.ops.parameters import gradient_dtype, pack, unpacked
 from optimized.ops.support import Supported, triton_support
-from optimized.ops.transition import launch
+from optimized.ops.transition import full, launch
 from optimized.ops.transition.reference import transition_reference
 
 MAX_CHANNELS = 512
@@ -23,13 +23,9 @@ def supported(
     verdict = triton_support(x, norm_weight, norm_bias, w_a, w_b, w_out)
     if not verdict.ok:
         return verdict
-    if x.shape[-1] > MAX_CHANNELS:
+    if x.shape[-1] > MAX_CHANNELS and compute_dtype(x) != torch.float32:
         return Supported(
             False, f"{x.shape[-1]} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
-        )
-    if not launch.held(x.shape[-1], compute_dtype(x)):
-        return Supported(
-            False, f"{x.shape[-1]} channels in float32, for which the library's products are faster"
         )
     return Supported(False, "the input is empty") if x.numel() == 0 else Supported(True)
 
@@ -79,6 +75,9 @@ class _Transition(torch.autograd.Function):
 
 def _forward(x: Tensor, parameters: list[Tensor], eps: float, dtype: torch.dtype) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if dtype == torch.float32:
+        with torch.autocast(x.device.type, enabled=False):
+            return full.forward(rows, parameters, eps).view(x.shape)
     return launch.forward(rows, (parameters[0], parameters[1]), pack(parameters[2:], dtype), eps).view(
         x.shape
     )
@@ -87,7 +86,11 @@ def _forward(x: Tensor, parameters: list[Tensor], eps: float, dtype: torch.dtype
 def _backward(dy: Tensor, x: Tensor, parameters: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     dy = dy.reshape(rows.shape).contiguous()
-    dx, flat = launch.backward(dy, rows, (parameters[0], parameters[1]), parameters[2:], eps)
+    if dy.dtype == torch.float32:
+        with torch.autocast(x.device.type, enabled=False):
+            dx, flat = full.backward(dy, rows, parameters, eps)
+    else:
+        dx, flat = launch.backward(dy, rows, (parameters[0], parameters[1]), parameters[2:], eps)
     return dx.view(x.shape), flat
 
 

@@ -4,7 +4,7 @@ from fused_checks import check_against_definition, check_bitwise, distance, para
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optimized.ops.support import interpreting
-from optimized.ops.transition import supported, transition, transition_reference
+from optimized.ops.transition import full, supported, transition, transition_reference
 
 BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
 
@@ -92,23 +92,44 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def test_definition_runs_where_the_kernels_do_not():
-    tensors, _ = problem((5,), 1024, 2, FULL, FULL)
+    tensors, _ = problem((5,), 1024, 2, BF, FULL)
     verdict = supported(*tensors)
     assert not verdict.ok and "1024 channels" in verdict.reason
     torch.testing.assert_close(transition(*tensors), transition_reference(*tensors))
 
 
-def test_wide_rows_in_fp32_take_the_definition():
-    tensors, _ = problem((5,), 192, 2, FULL, FULL)
-    assert supported(*tensors).reason == (
-        "192 channels in float32, for which the library's products are faster"
-    )
-    assert supported(*problem((5,), 128, 2, FULL, FULL)[0]).ok
-    torch.testing.assert_close(transition(*tensors), transition_reference(*tensors), rtol=0, atol=0)
-    compiled = torch.compile(lambda *t: transition(*t), backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*tensors), transition_reference(*tensors), rtol=0, atol=0)
+@pytest.mark.parametrize("channels", [24, 192, 1024])
+def test_fp32_runs_over_runs_of_rows(channels, monkeypatch):
+    """Also a last run that is shorter; each result is the definition's but for the order of sums over rows."""
+    monkeypatch.setattr(full, "RUN", 2 * 2 * channels * 4)
+    tensors, grads = problem((3, 5), channels, 2, FULL, FULL)
+    assert [r.stop - r.start for r in full._runs(15, 2 * channels)] == [4] * 4
+    check_against_definition(ours, definition, tensors, grads)
+    check_bitwise(ours, tensors, grads, times=3)
+
+
+def test_fp32_keeps_nothing_of_the_hidden_layer():
+    tensors, _ = problem((3, 5), 32, 4, FULL, FULL)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        transition(*leaves)
+    assert sorted(kept) == sorted(t.shape for t in leaves)
+
+
+def test_fp32_parameters_of_another_dtype():
+    tensors, grads = problem((3, 5), 32, 2, FULL, BF)
+    check_against_definition(ours, definition, tensors, grads)
+
+
+def test_an_autocast_around_backward_changes_nothing_in_fp32():
+    tensors, grads = problem((3, 5), 32, 2, FULL, FULL)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    plain = torch.autograd.grad(transition(*leaves), leaves, grads)
+    y = transition(*leaves)
     with torch.autocast("cpu", dtype=BF):
-        assert supported(*tensors).ok
+        around = torch.autograd.grad(y, leaves, grads)
+    assert all(torch.equal(a, b) for a, b in zip(plain, around, strict=True))
 
 
 def test_the_interpreter_is_on():
