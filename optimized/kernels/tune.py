@@ -149,7 +149,7 @@ def tune_operator(op: str, dtype: str, tokens: int, device: str, budget_s: float
             deadline = time.monotonic() + share_s
             found.append(Search(fn, problem, name, expected).run(entry, config, deadline))
     if not found:
-        raise UnsupportedError(f"{op} looks no launch configuration up")
+        raise UnsupportedError(f"{op} in {dtype} looks no launch configuration up")
     return {
         "entries": found,
         "cache": str(tuning.user_cache_dir() / f"{tuning.device_name(torch.device(device))}.json"),

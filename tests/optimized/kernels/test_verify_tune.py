@@ -14,7 +14,7 @@ from optimized.ops.tuning import Config
 from reports.verdicts import print_tuned, print_verdict, print_verdicts
 
 FORWARD, INPUT, WEIGHT = (
-    f"transition.{kernel}/float32/32" for kernel in ("forward", "input_gradient", "weight_gradient")
+    f"transition.{kernel}/bfloat16/32" for kernel in ("forward", "input_gradient", "weight_gradient")
 )
 
 
@@ -79,7 +79,7 @@ def test_printed_verdicts():
 
 
 def problem_and_function():
-    problem = make_problem("transition", 5, "fp32", "cpu", small=True)
+    problem = make_problem("transition", 5, "bf16", "cpu", small=True)
     return problem, build("megafold", problem)
 
 
@@ -96,9 +96,9 @@ def test_a_configuration_is_launched_while_it_is_tried():
         fn(problem.tensors, None)
         from optimized.ops.transition.launch import _config
 
-        assert _config("forward", problem.tensors["x"].view(-1, 32), torch.float32) == config
+        assert _config("forward", problem.tensors["x"].view(-1, 32), torch.bfloat16) == config
     assert FORWARD in trials.seen and trials.seen[FORWARD] != config
-    assert _config("forward", problem.tensors["x"].view(-1, 32), torch.float32) == trials.seen[FORWARD]
+    assert _config("forward", problem.tensors["x"].view(-1, 32), torch.bfloat16) == trials.seen[FORWARD]
 
 
 def test_neighbours_are_one_step_away():
@@ -113,11 +113,11 @@ def test_the_fastest_right_configuration_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("MEGAFOLD_BENCH_CACHE", str(tmp_path))
     problem, fn = problem_and_function()
     start = tune.entries_by_pass(fn, problem)["fwd"][FORWARD]
-    seconds = {32: 3.0, 16: 1.0, 64: 0.5}
+    seconds = {(64, 4): 3.0, (16, 4): 1.0, (64, 8): 0.5}
 
     def fake_times(self, name, device, repeat_ms):
-        with_config = tuning.lookup("transition.forward", ("float32", 32), torch.device("cpu"), start)
-        return [seconds.get(with_config.constants["BM"], 9.0)] * 3
+        with_config = tuning.lookup("transition.forward", ("bfloat16", 32), torch.device("cpu"), start)
+        return [seconds.get((with_config.constants["BM"], with_config.num_warps), 9.0)] * 3
 
     def steps(config):
         for rows, warps in ((16, 4), (64, 8)):  # the second is refused: 64 rows for 8 warps
@@ -128,7 +128,7 @@ def test_the_fastest_right_configuration_is_kept(monkeypatch, tmp_path):
     expected = tune.outputs_and_gradients(fn, problem)
     row = tune.Search(fn, problem, "fwd", expected).run(FORWARD, start, deadline=float("inf"))
     assert row["chosen"]["constants"]["BM"] == 16 and row["chosen_s"] == 1.0
-    assert row["default_s"] == seconds[start.constants["BM"]]
+    assert row["default_s"] == seconds[start.constants["BM"], start.num_warps]
     stored = tuning.read_configs(tmp_path / "tuning" / "cpu.json")
     assert stored[FORWARD].constants["BM"] == 16
 
