@@ -50,8 +50,7 @@ def make_case(
             signature[argument] = f"*{dtype}"
         else:
             signature[argument] = "fp32" if argument == "eps" else "i32"
-    odd = ("splits", "group")
-    aligned = tuple(n for n, t in signature.items() if t.startswith("*") or (t == "i32" and n not in odd))
+    aligned = tuple(n for n, t in signature.items() if t != "fp32")
     return KernelCase(
         name,
         kernel,

@@ -37,7 +37,8 @@ class KernelCase:
     """One kernel with one configuration: everything needed to compile it without tensors.
 
     `signature` maps run-time arguments to Triton types (`*bf16`, `i32`, `fp32`); `constants` holds the
-    compile-time ones; `aligned` names the arguments (pointers, strides) known to be divisible by 16. `entry` is the
+    compile-time ones; `aligned` names the arguments (pointers, strides) that are divisible by 16, which the compiler is
+    told as at a launch: of those that the kernel does not specialise on, never. `entry` is the
     beginning of the key under which `tuning.lookup` finds another configuration for it; empty where none is looked up.
     """
 
@@ -100,7 +101,8 @@ def _source(case: KernelCase) -> Any:
     names = case.kernel.arg_names
     signature = {n: case.signature.get(n, "constexpr") for n in names}
     constants = {(names.index(n),): v for n, v in case.constants.items()}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
+    unknown = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned if n not in unknown}
     return ASTSource(case.kernel, signature, constants, attributes)
 
 

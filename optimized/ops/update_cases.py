@@ -59,9 +59,9 @@ def _gated(short: str) -> list[KernelCase]:
             config = gated_launch.default(*key, dtype)
             found.append(make_case(f"gated_output.{short}.{h}x{c}.{kernel}", fn, config, short, sizes, key))
     block = gated_launch.FLAT
-    found.append(make_case(f"gated_output.{short}.gate", gated.gate_kernel, block, short, {}))
+    found.append(make_case(f"gated_output.{short}.gate", gated.gate_kernel, block, short, {"H": 128}))
     found.append(
-        make_case(f"gated_output.{short}.gate_backward", gated.gate_backward_kernel, block, short, {})
+        make_case(f"gated_output.{short}.gate_backward", gated.gate_backward_kernel, block, short, {"H": 128})
     )
     key = "gated_output.residual", 128
     flat = gated_launch.default(*key, dtype)

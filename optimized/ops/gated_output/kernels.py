@@ -121,20 +121,25 @@ def backward_kernel(
     tl.store(share + c[:, None] * H + k[None, :], dw, mask=real)
 
 
-@triton.jit(repr=profiled_as("gated_output_gate"), do_not_specialize=["total"])
-def gate_kernel(x_ptr, g_ptr, out_ptr, total, BLOCK: tl.constexpr):
-    """σ(g) ⊙ x, elementwise."""
+@triton.jit(repr=profiled_as("gated_output_gate"), do_not_specialize=["rows"])
+def gate_kernel(x_ptr, g_ptr, out_ptr, rows, H: tl.constexpr, BLOCK: tl.constexpr):
+    """σ(g) ⊙ x of rows of H values, elementwise."""
     EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
+    # As a product, so that the compiler knows what divides it: only then do masked accesses take 16 bytes at once.
+    total = rows.to(tl.int64) * H
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + k, mask=k < total, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + k, mask=k < total, other=0.0).to(tl.float32)
     tl.store(out_ptr + k, (sigmoid(g, False, EXACT) * x).to(out_ptr.dtype.element_ty), mask=k < total)
 
 
-@triton.jit(repr=profiled_as("gated_output_gate_backward"), do_not_specialize=["total"])
-def gate_backward_kernel(x_ptr, g_ptr, dgated_ptr, dx_ptr, dg_ptr, gated_ptr, total, BLOCK: tl.constexpr):
-    """dx and dg from the gradient of σ(g) ⊙ x, and that product again for the weight gradient."""
+@triton.jit(repr=profiled_as("gated_output_gate_backward"), do_not_specialize=["rows"])
+def gate_backward_kernel(
+    x_ptr, g_ptr, dgated_ptr, dx_ptr, dg_ptr, gated_ptr, rows, H: tl.constexpr, BLOCK: tl.constexpr
+):
+    """dx and dg from the gradient of σ(g) ⊙ x, and that product again for the weight gradient; rows of H values."""
     EXACT: tl.constexpr = dgated_ptr.dtype.element_ty == tl.float32
+    total = rows.to(tl.int64) * H
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + k, mask=k < total, other=0.0).to(tl.float32)
     s = sigmoid(tl.load(g_ptr + k, mask=k < total, other=0.0).to(tl.float32), False, EXACT)

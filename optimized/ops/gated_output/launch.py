@@ -136,17 +136,19 @@ def library_backward(du: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> tuple[
 
 
 def gate(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """σ(g) ⊙ x in `dtype`, elementwise."""
+    """σ(g) ⊙ x `[rows, h]` in `dtype`, elementwise."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    launch(kernels.gate_kernel, (ceil_div(x.numel(), BLOCK), 1, 1), FLAT, (x, g, out, x.numel()))
+    rows, width = x.shape
+    launch(kernels.gate_kernel, (ceil_div(x.numel(), BLOCK), 1, 1), FLAT, (x, g, out, rows), H=width)
     return out
 
 
 def gate_backward(x: Tensor, g: Tensor, dgated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dg and σ(g) ⊙ x in the dtype of its gradient."""
     dx, dg, gated = torch.empty_like(x), torch.empty_like(g), torch.empty_like(dgated)
-    arguments = (x, g, dgated, dx, dg, gated, x.numel())
-    launch(kernels.gate_backward_kernel, (ceil_div(x.numel(), BLOCK), 1, 1), FLAT, arguments)
+    rows, width = x.shape
+    arguments = (x, g, dgated, dx, dg, gated, rows)
+    launch(kernels.gate_backward_kernel, (ceil_div(x.numel(), BLOCK), 1, 1), FLAT, arguments, H=width)
     return dx, dg, gated
 
 

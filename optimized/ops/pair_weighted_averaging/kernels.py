@@ -239,6 +239,8 @@ def weight_gradient_kernel(
         right = folded(k[None, :], n[:, None], samples, columns, head, H, D)
         v = tl.load(v_ptr + right, mask=(n < columns)[:, None] & real[None, :], other=0.0)
         acc = accumulate(acc, do, tl.trans(v))
-    plane = (split.to(tl.int64) * H + head) * rows
-    where = (plane + m[:, None]) * columns + n[None, :]
-    tl.store(partial_ptr + where, acc, mask=(m < rows)[:, None] & (n < columns)[None, :])
+    # Within a plane 32 bits suffice: with 64 for each value the addresses would not fit into the registers.
+    plane_ptr = partial_ptr + (split.to(tl.int64) * H + head) * rows * columns
+    tl.store(
+        plane_ptr + m[:, None] * columns + n[None, :], acc, mask=(m < rows)[:, None] & (n < columns)[None, :]
+    )

@@ -1,7 +1,11 @@
-"""What kernels are called in profiles. Compiled in a process of its own: here, Triton interprets."""
+"""What compiled kernels are called in profiles, and how they access memory.
+
+Compiled in a process of its own: here, Triton interprets.
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,10 +25,12 @@ cases = {case.name: case for case in catalogue("sm_90")}
 def name(case):
     constants = {n: v for n, v in case.constants.items() if n in case.kernel.arg_names}
     return case.kernel.repr(SimpleNamespace(constants=constants, signature=case.signature))
-case = cases["conditioned_transition.bf16.128.swiglu"]
-compiled = triton.compile(_source(case), target=target_of("sm_90"), options={"num_warps": case.num_warps})
+def compile(case):
+    return triton.compile(_source(case), target=target_of("sm_90"), options={"num_warps": case.num_warps})
+compiled = compile(cases["conditioned_transition.bf16.128.swiglu"])
+flat = {name: compile(cases[name]).asm["ptx"] for name in ("gated_output.bf16.gate", "gated_output.bf16.gate_backward")}
 functions = {n: (name(c), f"{c.kernel.fn.__module__}.{c.kernel.fn.__name__}") for n, c in cases.items()}
-print(json.dumps({"cases": functions, "compiled": compiled.metadata.name, "ptx": compiled.asm["ptx"]}))
+print(json.dumps({"cases": functions, "compiled": compiled.metadata.name, "ptx": compiled.asm["ptx"], "flat": flat}))
 """
 
 
@@ -54,3 +60,10 @@ def test_names_tell_dtype_size_and_products(seen):
 def test_the_compiled_kernel_has_the_name(seen):
     assert seen["compiled"] == "conditioned_transition_swiglu_bf16"
     assert f".entry {seen['compiled']}(" in seen["ptx"]
+
+
+def test_elementwise_kernels_access_16_bytes_at_once(seen):
+    """Though they do not specialise on the number of rows, which the masks depend on."""
+    for name, ptx in seen["flat"].items():
+        widths = re.findall(r"\b(?:ld|st)\.global[\w.:]*?(\.v\d)?\.b(\d+)", ptx)
+        assert {int(v[2:] or 1) * int(bits) for v, bits in widths} == {128}, name
