@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -152,7 +152,6 @@ def _sweep_spec(out: Path | None, resume: bool, asked: dict[str, Any], options: 
     """Defaults, or what a run to be resumed asked for, with what the command line names on top."""
     from dataclasses import replace
 
-    from megafold_bench.records import read_manifest
     from megafold_bench.sweep import SweepSpec, parse_seq_lens
 
     if resume and out is None:
@@ -163,10 +162,21 @@ def _sweep_spec(out: Path | None, resume: bool, asked: dict[str, Any], options: 
     if "seq_lens" in given:
         given["seq_lens"] = parse_seq_lens(given["seq_lens"])
     if resume and out is not None and out.exists():
-        base = SweepSpec.from_dict(read_manifest(out)["spec"])
+        base = SweepSpec.from_dict(_recorded_spec(out, "sweep"))
     else:
         base = _base_spec(given.get("device"))
     return replace(base, **given, options={**base.options, **options})
+
+
+def _recorded_spec(run: Path, kind: str) -> Mapping[str, Any]:
+    """What a run that is to be resumed was asked for. Raises `UserError` for a run of another kind."""
+    from megafold_bench.records import read_manifest
+
+    manifest = read_manifest(run)
+    if manifest["kind"] != kind:
+        other = manifest["kind"]
+        raise UserError(f"{run} holds a {other} run, not a {kind}: resume it with megafold-bench {other}")
+    return manifest["spec"]
 
 
 def _one_gpu(gpus: int) -> None:
@@ -353,6 +363,7 @@ def _console() -> Console:
 
 @app.command()
 def boundary(
+    context: typer.Context,
     variants: Variants = None,
     preset: Preset = None,
     granularity: Annotated[int, typer.Option(help="The grid: lengths are multiples of this.")] = 32,
@@ -389,12 +400,16 @@ def boundary(
 ) -> None:
     """Find the longest sequence that trains and the shortest that does not, per variant."""
     from megafold_bench.boundary import BoundarySpec, parse_sizes
-    from megafold_bench.records import read_manifest
+    from megafold_bench.records import RESULTS_NAME, read_results
 
     _one_gpu(gpus)
-    if resume and out is not None and not dry_run:
-        spec = BoundarySpec.from_dict(read_manifest(out)["spec"])
-        _run_boundary(spec, out, True, snapshot)
+    if resume and out is not None:
+        _refuse_others(context, ("out", "resume", "dry_run", "snapshot", "gpus"))
+        spec = BoundarySpec.from_dict(_recorded_spec(out, "boundary"))
+        if dry_run:
+            _print_forecast(spec, read_results(out / RESULTS_NAME))
+        else:
+            _run_boundary(spec, out, True, snapshot)
         return
     asked = {"variants": variants, "timeout_s": timeout, "seed": seed, "device": device}
     options = _options(
@@ -420,6 +435,17 @@ def boundary(
     _run_boundary(spec, out or _default_out("boundary"), resume, snapshot)
 
 
+def _refuse_others(context: typer.Context, known: tuple[str, ...]) -> None:
+    """Raise `UserError` for an option beside those `known` that stands on the command line."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name not in known and source is not None and source.name == "COMMANDLINE":
+            raise UserError(
+                f"{parameter.opts[0]}: a resumed search takes what it was begun with; leave it out, or search anew "
+                "with another --out"
+            )
+
+
 def _seeds(runs: list[Path] | None, base: SweepSpec, required: bool = True) -> tuple[BoundarySeed, ...]:
     """Seeds of run folders. Raises `UserError` for one that should say something of these variants and does not."""
     from megafold_bench.records import RESULTS_NAME, read_results
@@ -438,11 +464,13 @@ def _seeds(runs: list[Path] | None, base: SweepSpec, required: bool = True) -> t
     return tuple(found)
 
 
-def _print_forecast(spec: BoundarySpec) -> None:
+def _print_forecast(spec: BoundarySpec, records: Sequence[Record] = ()) -> None:
     from megafold_bench.forecast import forecast
 
     forecasts = [
-        forecast(spec, variant, capacity) for capacity in spec.capacities for variant in spec.base.variants
+        forecast(spec, variant, capacity, records)
+        for capacity in spec.capacities
+        for variant in spec.base.variants
     ]
     for expected in forecasts:
         typer.echo(expected.text())

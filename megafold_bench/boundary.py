@@ -168,17 +168,22 @@ def find_boundaries(spec: BoundarySpec, runner: Runner) -> list[Boundary]:
     return found
 
 
+def history_of(records: Sequence[Record], variant: str, capacity: int | None) -> list[Observation]:
+    """What the records of a search say of one variant at one capacity, in the order they were made."""
+    return [
+        observe(record)
+        for record in latest(records)
+        if record["factors"]["variant"] == variant
+        and record["factors"]["capacity_emulated_bytes"] == capacity
+    ]
+
+
 def recorded_boundaries(spec: BoundarySpec, records: Sequence[Record]) -> list[Boundary]:
     """What the records of a finished or interrupted search say. Runs nothing, imports no variant."""
     found = []
     for capacity in spec.capacities:
         for variant in spec.base.variants:
-            history = [
-                observe(record)
-                for record in latest(records)
-                if record["factors"]["variant"] == variant
-                and record["factors"]["capacity_emulated_bytes"] == capacity
-            ]
+            history = history_of(records, variant, capacity)
             if history:
                 found.append(conclude(history, spec.grid, variant, capacity, spec.confirm))
     return found

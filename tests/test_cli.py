@@ -184,6 +184,32 @@ def test_boundary_prints_what_it_found(call, tmp_path):
     assert (out_dir / "results.jsonl").read_text().splitlines() == lines
 
 
+def test_what_is_left_of_a_boundary_search_is_told(call, tmp_path):
+    arguments = ["boundary", "--variants", "fake", "--device", "cpu", "--longest", "256", "--start", "64"]
+    out_dir = tmp_path / "run"
+    assert call(*arguments, *OOM_AT_100, "--confirm", "1", "--out", out_dir)[0] == 0
+    results = out_dir / "results.jsonl"
+    lines = results.read_text().splitlines(keepends=True)
+    again = ("boundary", "--out", out_dir, "--resume")
+    code, out, _ = call(*again, "--dry-run")
+    assert code == 0 and f"fake: over, {len(lines)} trials recorded\nabout 0 trials in all" in out
+    results.write_text("".join(lines[:-1]))
+    code, out, _ = call(*again, "--dry-run")
+    assert code == 0 and "next length" in out and f"more after the {len(lines) - 1} recorded" in out
+    assert results.read_text() == "".join(lines[:-1])
+
+
+def test_a_resumed_search_takes_no_other_options_and_no_other_kind_of_run(call, tmp_path):
+    assert call("boundary", *SMALL[:4], "--longest", "64", "--out", tmp_path / "search")[0] == 0
+    assert call("sweep", *SMALL, "--seq-lens", "16", "--out", tmp_path / "sweep")[0] == 0
+    code, _, err = call("boundary", "--out", tmp_path / "search", "--resume", "--granularity", "64")
+    assert code == 2 and "error: --granularity: a resumed search takes what it was begun with" in err
+    code, _, err = call("sweep", "--out", tmp_path / "search", "--resume")
+    assert code == 2 and "holds a boundary run, not a sweep: resume it with megafold-bench boundary" in err
+    code, _, err = call("boundary", "--out", tmp_path / "sweep", "--resume")
+    assert code == 2 and "holds a sweep run, not a boundary" in err
+
+
 def test_boundary_begins_where_an_earlier_run_points(call, tmp_path):
     arguments = ["boundary", "--variants", "fake", "--device", "cpu", "--longest", "512", *OOM_AT_100]
     assert call(*arguments, "--start", "64", "--out", tmp_path / "first")[0] == 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from megafold_bench.growth import NOTHING, Growth, Hint, Knowledge, Observation,
 from megafold_bench.launchers import LocalLauncher
 from megafold_bench.outcomes import Outcome
 from megafold_bench.points import Phase
+from megafold_bench.records import read_manifest, read_results
 from megafold_bench.seeds import Seed, knowledge, seeds_from
 from megafold_bench.sweep import Runner
 
@@ -352,6 +354,19 @@ def test_forecast_plays_the_search(fakes, spec):
     small, whole = (forecast(asked, "fake", capacity) for capacity in asked.capacities)
     assert small.lengths == (864, 896, 928, 960, 864, 896) and "864, 896" in small.text()
     assert 1600 < whole.predicted < 1700 and whole.trials <= 7
+
+
+def test_forecast_of_what_is_left_of_a_real_search():
+    """That of an H200, cut off after one trial of its second variant."""
+    run = Path(__file__).resolve().parents[2] / "reports" / "reference" / "h200-boundary"
+    asked = BoundarySpec.from_dict(read_manifest(run)["spec"])
+    records = [r for r in read_results(run / "results.jsonl") if r["factors"]["variant"] == "pytorch"]
+    begun = forecast(asked, "pytorch", None, records[:2])
+    assert (begun.recorded, begun.lengths) == (2, (1792, 1536, 1664))
+    assert forecast(asked, "pytorch", None, records).text() == "pytorch: over, 5 trials recorded"
+    # A card that ran out of memory below the prediction: the search goes down from there.
+    failed = [r for r in records if r["factors"]["seq_len_tokens"] == 1664]
+    assert forecast(asked, "pytorch", None, failed[:1]).lengths[:2] == (1536, 1792)
 
 
 def test_probes_take_the_fewest_steps_that_show_the_peak(open_run, listener, spec):
