@@ -2,7 +2,7 @@
 
 Without tensor cores a kernel that holds the hidden layer is bound by its registers and by shared memory: of 256 hidden
 channels at 768 tokens it took 24 ms forward on an H200, where the products alone are 2.6 ms of the card's arithmetic.
-Three TF32 products spill for every tile. So the library multiplies; a run is short enough for the cache between products,
+As three TF32 products every tile that was tried spills. So the library multiplies; a run is short enough for the cache between products,
 and nothing of it is kept.
 
 Backward, given dy (n, a and b made again from x), with h = swish(a)·b:
