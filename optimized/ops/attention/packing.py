@@ -18,7 +18,7 @@ The kernels fetch both one step ahead into registers: led through shared memory 
 would take more of its bandwidth than everything else.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 (Triton compiles these functions: an annotation would mean a constant)
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005 (Triton compiles these functions: an annotation would mean a constant)
 # mypy: disable-error-code="no-untyped-def, no-any-return, no-redef, operator, assignment"
 import triton
 import triton.language as tl
@@ -47,16 +47,45 @@ def packed_pointers(base, x_tile, y_blocks, BX: tl.constexpr):
 
 
 @triton.jit
-def load_packed(pointers, y_tile, BY: tl.constexpr):
-    """The raw tile [BX/16, BY/16, W] at columns y_tile * BY."""
-    W: tl.constexpr = pointers.shape[1]
-    first = pointers + y_tile * (BY // 16 * W)
-    return tl.load(first[:, None, :] + (tl.arange(0, BY // 16) * W)[None, :, None])
+def _side_by_side(blocks):
+    """1, 2, 4 or 8 tensors [A, W] as one [A, N, W]; every value stays in its register."""
+    N: tl.constexpr = len(blocks)
+    A: tl.constexpr = blocks[0].shape[0]
+    W: tl.constexpr = blocks[0].shape[1]
+    if N == 1:
+        return blocks[0][:, None, :]
+    elif N == 2:
+        x = tl.join(blocks[0], blocks[1])
+    elif N == 4:
+        x = tl.join(tl.join(blocks[0], blocks[2]), tl.join(blocks[1], blocks[3]))
+    else:
+        even = tl.join(tl.join(blocks[0], blocks[4]), tl.join(blocks[2], blocks[6]))
+        odd = tl.join(tl.join(blocks[1], blocks[5]), tl.join(blocks[3], blocks[7]))
+        x = tl.join(even, odd)
+    return tl.permute(tl.reshape(x, (A, W, N)), (0, 2, 1))
 
 
 @triton.jit
-def unpacked(raw, BX: tl.constexpr, BY: tl.constexpr, TYPE: tl.constexpr):
+def load_packed(pointers, y_tile, BY: tl.constexpr):
+    """The raw tile at columns y_tile * BY: BY/16 blocks [BX/16, W].
+
+    Each block of 16 columns is a load of its own: W is just what the lanes of a warp read, so that every compiler
+    gives a warp whole row blocks, as the matrix unit does. (Of a load of the whole tile, Triton 3.7 gives each
+    warp half of the columns, and sends every tile through shared memory.) The blocks stay apart until they are
+    used: what a loop only hands to its next step, the compiler's pipeline leaves in registers.
+    """
+    W: tl.constexpr = pointers.shape[1]
+    first = pointers + y_tile * (BY // 16 * W)
+    blocks = ()
+    for j in tl.static_range(BY // 16):
+        blocks = blocks + (tl.load(first + j * W),)
+    return blocks
+
+
+@triton.jit
+def unpacked(blocks, BX: tl.constexpr, BY: tl.constexpr, TYPE: tl.constexpr):
     """A raw tile of a bias of dtype TYPE as [BX, BY] in fp32; every value stays in its register."""
+    raw = _side_by_side(blocks)
     if TYPE == tl.float32:  # noqa: SIM300
         x = tl.permute(tl.reshape(raw, (BX // 16, BY // 16, 2, 8, 4, 2, 2)), (0, 2, 3, 1, 5, 4, 6))
     else:
@@ -79,16 +108,18 @@ def column_position(y):
 
 @triton.jit
 def load_columns(base, y0, BX: tl.constexpr, BY: tl.constexpr):
-    """Raw values [BX/16, BY/16, 128] of columns y0 to y0 + BY of a permuted fp32 vector, for every lane and row block."""
-    block = (tl.arange(0, BY // 16) * 16)[None, :, None]
-    rows = tl.zeros((BX // 16, 1, 1), tl.int32)
-    return tl.load(base + y0 + (rows + block + (tl.arange(0, 128) % 16)[None, None, :]))
+    """Columns y0 to y0 + BY of a permuted fp32 vector, for every lane and row block: BY/16 blocks [BX/16, 128]."""
+    at = tl.zeros((BX // 16, 1), tl.int32) + (tl.arange(0, 128) % 16)[None, :]
+    blocks = ()
+    for j in tl.static_range(BY // 16):
+        blocks = blocks + (tl.load(base + y0 + j * 16 + at),)
+    return blocks
 
 
 @triton.jit
-def spread(raw, BX: tl.constexpr, BY: tl.constexpr):
+def spread(blocks, BX: tl.constexpr, BY: tl.constexpr):
     """What `load_columns` read, as [BX, BY]: every row the same."""
-    x = tl.reshape(raw, (BX // 16, BY // 16, 8, 4, 1, 2, 2))
+    x = tl.reshape(_side_by_side(blocks), (BX // 16, BY // 16, 8, 4, 1, 2, 2))
     x = tl.broadcast_to(x, (BX // 16, BY // 16, 8, 4, 2, 2, 2))
     return tl.reshape(tl.permute(x, (0, 4, 2, 1, 5, 3, 6)), (BX, BY))
 
