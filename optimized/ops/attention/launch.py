@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optimized.ops.attention.backward import (
     fold_kernel,
+    fold_planes_kernel,
     grad_bias_kernel,
     grad_kv_kernel,
     grad_q_kernel,
@@ -24,17 +25,18 @@ FOLD_BLOCK = 1024
 MASK_KEYS = 1024
 # Over how many programs the bias gradient splits its rows; with 4 a core it was 18 % slower on an H200 at 768.
 PROGRAMS_PER_CORE = 8
+FOLD_PLANES = {"BK": 64, "TOGETHER": 4}  # 2 KiB of a plane a program; four planes in flight hide the memory's latency
 FOUR_WARPS = Config()  # of the kernels that have nothing to choose
 FARTHEST = 2**31 // TILE  # token stride, in elements, up to which offsets inside a tile fit 32 bits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Launch configurations of one call."""
+    """Launch configurations of one call. Without one for `grad_bias`, the kernel of dq writes planes of dbias."""
 
     forward: Config
     grad_kv: Config
-    grad_bias: Config
+    grad_bias: Config | None
     grad_q: Config
 
 
@@ -102,7 +104,7 @@ def _measured_plan(
     return Plan(
         lookup("attention.forward", key, device, base.forward),
         lookup("attention.grad_kv", key, device, base.grad_kv),
-        lookup("attention.grad_bias", key, device, base.grad_bias),
+        base.grad_bias and lookup("attention.grad_bias", key, device, base.grad_bias),
         lookup("attention.grad_q", key, device, base.grad_q),
     )
 
@@ -140,7 +142,8 @@ def vector_width(bias: Tensor) -> int:
 @dataclass(frozen=True)
 class Call:
     """Inputs in kernel form: q, k, v [B, R, H, L, D] aligned; the bias packed, [q, k] and, where asked for, [k, q];
-    the additive mask [B, R, K padded to TILE] fp32, or q where there is none."""
+    the additive mask [B, R, K padded to TILE] fp32, or q where there is none; for the backward pass also its bits
+    [B, R, K padded to TILE / 16] int16."""
 
     q: Tensor
     k: Tensor
@@ -148,6 +151,7 @@ class Call:
     bias: Tensor
     flipped: Tensor
     mask: Tensor
+    bits: Tensor
     scale: float
     precision: str
 
@@ -203,22 +207,24 @@ def make_call(
         (2 if backward else 1, batch, heads, padded_q * padded_k), dtype=bias.dtype, device=q.device
     )
     packs = batch * heads * (padded_q // PACK) * (padded_k // PACK)
-    additive, keep, lines = q, q, 0
+    additive, bits, keep, lines = q, q, q, 0
     keep_strides: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         keep = mask.view(torch.uint8)
         keep_strides = keep.stride()
         additive = torch.empty((batch, rows, padded_k), dtype=torch.float32, device=q.device)
+        if backward:
+            bits = torch.empty((batch, rows, padded_k // 16), dtype=torch.int16, device=q.device)
         lines = batch * rows * ceil_div(padded_k, MASK_KEYS)
     arguments = (
-        bias, packed[0], packed[-1], keep, additive, lq, lk, heads,
+        bias, packed[0], packed[-1], keep, additive, bits, lq, lk, heads,
         bias.stride(0), bias.stride(2), bias.stride(3), bias.stride(4), packs, rows, *keep_strides,
     )  # fmt: skip
     launch(
         prepare_kernel, (packs + lines, 1, 1), FOUR_WARPS, arguments,
         BOTH=backward, HAS_MASK=mask is not None, TILE=TILE, P=PACK, VECTOR=vector_width(bias), KEYS=MASK_KEYS,
     )  # fmt: skip
-    return Call(q, k, v, packed[0], packed[-1], additive, scale, precision)
+    return Call(q, k, v, packed[0], packed[-1], additive, bits, scale, precision)
 
 
 def programs(call: Call, length: int, tile: int, config: Config) -> tuple[int, int, int]:
@@ -268,15 +274,59 @@ def launch_grad_kv(
     launch(grad_kv_kernel, grid, config, arguments, **call.constants)
 
 
-def launch_grad_q(call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dq: Tensor, config: Config) -> None:
-    """Fill dq [B, R, H, Q, D]."""
-    arguments = (
-        call.q, call.k, call.v, do, call.bias, call.mask, lse2, delta, dq, *call.sizes,
-        *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dq),
-        *call.mask_strides, call.scale, call.unit_scale,
-    )  # fmt: skip
-    grid = programs(call, call.sizes[2], config.constants["BQ"], config)
-    launch(grad_q_kernel, grid, config, arguments, **call.constants)
+def launch_grad_q(
+    call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dq: Tensor, config: Config, dbias: Tensor | None = None
+) -> None:
+    """Fill dq [B, R, H, Q, D] and, where given, dbias, contiguous [B, 1, H, Q, K].
+
+    Workspace for dbias: its planes, see `plane_groups`, and, where they come in several chunks and dbias has 16 bits,
+    one in fp32.
+    """
+    rows, heads, lq, lk = call.sizes
+    batch, tile = call.q.shape[0], config.constants["ROWS"]
+    groups = ceil_div(rows, tile)
+    planes = total = call.q  # stand for nothing
+    if dbias is not None:
+        groups = plane_groups(call, config)
+        size = ceil_div(lq, TILE) * ceil_div(lk, TILE) * TILE * TILE
+        planes = torch.empty((batch, groups, heads, size), dtype=call.q.dtype, device=call.q.device)
+        total = dbias
+        if groups * tile < rows and dbias.dtype != torch.float32:
+            total = torch.empty(dbias.shape, dtype=torch.float32, device=call.q.device)
+    programs_a_group = ceil_div(lq, config.constants["BQ"]) * heads * batch
+    for start in range(0, rows, groups * tile):
+        some = min(groups, ceil_div(rows - start, tile))
+        arguments = (
+            call.q, call.k, call.v, do, call.bias, call.bits, lse2, delta, dq, planes, *call.sizes, start, some,
+            *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dq),
+            call.scale, call.unit_scale,
+        )  # fmt: skip
+        grid = (programs_a_group * some, 1, 1)
+        launch(grad_q_kernel, grid, config, arguments, **call.constants, SUMS=dbias is not None)
+        if dbias is not None:
+            out = dbias if start + groups * tile >= rows else total
+            grid = (ceil_div(lq, 16) * ceil_div(lk, FOLD_PLANES["BK"]) * heads * batch, 1, 1)
+            launch(
+                fold_planes_kernel, grid, FOUR_WARPS, (planes, total, out, heads, lq, lk, some),
+                CONTINUES=start > 0, TILE=TILE, **FOLD_PLANES,
+            )  # fmt: skip
+
+
+def plane_groups(call: Call, config: Config) -> int:
+    """Groups of ROWS rows whose planes of dbias are held at a time.
+
+    As many as take no more memory than dk and dv, which come later, together; but enough to fill the device. All
+    chunks are about equally large.
+    """
+    rows, heads, lq, lk = call.sizes
+    groups = ceil_div(rows, config.constants["ROWS"])
+    plane = call.q.shape[0] * heads * ceil_div(lq, TILE) * ceil_div(lk, TILE) * TILE * TILE
+    filling = ceil_div(
+        PROGRAMS_PER_CORE * processors(call.q.device),
+        ceil_div(lq, config.constants["BQ"]) * heads * call.q.shape[0],
+    )
+    chunks = ceil_div(groups, max(1, 2 * call.k.numel() // plane, filling))
+    return ceil_div(groups, chunks)
 
 
 def launch_grad_bias(

@@ -53,7 +53,7 @@ def _side_by_side(blocks):
     A: tl.constexpr = blocks[0].shape[0]
     W: tl.constexpr = blocks[0].shape[1]
     if N == 1:
-        return blocks[0][:, None, :]
+        x = blocks[0]
     elif N == 2:
         x = tl.join(blocks[0], blocks[1])
     elif N == 4:
@@ -101,6 +101,16 @@ def unpacked(blocks, BX: tl.constexpr, BY: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
+def plain_order(x, BY: tl.constexpr, VECTOR: tl.constexpr):
+    """Packed values [BY/16, 256] of 16 rows as [16, BY]."""
+    if VECTOR == 8:
+        x = tl.permute(tl.reshape(x, (BY // 16, 8, 4, 2, 2, 2)), (3, 1, 0, 4, 2, 5))
+    else:
+        x = tl.permute(tl.reshape(x, (BY // 16, 2, 8, 4, 2, 2)), (1, 2, 0, 4, 3, 5))
+    return tl.reshape(x, (16, BY))
+
+
+@triton.jit
 def column_position(y):
     """Where element y of a vector along columns is stored."""
     return y // 16 * 16 + y // 2 % 4 * 4 + y // 8 % 2 * 2 + y % 2
@@ -125,15 +135,92 @@ def spread(blocks, BX: tl.constexpr, BY: tl.constexpr):
 
 
 @triton.jit
-def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR: tl.constexpr):
-    """Write a square tile [P, P] in packed order."""
-    x = tl.reshape(tile, (P // 16, 2, 8, P // 16, 2, 4, 2))
+def load_bits(base, y0, BY: tl.constexpr):
+    """Bits of the keys y0 to y0 + BY of one row of BITS, 16, 32 or 64 of them, as one integer."""
+    tl.static_assert(BY == 16 or BY == 32 or BY == 64)
+    if BY == 16:
+        WORD: tl.constexpr = tl.int16
+    elif BY == 32:
+        WORD: tl.constexpr = tl.int32
+    else:
+        WORD: tl.constexpr = tl.int64
+    bits = tl.load((base + y0 // 16).to(tl.pointer_type(WORD)))
+    return bits.to(tl.int32) if BY == 16 else bits
+
+
+@triton.jit
+def kept(bits, BY: tl.constexpr):
+    """What `load_bits` read as [BY] booleans. The shift that depends on the lane comes first: it is one for all columns."""
+    y = tl.arange(0, BY)
+    lane = y // 2 % 4 * 2
+    return ((bits >> lane) >> (y - lane)) & 1 != 0
+
+
+@triton.jit
+def _packed_order(tile, BX: tl.constexpr, BY: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile [BX, BY] as [BX/16, BY/16, 256] in packed order: the inverse of `unpacked`, for values of any dtype."""
+    x = tl.reshape(tile, (BX // 16, 2, 8, BY // 16, 2, 4, 2))
     x = tl.permute(x, (0, 3, 2, 5, 1, 4, 6)) if VECTOR == 8 else tl.permute(x, (0, 3, 1, 2, 5, 4, 6))
+    return tl.reshape(x, (BX // 16, BY // 16, 256))
+
+
+@triton.jit
+def _apart(x):
+    """[A, N, W], N 1, 2, 4 or 8, as N tensors [A, W]: the inverse of `_side_by_side`."""
+    A: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    W: tl.constexpr = x.shape[2]
+    x = tl.permute(x, (0, 2, 1))
+    if N == 1:
+        blocks = (tl.reshape(x, (A, W)),)
+    elif N == 2:
+        blocks = tl.split(x)
+    elif N == 4:
+        even, odd = tl.split(tl.reshape(x, (A, W, 2, 2)))
+        b0, b2 = tl.split(even)
+        b1, b3 = tl.split(odd)
+        blocks = (b0, b1, b2, b3)
+    else:
+        even, odd = tl.split(tl.reshape(x, (A, W, 2, 2, 2)))
+        b04, b26 = tl.split(even)
+        b15, b37 = tl.split(odd)
+        b0, b4 = tl.split(b04)
+        b2, b6 = tl.split(b26)
+        b1, b5 = tl.split(b15)
+        b3, b7 = tl.split(b37)
+        blocks = (b0, b1, b2, b3, b4, b5, b6, b7)
+    return blocks
+
+
+@triton.jit
+def value_pointers(base, x_tile, y_blocks, BX: tl.constexpr):
+    """Pointers [BX/16, 256] to single values of the first 16 columns of row tile `x_tile` of one packed head."""
+    start = base + (tl.full((), 0, tl.int64) + x_tile) * (BX // 16 * y_blocks * 256)
+    return start + ((tl.arange(0, BX // 16) * (y_blocks * 256))[:, None] + tl.arange(0, 256)[None, :])
+
+
+@triton.jit
+def store_packed(pointers, y_tile, tile, BX: tl.constexpr, BY: tl.constexpr):
+    """Write a tile [BX, BY] in packed order at columns y_tile * BY, from where the matrix unit left its values.
+
+    `pointers` as of `value_pointers`, of 16 bits or fp32; a block of 16 columns at a time, as `load_packed` reads.
+    """
+    TYPE: tl.constexpr = pointers.dtype.element_ty
+    VECTOR: tl.constexpr = 4 if TYPE == tl.float32 else 8
+    blocks = _apart(_packed_order(tile.to(TYPE), BX, BY, VECTOR))
+    first = pointers + y_tile * (BY // 16 * 256)
+    for j in tl.static_range(BY // 16):
+        tl.store(first + j * 256, blocks[j])
+
+
+@triton.jit
+def _store_square(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR: tl.constexpr):
+    """Write a square tile [P, P] in packed order."""
     blocks = (x_tile * (P // 16) + tl.arange(0, P // 16))[:, None] * y_blocks
     blocks += (y_tile * (P // 16) + tl.arange(0, P // 16))[None, :]
     tl.store(
         base + (blocks * 256)[:, :, None] + tl.arange(0, 256)[None, None, :],
-        tl.reshape(x, (P // 16, P // 16, 256)),
+        _packed_order(tile, P, P, VECTOR),
     )
 
 
@@ -155,13 +242,14 @@ def _store_packed(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR:
     ],
 )
 def prepare_kernel(
-    BIAS, PACKED, FLIPPED, KEEP, MASK, LQ, LK, H, s_b, s_h, s_q, s_k, packs, R, keep_b, keep_r, keep_k,
+    BIAS, PACKED, FLIPPED, KEEP, MASK, BITS, LQ, LK, H, s_b, s_h, s_q, s_k, packs, R, keep_b, keep_r, keep_k,
     BOTH: tl.constexpr, HAS_MASK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, VECTOR: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Packs BIAS [B, H, LQ, LK] of any strides into PACKED (and, transposed, FLIPPED) and writes the additive mask.
 
     The first `packs` programs take one tile each; the others write MASK [B, R, LK padded to TILE] fp32, 0 for kept
-    keys and -inf for the rest, from KEEP bytes, KEYS at a time.
+    keys and -inf for the rest, from KEEP bytes, KEYS at a time; for BOTH passes also BITS [B, R, LK padded / 16] of
+    16 bits, bit y of word x set where key 16 x + y is kept.
     """
     pid = tl.program_id(0).to(tl.int64)
     q_tiles = tl.cdiv(LQ, TILE) * (TILE // P)
@@ -177,9 +265,9 @@ def prepare_kernel(
         tile = tl.load(source + at, mask=(qi < LQ)[:, None] & (ki < LK)[None, :], other=0.0)
         tile = tl.where((ki < LK)[None, :], tile.to(tl.float32), float("-inf")).to(BIAS.dtype.element_ty)
         size = head * q_tiles * k_tiles * (P * P)
-        _store_packed(PACKED + size, tile, q_tile, k_tile, k_tiles * (P // 16), P, VECTOR)
+        _store_square(PACKED + size, tile, q_tile, k_tile, k_tiles * (P // 16), P, VECTOR)
         if BOTH:
-            _store_packed(FLIPPED + size, tl.trans(tile), k_tile, q_tile, q_tiles * (P // 16), P, VECTOR)
+            _store_square(FLIPPED + size, tl.trans(tile), k_tile, q_tile, q_tiles * (P // 16), P, VECTOR)
     elif HAS_MASK:
         padded = tl.cdiv(LK, TILE) * TILE
         chunks = tl.cdiv(padded, KEYS)
@@ -189,3 +277,7 @@ def prepare_kernel(
         keep = tl.load(flags, mask=keys < LK, other=0) != 0
         target = MASK + line * padded + column_position(keys)
         tl.store(target, tl.where(keep, 0.0, float("-inf")), mask=keys < padded)
+        if BOTH:
+            words = tl.sum(tl.reshape(keep.to(tl.int32), (KEYS // 16, 16)) << tl.arange(0, 16)[None, :], 1)
+            word = ((pid - packs) % chunks).to(tl.int32) * (KEYS // 16) + tl.arange(0, KEYS // 16)
+            tl.store(BITS + line * (padded // 16) + word, words.to(tl.int16), mask=word < padded // 16)
