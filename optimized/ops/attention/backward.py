@@ -168,7 +168,6 @@ def grad_kv_kernel(
         inside = (q0 + tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
         bias = in_units(unpacked(raw, BK, BQ, TYPE), EXACT)
         ahead = tl.minimum(q0 // BQ + 1, q_blocks // (BQ // 16) - 1)
-        raw = load_packed(pointers, ahead, BQ)
         new_lses = ()
         new_deltas = ()
         new_dks = ()
@@ -189,6 +188,7 @@ def grad_kv_kernel(
             new_dvs = new_dvs + (multiply_add(p.to(g.dtype), g, dvs[i], PRECISION),)
             ds = p * (dp - delta)
             new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION),)
+        raw = load_packed(pointers, ahead, BQ)  # not before: its registers are those of the bias in use
         dks = new_dks
         dvs = new_dvs
         raw_lses = new_lses

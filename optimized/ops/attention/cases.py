@@ -63,6 +63,7 @@ def make_case(
         "BOTH": True,
         "HAS_DLSE": True,
         "CONTINUES": True,
+        "SUMS": True,
         "FAST": dtype != "fp16",
         **config.constants,
         **extra,
