@@ -76,10 +76,11 @@ def statistics_kernel(
     O, G, LSE, DLSE, LSE2, DELTA, R, H, LQ, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = lse in the units of `powers`; both fp32, in
+    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = -lse in the units of `powers`; both fp32, in
     the order of `column_position`.
 
-    Padded queries and rows without keys get LSE2 = +inf, so that their probabilities vanish without a test.
+    Padded queries and rows without keys get LSE2 = -inf, so that their probabilities vanish without a test. (It is
+    added, not subtracted: the compiler negates what it loads as vectors by an instruction of its own.)
     """
     EXACT: tl.constexpr = O.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
@@ -101,7 +102,7 @@ def statistics_kernel(
     if HAS_DLSE:
         delta -= tl.load(DLSE + source, mask=qi < LQ, other=0.0)
     target = statistics_row(b, row, h, R, H, LQ, TILE) + column_position(qi)
-    tl.store(LSE2 + target, tl.where(lse == float("-inf"), float("inf"), lse if EXACT else lse * LOG2E))
+    tl.store(LSE2 + target, tl.where(lse == float("-inf"), lse, -lse if EXACT else lse * -LOG2E))
     tl.store(DELTA + target, delta)
 
 
@@ -171,25 +172,32 @@ def grad_kv_kernel(
         new_lses = ()
         new_deltas = ()
         new_dks = ()
+        new_qbs = ()
+        new_gbs = ()
         new_dvs = ()
         for i in tl.static_range(ROWS):
             lse = spread(raw_lses[i], BK, BQ)
             delta = spread(raw_deltas[i], BK, BQ)
-            new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
-            new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
-            q = tl.load(token(qbs[i], q0, q_l) + q_offsets, mask=inside, other=0.0)
-            g = tl.load(token(gbs[i], q0, g_l) + g_offsets, mask=inside, other=0.0)
+            q = tl.load(qbs[i] + q_offsets, mask=inside, other=0.0)
+            g = tl.load(gbs[i] + g_offsets, mask=inside, other=0.0)
+            new_qbs = new_qbs + (token(qbs[i], BQ, q_l),)
+            new_gbs = new_gbs + (token(gbs[i], BQ, g_l),)
             s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION)
             dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
             if EXACT:
-                p = powers(s * unit_scale + bias - lse, True)
+                p = powers(s * unit_scale + bias + lse, True)
             else:
-                p = powers(s * unit_scale + (bias - lse), False)
+                p = powers(s * unit_scale + (bias + lse), False)
             new_dvs = new_dvs + (multiply_add(p.to(g.dtype), g, dvs[i], PRECISION),)
             ds = p * (dp - delta)
             new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION),)
+            # Not before: their registers are those of the values in use.
+            new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
+            new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
         raw = load_packed(pointers, ahead, BQ)  # not before: its registers are those of the bias in use
         dks = new_dks
+        qbs = new_qbs
+        gbs = new_gbs
         dvs = new_dvs
         raw_lses = new_lses
         raw_deltas = new_deltas
@@ -263,7 +271,7 @@ def grad_q_kernel(
         stats = statistics_row(b, row, h, R, H, LQ, TILE) + column_position(qi)
         lse = tl.load(LSE2 + stats)
         # A row past the last is the last again, for the loads' sake: without probabilities it adds nothing.
-        lses = lses + (tl.where(first + i < R, lse, float("inf")) if SUMS else lse,)
+        lses = lses + (tl.where(first + i < R, lse, float("-inf")) if SUMS else lse,)
         deltas = deltas + (tl.load(DELTA + stats),)
         dqs = dqs + (tl.zeros((BQ, BLOCK_D), tl.float32),)
         kbs = kbs + (head_of(K, b, row, h, k_b, k_r, k_h),)
@@ -291,9 +299,9 @@ def grad_q_kernel(
             s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
             s = (
-                s * unit_scale + bias - lses[i][:, None]
+                s * unit_scale + bias + lses[i][:, None]
                 if EXACT
-                else s * unit_scale + (bias - lses[i][:, None])
+                else s * unit_scale + (bias + lses[i][:, None])
             )
             if HAS_MASK:
                 s = tl.where(kept(bits[i], BK)[None, :], s, float("-inf"))
@@ -372,7 +380,7 @@ def grad_bias_kernel(
         delta = tl.load(DELTA + stats + column_position(qi))
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        s = s * unit_scale + bias - lse[:, None] if EXACT else s * unit_scale + (bias - lse[:, None])
+        s = s * unit_scale + bias + lse[:, None] if EXACT else s * unit_scale + (bias + lse[:, None])
         if HAS_MASK:
             s += spread(raw_mask, BQ, BK)
             raw_mask = load_columns(mask_head, tl.minimum(row + 1, R - 1) * (mask_r * 8), BQ, BK)

@@ -203,7 +203,6 @@ def forward_kernel(
             inside = (k0 + tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
             bias = in_units(unpacked(raw, BQ, BK, TYPE), EXACT)
             ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
-            raw = load_packed(pointers, ahead, BK)
             new_masks = ()
             new_k_at = ()
             new_v_at = ()
@@ -224,6 +223,7 @@ def forward_kernel(
                 p = powers(s, EXACT)
                 new_totals = new_totals + (totals[i] + row_sums(p, BQ, BK),)
                 new_accs = new_accs + (multiply_add(p.to(v.dtype), v, accs[i], PRECISION),)
+            raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
             accs = new_accs
             totals = new_totals
             k_at = new_k_at

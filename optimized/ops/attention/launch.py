@@ -247,7 +247,7 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
 def launch_statistics(
     call: Call, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(lse in the units of `powers`, delta), fp32 [B, R, H, Q padded to TILE]; see `statistics_kernel`."""
+    """(-lse in the units of `powers`, delta), fp32 [B, R, H, Q padded to TILE]; see `statistics_kernel`."""
     rows, heads, lq, _ = call.sizes
     padded = ceil_div(lq, TILE) * TILE
     lse2, delta = torch.empty((2, *call.q.shape[:-2], padded), dtype=torch.float32, device=call.q.device)
