@@ -216,13 +216,14 @@ def forward_kernel(
                 s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
                 if HAS_MASK:
                     s = s * unit_scale + (bias + spread(raw_masks[i], BQ, BK))
-                    new_masks = new_masks + (load_columns(MASK + masks_at[i], ahead * BK, BQ, BK),)
                 else:
                     s = s * unit_scale + bias
-                    new_masks = new_masks + (0,)
                 p = powers(s, EXACT)
                 new_totals = new_totals + (totals[i] + row_sums(p, BQ, BK),)
                 new_accs = new_accs + (multiply_add(p.to(v.dtype), v, accs[i], PRECISION),)
+                new_masks = new_masks + (
+                    load_columns(MASK + masks_at[i], ahead * BK, BQ, BK) if HAS_MASK else 0,
+                )
             raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
             accs = new_accs
             totals = new_totals

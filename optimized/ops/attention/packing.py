@@ -206,7 +206,7 @@ def store_packed(pointers, y_tile, tile, BX: tl.constexpr, BY: tl.constexpr):
     `pointers` as of `value_pointers`, of 16 bits or fp32; a block of 16 columns at a time, as `load_packed` reads.
     """
     TYPE: tl.constexpr = pointers.dtype.element_ty
-    VECTOR: tl.constexpr = 4 if TYPE == tl.float32 else 8
+    VECTOR: tl.constexpr = 4 if TYPE == tl.float32 else 8  # noqa: SIM300
     blocks = _apart(_packed_order(tile.to(TYPE), BX, BY, VECTOR))
     first = pointers + y_tile * (BY // 16 * 256)
     for j in tl.static_range(BY // 16):
