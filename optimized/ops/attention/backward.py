@@ -427,13 +427,17 @@ def fold_planes_kernel(
     first += ((q0 // 16).to(tl.int64) * k_blocks + k0 // 16) * 256
     values = first + ((tl.arange(0, BK // 16) * 256)[:, None] + tl.arange(0, 256)[None, :])
     total = tl.zeros((BK // 16, 256), tl.float32)
-    for plane in range(0, groups, TOGETHER):
+    whole = groups // TOGETHER * TOGETHER
+    for _ in range(0, whole, TOGETHER):
         parts = ()
         for i in tl.static_range(TOGETHER):
-            parts = parts + (tl.load(values + i * size, mask=plane + i < groups, other=0.0),)
+            parts = parts + (tl.load(values + i * size),)
         for i in tl.static_range(TOGETHER):
             total += parts[i].to(tl.float32)
         values += TOGETHER * size
+    for _ in range(whole, groups):
+        total += tl.load(values).to(tl.float32)
+        values += size
     qi = q0 + tl.arange(0, 16)
     ki = k0 + tl.arange(0, BK)
     inside = (qi < LQ)[:, None] & (ki < LK)[None, :]
