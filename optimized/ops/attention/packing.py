@@ -136,24 +136,30 @@ def spread(blocks, BX: tl.constexpr, BY: tl.constexpr):
 
 @triton.jit
 def load_bits(base, y0, BY: tl.constexpr):
-    """Bits of the keys y0 to y0 + BY of one row of BITS, 16, 32 or 64 of them, as one integer."""
-    tl.static_assert(BY == 16 or BY == 32 or BY == 64)
+    """Bits of the keys y0 to y0 + BY of one row of BITS, in one integer or, for 128 of them, two."""
+    start = base + y0 // 16
     if BY == 16:
-        WORD: tl.constexpr = tl.int16
+        words = (tl.load(start).to(tl.int32),)
     elif BY == 32:
-        WORD: tl.constexpr = tl.int32
+        words = (tl.load(start.to(tl.pointer_type(tl.int32))),)
+    elif BY == 64:
+        words = (tl.load(start.to(tl.pointer_type(tl.int64))),)
     else:
-        WORD: tl.constexpr = tl.int64
-    bits = tl.load((base + y0 // 16).to(tl.pointer_type(WORD)))
-    return bits.to(tl.int32) if BY == 16 else bits
+        wide = start.to(tl.pointer_type(tl.int64))
+        words = (tl.load(wide), tl.load(wide + 1))
+    return words
 
 
 @triton.jit
-def kept(bits, BY: tl.constexpr):
+def kept(words, BY: tl.constexpr):
     """What `load_bits` read as [BY] booleans. The shift that depends on the lane comes first: it is one for all columns."""
     y = tl.arange(0, BY)
     lane = y // 2 % 4 * 2
-    return ((bits >> lane) >> (y - lane)) & 1 != 0
+    if BY == 128:
+        bits = (tl.where(y < 64, words[0], words[1]) >> lane) >> (y % 64 - lane)
+    else:
+        bits = (words[0] >> lane) >> (y - lane)
+    return bits & 1 != 0
 
 
 @triton.jit
