@@ -4,12 +4,18 @@ With p = exp(s - lse), delta = sum_d do * o and ds = p * (do v^T - delta):
 
     dv = p^T do,   dk = scale * ds^T q,   dq = scale * ds k,   dbias[h,q,k] = sum over rows r of ds[r,h,q,k]
 
-Three kernels rebuild p from q, k, bias and lse:
+Kernels rebuild p from q, k, bias and lse:
 
 - `grad_kv_kernel` owns a key tile of ROWS rows and runs over queries (4 products per tile, 1 exponential);
+- `grad_q_kernel` owns a query tile of ROWS rows and runs over keys (3 products, 1 exponential). It can also write the
+  sum of ds over its rows, one plane of dbias for every group of ROWS rows, which `fold_planes_kernel` adds in order;
 - `grad_bias_kernel` owns a (query, key) tile of one head and runs over rows, so that the bias tile and the sum
-  over rows stay in registers (2 products, 1 exponential);
-- `grad_q_kernel` owns a query tile of ROWS rows and runs over keys (3 products, 1 exponential).
+  over rows stay in registers (2 products, 1 exponential). It serves where planes are not written.
+
+A plane is in the operands' dtype and in packed order, so that its values leave the registers where the products left
+them. Rows come in as many chunks as keep the planes no larger than dk and dv. Traffic: for R rows and e bytes a value
+e * H * Q * K * R / ROWS bytes written and read again. Each plane is rounded once, by 2**-9 of a sum of ROWS terms in
+bf16, which adds to dbias about the error of its own rounding.
 
 The rows are split over SPLITS programs of `grad_bias_kernel`, each with its own fp32 plane of dbias, folded in order.
 Letting the bias kernel emit dq too, one plane per key tile, saves a reconstruction but was slower on an H200 (3.8
@@ -34,12 +40,12 @@ from optimized.ops.attention.forward import (
     token,
 )
 from optimized.ops.attention.packing import (
-    column_position,
-    load_columns,
     load_packed,
     packed_pointers,
-    spread,
+    plain_order,
+    store_packed,
     unpacked,
+    value_pointers,
 )
 from optimized.ops.names import profiled_as
 
@@ -65,10 +71,10 @@ def statistics_kernel(
     O, G, LSE, DLSE, LSE2, DELTA, R, H, LQ, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = lse in the units of `powers`; both fp32, in
-    the order of `column_position`.
+    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = -lse in the units of `powers`; both fp32.
 
-    Padded queries and rows without keys get LSE2 = +inf, so that their probabilities vanish without a test.
+    Padded queries and rows without keys get LSE2 = -inf, so that their probabilities vanish without a test. (It is
+    added, not subtracted: the compiler negates what it loads as vectors by an instruction of its own.)
     """
     EXACT: tl.constexpr = O.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
@@ -89,8 +95,8 @@ def statistics_kernel(
     lse = tl.load(LSE + source, mask=qi < LQ, other=float("-inf"))
     if HAS_DLSE:
         delta -= tl.load(DLSE + source, mask=qi < LQ, other=0.0)
-    target = statistics_row(b, row, h, R, H, LQ, TILE) + column_position(qi)
-    tl.store(LSE2 + target, tl.where(lse == float("-inf"), float("inf"), lse if EXACT else lse * LOG2E))
+    target = statistics_row(b, row, h, R, H, LQ, TILE) + qi
+    tl.store(LSE2 + target, tl.where(lse == float("-inf"), lse, -lse if EXACT else lse * -LOG2E))
     tl.store(DELTA + target, delta)
 
 
@@ -148,40 +154,34 @@ def grad_kv_kernel(
         stats = stats + (statistics_row(b, row, h, R, H, LQ, TILE),)
 
     raw = load_packed(pointers, 0, BQ)
-    raw_lses = ()
-    raw_deltas = ()
-    for i in tl.static_range(ROWS):
-        raw_lses = raw_lses + (load_columns(LSE2 + stats[i], 0, BK, BQ),)
-        raw_deltas = raw_deltas + (load_columns(DELTA + stats[i], 0, BK, BQ),)
     for q0 in tl.range(0, LQ, BQ, num_stages=STAGES):
         inside = (q0 + tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
         bias = in_units(unpacked(raw, BK, BQ, TYPE), EXACT)
         ahead = tl.minimum(q0 // BQ + 1, q_blocks // (BQ // 16) - 1)
         raw = load_packed(pointers, ahead, BQ)
-        new_lses = ()
-        new_deltas = ()
         new_dks = ()
+        new_qbs = ()
+        new_gbs = ()
         new_dvs = ()
         for i in tl.static_range(ROWS):
-            lse = spread(raw_lses[i], BK, BQ)
-            delta = spread(raw_deltas[i], BK, BQ)
-            new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
-            new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
-            q = tl.load(token(qbs[i], q0, q_l) + q_offsets, mask=inside, other=0.0)
-            g = tl.load(token(gbs[i], q0, g_l) + g_offsets, mask=inside, other=0.0)
+            lse = tl.load(LSE2 + stats[i] + q0 + tl.arange(0, BQ))[None, :]
+            delta = tl.load(DELTA + stats[i] + q0 + tl.arange(0, BQ))[None, :]
+            added = bias if EXACT else bias + lse
+            q = tl.load(qbs[i] + q_offsets, mask=inside, other=0.0)
+            g = tl.load(gbs[i] + g_offsets, mask=inside, other=0.0)
+            new_qbs = new_qbs + (token(qbs[i], BQ, q_l),)
+            new_gbs = new_gbs + (token(gbs[i], BQ, g_l),)
             s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION)
             dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
-            if EXACT:
-                p = powers(s * unit_scale + bias - lse, True)
-            else:
-                p = powers(s * unit_scale + (bias - lse), False)
+            s = s * unit_scale + added
+            p = powers(s + lse if EXACT else s, EXACT)
             new_dvs = new_dvs + (multiply_add(p.to(g.dtype), g, dvs[i], PRECISION),)
             ds = p * (dp - delta)
             new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION),)
         dks = new_dks
+        qbs = new_qbs
+        gbs = new_gbs
         dvs = new_dvs
-        raw_lses = new_lses
-        raw_deltas = new_deltas
 
     for i in tl.static_range(ROWS):
         row = first + i
@@ -190,7 +190,7 @@ def grad_kv_kernel(
         dk = dks[i] * scale
         dv = dvs[i]  # type: ignore
         if HAS_MASK:
-            keep = tl.load(MASK + mask_at + column_position(ki)) == 0.0
+            keep = tl.load(MASK + mask_at + ki) == 0.0
             dk = tl.where(keep[:, None], dk, 0.0)
             dv = tl.where(keep[:, None], dv, 0.0)
         dk_base = token(head_of(DK, b, row, h, dk_b, dk_r, dk_h), k0, dk_l)
@@ -200,23 +200,27 @@ def grad_kv_kernel(
 
 
 @triton.jit(
-    repr=profiled_as("attention_grad_q"), do_not_specialize=[*COMMON, "mask_b", "mask_r", *strides_of("dq")]
+    repr=profiled_as("attention_grad_q"),
+    do_not_specialize=[*COMMON, "mask_b", "mask_r", "start", "groups", *strides_of("dq")],
 )
 def grad_q_kernel(
-    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, R, H, LQ, LK,
+    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, PLANES, R, H, LQ, LK, start, groups,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
     mask_b, mask_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SUMS: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of a query tile for ROWS rows, running over keys."""
+    """dq of a query tile for ROWS rows, running over keys; the rows are `groups` times ROWS from row `start` on.
+
+    With SUMS, the sum of ds over the ROWS rows goes to PLANES [B, groups, H, packed LQ x LK], rounded to their dtype.
+    """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LQ, BQ)
-    groups = tl.cdiv(R, ROWS)
-    first = (pid // tiles) % groups * ROWS
+    group = (pid // tiles) % groups
+    first = start + group * ROWS
     h = (pid // tiles // groups) % H
     b = pid // tiles // groups // H
     q0 = (pid % tiles).to(tl.int32) * BQ
@@ -227,6 +231,9 @@ def grad_q_kernel(
     v_offsets = tile_offsets(v_l, d, BK)
     k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
     pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ)
+    if SUMS:
+        plane = bias_head(PLANES, b * groups + group, h, H, LQ, LK, TILE)
+        targets = value_pointers(plane, q0 // BQ, k_blocks, BQ)
 
     qs = ()
     gs = ()
@@ -242,8 +249,10 @@ def grad_q_kernel(
         gb = token(head_of(G, b, row, h, g_b, g_r, g_h), q0, g_l)
         qs = qs + (tl.load(qb + tile_offsets(q_l, d, BQ), mask=q_mask, other=0.0),)
         gs = gs + (tl.load(gb + tile_offsets(g_l, d, BQ), mask=q_mask, other=0.0),)
-        stats = statistics_row(b, row, h, R, H, LQ, TILE) + column_position(qi)
-        lses = lses + (tl.load(LSE2 + stats),)
+        stats = statistics_row(b, row, h, R, H, LQ, TILE) + qi
+        lse = tl.load(LSE2 + stats)
+        # A row past the last is the last again, for the loads' sake: without probabilities it adds nothing.
+        lses = lses + (tl.where(first + i < R, lse, float("-inf")) if SUMS else lse,)
         deltas = deltas + (tl.load(DELTA + stats),)
         dqs = dqs + (tl.zeros((BQ, BLOCK_D), tl.float32),)
         kbs = kbs + (head_of(K, b, row, h, k_b, k_r, k_h),)
@@ -251,41 +260,37 @@ def grad_q_kernel(
         masks_at = masks_at + ((b * mask_b + row * mask_r) * 8,)
 
     raw = load_packed(pointers, 0, BK)
-    raw_masks = ()
-    for i in tl.static_range(ROWS):
-        raw_masks = raw_masks + (load_columns(MASK + masks_at[i], 0, BQ, BK) if HAS_MASK else 0,)
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
         inside = (k0 + tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
         bias = in_units(unpacked(raw, BQ, BK, TYPE), EXACT)
         ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
         raw = load_packed(pointers, ahead, BK)
-        new_masks = ()
         new_kbs = ()
         new_vbs = ()
         new_dqs = ()
+        total = tl.zeros((BQ, BK), tl.float32)
         for i in tl.static_range(ROWS):
             k = tl.load(kbs[i] + k_offsets, mask=inside, other=0.0)
             v = tl.load(vbs[i] + v_offsets, mask=inside, other=0.0)
             new_kbs = new_kbs + (token(kbs[i], BK, k_l),)
             new_vbs = new_vbs + (token(vbs[i], BK, v_l),)
+            added = bias
+            if HAS_MASK:
+                added += tl.load(MASK + masks_at[i] + k0 + tl.arange(0, BK))[None, :]
+            if not EXACT:
+                added += lses[i][:, None]
             s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
-            s = (
-                s * unit_scale + bias - lses[i][:, None]
-                if EXACT
-                else s * unit_scale + (bias - lses[i][:, None])
-            )
-            if HAS_MASK:
-                s += spread(raw_masks[i], BQ, BK)
-                new_masks = new_masks + (load_columns(MASK + masks_at[i], ahead * BK, BQ, BK),)
-            else:
-                new_masks = new_masks + (0,)
-            ds = powers(s, EXACT) * (dp - deltas[i][:, None])
+            s = s * unit_scale + added
+            ds = powers(s + lses[i][:, None] if EXACT else s, EXACT) * (dp - deltas[i][:, None])
+            if SUMS:
+                total = ds if i == 0 else total + ds
             new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION),)
+        if SUMS:
+            store_packed(targets, k0 // BK, total, BQ, BK)
         dqs = new_dqs
         kbs = new_kbs
         vbs = new_vbs
-        raw_masks = new_masks
 
     for i in tl.static_range(ROWS):
         row = first + i
@@ -336,21 +341,19 @@ def grad_bias_kernel(
     v_base = token(head_of(V, b, 0, h, v_b, v_r, v_h), k0, v_l)
     g_base = token(head_of(G, b, 0, h, g_b, g_r, g_h), q0, g_l)
     mask_head = MASK + b * mask_b * 8 + k0
-    raw_mask = load_columns(mask_head, tl.minimum(begin, R - 1) * (mask_r * 8), BQ, BK) if HAS_MASK else 0
     for row in tl.range(begin, end, num_stages=STAGES):
         q = tl.load(token(q_base, row, q_r) + q_offsets, mask=q_mask, other=0.0)
         k = tl.load(token(k_base, row, k_r) + k_offsets, mask=k_mask, other=0.0)
         v = tl.load(token(v_base, row, v_r) + v_offsets, mask=k_mask, other=0.0)
         g = tl.load(token(g_base, row, g_r) + g_offsets, mask=q_mask, other=0.0)
         stats = statistics_row(b, row, h, R, H, LQ, TILE)
-        lse = tl.load(LSE2 + stats + column_position(qi))
-        delta = tl.load(DELTA + stats + column_position(qi))
+        lse = tl.load(LSE2 + stats + qi)
+        delta = tl.load(DELTA + stats + qi)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        s = s * unit_scale + bias - lse[:, None] if EXACT else s * unit_scale + (bias - lse[:, None])
+        s = s * unit_scale + bias + lse[:, None] if EXACT else s * unit_scale + (bias + lse[:, None])
         if HAS_MASK:
-            s += spread(raw_mask, BQ, BK)
-            raw_mask = load_columns(mask_head, tl.minimum(row + 1, R - 1) * (mask_r * 8), BQ, BK)
+            s += tl.load(mask_head + row * (mask_r * 8) + tl.arange(0, BK))[None, :]
         total += powers(s, EXACT) * (dp - delta[:, None])
 
     plane = DBIAS + (((split * batches + b) * H + h) * LQ + q0) * LK
@@ -368,3 +371,50 @@ def fold_kernel(PARTS, OUT, planes, size, BLOCK: tl.constexpr):
     for p in range(planes):
         total += tl.load(PARTS + p * wide_size + x, mask=inside, other=0.0).to(tl.float32)
     tl.store(OUT + x, total.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit(repr=profiled_as("attention_fold_planes"), do_not_specialize=["H", "LQ", "LK", "groups"])
+def fold_planes_kernel(
+    PLANES, SUM, OUT, H, LQ, LK, groups,
+    CONTINUES: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """OUT = sum over the planes of `grad_q_kernel` in their order, in fp32, after SUM where this CONTINUES.
+
+    PLANES [B, groups, H, packed LQ x LK]; SUM [B, H, LQ, LK] fp32 and OUT of any dtype, contiguous. A program takes
+    16 queries and BK keys of one head, and asks for TOGETHER planes before it adds the first of them.
+    """
+    VECTOR: tl.constexpr = 4 if PLANES.dtype.element_ty == tl.float32 else 8
+    pid = tl.program_id(0).to(tl.int64)
+    k_tiles = tl.cdiv(LK, BK)
+    q_tiles = tl.cdiv(LQ, 16)
+    k0 = (pid % k_tiles).to(tl.int32) * BK
+    q0 = (pid // k_tiles % q_tiles).to(tl.int32) * 16
+    h = pid // k_tiles // q_tiles % H
+    b = pid // k_tiles // q_tiles // H
+    k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
+    size = H * k_blocks * (tl.cdiv(LQ, TILE) * (TILE // 16)).to(tl.int64) * 256
+    first = bias_head(PLANES, b * groups, h, H, LQ, LK, TILE)
+    first += ((q0 // 16).to(tl.int64) * k_blocks + k0 // 16) * 256
+    values = first + ((tl.arange(0, BK // 16) * 256)[:, None] + tl.arange(0, 256)[None, :])
+    total = tl.zeros((BK // 16, 256), tl.float32)
+    whole = groups // TOGETHER * TOGETHER
+    for _ in range(0, whole, TOGETHER):
+        parts = ()
+        for i in tl.static_range(TOGETHER):
+            parts = parts + (tl.load(values + i * size),)
+        for i in tl.static_range(TOGETHER):
+            total += parts[i].to(tl.float32)
+        values += TOGETHER * size
+    for _ in range(whole, groups):
+        total += tl.load(values).to(tl.float32)
+        values += size
+    qi = q0 + tl.arange(0, 16)
+    ki = k0 + tl.arange(0, BK)
+    inside = (qi < LQ)[:, None] & (ki < LK)[None, :]
+    target = (((b * H + h) * LQ + q0) * LK + k0) + (
+        (tl.arange(0, 16).to(tl.int64) * LK)[:, None] + tl.arange(0, BK)[None, :]
+    )
+    out = plain_order(total, BK, VECTOR)
+    if CONTINUES:
+        out += tl.load(SUM + target, mask=inside, other=0.0)
+    tl.store(OUT + target, out.to(OUT.dtype.element_ty), mask=inside)

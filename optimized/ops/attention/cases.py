@@ -6,12 +6,12 @@ import torch
 import triton
 
 from optimized.ops.attention import backward, forward, packing
-from optimized.ops.attention.launch import FOLD_BLOCK, MASK_KEYS, Plan, default_plan
+from optimized.ops.attention.launch import FOLD_BLOCK, FOLD_PLANES, MASK_KEYS, Plan, default_plan
 from optimized.ops.offline import KernelCase
 from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "MASK")
+FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "MASK", "SUM")
 FLOATS = ("scale", "unit_scale")
 WIDE_INTS = ("size", "s_b", "s_h", "s_q", "s_k", "keep_b")
 
@@ -60,6 +60,8 @@ def make_case(
         "BLOCK": FOLD_BLOCK,
         "BOTH": True,
         "HAS_DLSE": True,
+        "CONTINUES": True,
+        "SUMS": True,
         "FAST": dtype != "fp16",
         **config.constants,
         **extra,
@@ -74,15 +76,22 @@ def make_case(
 
 def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
     """The kernels of one plan."""
+    plain = Config()
     cases = [
         make_case(f"{label}.forward", forward.forward_kernel, plan.forward, **options),
         make_case(f"{label}.grad_kv", backward.grad_kv_kernel, plan.grad_kv, **options),
-        make_case(f"{label}.grad_bias", backward.grad_bias_kernel, plan.grad_bias, **options),
-        make_case(f"{label}.grad_q", backward.grad_q_kernel, plan.grad_q, **options),
-        make_case(f"{label}.prepare", packing.prepare_kernel, Config(), **options),
-        make_case(f"{label}.statistics", backward.statistics_kernel, Config(), **options),
-        make_case(f"{label}.fold", backward.fold_kernel, Config(), **options),
+        make_case(
+            f"{label}.grad_q", backward.grad_q_kernel, plan.grad_q, SUMS=plan.grad_bias is None, **options
+        ),
+        make_case(f"{label}.prepare", packing.prepare_kernel, plain, **options),
+        make_case(f"{label}.statistics", backward.statistics_kernel, plain, **options),
     ]
+    if plan.grad_bias is None:
+        fold = Config(FOLD_PLANES)
+        cases.append(make_case(f"{label}.fold_planes", backward.fold_planes_kernel, fold, **options))
+    else:
+        cases.append(make_case(f"{label}.grad_bias", backward.grad_bias_kernel, plan.grad_bias, **options))
+        cases.append(make_case(f"{label}.fold", backward.fold_kernel, plain, **options))
     return cases
 
 

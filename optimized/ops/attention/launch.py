@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optimized.ops.attention.backward import (
     fold_kernel,
+    fold_planes_kernel,
     grad_bias_kernel,
     grad_kv_kernel,
     grad_q_kernel,
@@ -24,17 +25,21 @@ FOLD_BLOCK = 1024
 MASK_KEYS = 1024
 # Over how many programs the bias gradient splits its rows; with 4 a core it was 18 % slower on an H200 at 768.
 PROGRAMS_PER_CORE = 8
+FOLD_PLANES = {
+    "BK": 64,
+    "TOGETHER": 4,
+}  # 2 KiB of a plane a program; four planes in flight hide the memory's latency
 FOUR_WARPS = Config()  # of the kernels that have nothing to choose
 FARTHEST = 2**31 // TILE  # token stride, in elements, up to which offsets inside a tile fit 32 bits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Launch configurations of one call."""
+    """Launch configurations of one call. Without one for `grad_bias`, the kernel of dq writes planes of dbias."""
 
     forward: Config
     grad_kv: Config
-    grad_bias: Config
+    grad_bias: Config | None
     grad_q: Config
 
 
@@ -50,7 +55,7 @@ def default_plan(dtype: torch.dtype, head_dim: int, arch: str, precision: str = 
     """Configurations that run everywhere; of 16 bits on sm_90 the fastest of some 150 on an H200 at 384 and 768 tokens.
 
     Four programs of 128 registers a multiprocessor beat fewer, larger ones there, even where the limit costs a few
-    spilled registers outside the loops.
+    spilled registers. There planes stand for the kernel of the bias gradient, by count of instructions: not timed yet.
     """
     wide = head_dim > 32
     if dtype == torch.float32:
@@ -64,13 +69,8 @@ def default_plan(dtype: torch.dtype, head_dim: int, arch: str, precision: str = 
             _rows(1, 64, 64),
         )
     if wide:
-        return Plan(_rows(1, 64, 32), _rows(1, 16, 64, cap=128), _tile(64, 64), _rows(1, 64, 32))
-    return Plan(
-        _rows(2, 64, 32, cap=128),
-        _rows(1, 32, 64, cap=128),
-        _tile(64, 64, cap=168),
-        _rows(2, 64, 32, cap=128),
-    )
+        return Plan(_rows(1, 64, 32), _rows(1, 16, 64, cap=128), None, _rows(1, 64, 32))
+    return Plan(_rows(2, 64, 32, cap=128), _rows(1, 32, 64, cap=128), None, _rows(2, 64, 32, cap=128))
 
 
 def _full_plan(wide: bool, arch: str, precision: str) -> Plan:
@@ -88,7 +88,7 @@ def plan_for(q: Tensor, precision: str) -> Plan:
     """The plan for these inputs: measured on this device, shipped for it, or the default."""
     if device_name(q.device) == "cpu":
         row = _rows(2, 16, 32, stages=1)
-        return Plan(row, row, _tile(16, 32, stages=1), row)
+        return Plan(row, row, _tile(16, 32, stages=1) if q.dtype == torch.float32 else None, row)
     return _measured_plan(q.dtype, q.shape[-1], length_bucket(q.shape[-2]), q.device, precision)
 
 
@@ -102,7 +102,7 @@ def _measured_plan(
     return Plan(
         lookup("attention.forward", key, device, base.forward),
         lookup("attention.grad_kv", key, device, base.grad_kv),
-        lookup("attention.grad_bias", key, device, base.grad_bias),
+        base.grad_bias and lookup("attention.grad_bias", key, device, base.grad_bias),
         lookup("attention.grad_q", key, device, base.grad_q),
     )
 
@@ -241,7 +241,7 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
 def launch_statistics(
     call: Call, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(lse in the units of `powers`, delta), fp32 [B, R, H, Q padded to TILE]; see `statistics_kernel`."""
+    """(-lse in the units of `powers`, delta), fp32 [B, R, H, Q padded to TILE]; see `statistics_kernel`."""
     rows, heads, lq, _ = call.sizes
     padded = ceil_div(lq, TILE) * TILE
     lse2, delta = torch.empty((2, *call.q.shape[:-2], padded), dtype=torch.float32, device=call.q.device)
@@ -268,15 +268,65 @@ def launch_grad_kv(
     launch(grad_kv_kernel, grid, config, arguments, **call.constants)
 
 
-def launch_grad_q(call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dq: Tensor, config: Config) -> None:
-    """Fill dq [B, R, H, Q, D]."""
-    arguments = (
-        call.q, call.k, call.v, do, call.bias, call.mask, lse2, delta, dq, *call.sizes,
-        *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dq),
-        *call.mask_strides, call.scale, call.unit_scale,
-    )  # fmt: skip
-    grid = programs(call, call.sizes[2], config.constants["BQ"], config)
-    launch(grad_q_kernel, grid, config, arguments, **call.constants)
+def launch_grad_q(
+    call: Call,
+    do: Tensor,
+    lse2: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    config: Config,
+    dbias: Tensor | None = None,
+) -> None:
+    """Fill dq [B, R, H, Q, D] and, where given, dbias, contiguous [B, 1, H, Q, K].
+
+    Workspace for dbias: its planes, see `plane_groups`, and, where they come in several chunks and dbias has 16 bits,
+    one in fp32.
+    """
+    rows, heads, lq, lk = call.sizes
+    batch, tile = call.q.shape[0], config.constants["ROWS"]
+    groups = ceil_div(rows, tile)
+    planes = total = call.q  # stand for nothing
+    if dbias is not None:
+        groups = plane_groups(call, config)
+        size = ceil_div(lq, TILE) * ceil_div(lk, TILE) * TILE * TILE
+        planes = torch.empty((batch, groups, heads, size), dtype=call.q.dtype, device=call.q.device)
+        total = dbias
+        if groups * tile < rows and dbias.dtype != torch.float32:
+            total = torch.empty(dbias.shape, dtype=torch.float32, device=call.q.device)
+    programs_a_group = ceil_div(lq, config.constants["BQ"]) * heads * batch
+    for start in range(0, rows, groups * tile):
+        some = min(groups, ceil_div(rows - start, tile))
+        arguments = (
+            call.q, call.k, call.v, do, call.bias, call.mask, lse2, delta, dq, planes, *call.sizes, start, some,
+            *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dq),
+            *call.mask_strides, call.scale, call.unit_scale,
+        )  # fmt: skip
+        grid = (programs_a_group * some, 1, 1)
+        launch(grad_q_kernel, grid, config, arguments, **call.constants, SUMS=dbias is not None)
+        if dbias is not None:
+            out = dbias if start + groups * tile >= rows else total
+            grid = (ceil_div(lq, 16) * ceil_div(lk, FOLD_PLANES["BK"]) * heads * batch, 1, 1)
+            launch(
+                fold_planes_kernel, grid, FOUR_WARPS, (planes, total, out, heads, lq, lk, some),
+                CONTINUES=start > 0, TILE=TILE, **FOLD_PLANES,
+            )  # fmt: skip
+
+
+def plane_groups(call: Call, config: Config) -> int:
+    """Groups of ROWS rows whose planes of dbias are held at a time.
+
+    As many as take no more memory than dk and dv, which come later, together; but enough to fill the device. All
+    chunks are about equally large.
+    """
+    rows, heads, lq, lk = call.sizes
+    groups = ceil_div(rows, config.constants["ROWS"])
+    plane = call.q.shape[0] * heads * ceil_div(lq, TILE) * ceil_div(lk, TILE) * TILE * TILE
+    filling = ceil_div(
+        PROGRAMS_PER_CORE * processors(call.q.device),
+        ceil_div(lq, config.constants["BQ"]) * heads * call.q.shape[0],
+    )
+    chunks = ceil_div(groups, max(1, 2 * call.k.numel() // plane, filling))
+    return ceil_div(groups, chunks)
 
 
 def launch_grad_bias(

@@ -1,5 +1,6 @@
 """Public attention with a shared pair bias: checks, torch.library operators, autograd."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,9 +83,9 @@ def _rounding_like(q: Tensor) -> Tensor:
 
 def run_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
-    o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str,
+    o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str, with_dbias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv and dbias by the kernels, unchecked."""
+    """dq, dk, dv and dbias (empty if not asked for) by the kernels, unchecked."""
     from optimized.ops.attention import launch
 
     if rounding is not None and rounding.numel():
@@ -99,12 +100,21 @@ def run_backward(
     lse2, delta = launch.launch_statistics(
         call, o5, do5, lse.contiguous(), None if dlse is None else dlse.contiguous()
     )
-    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
-    launch.launch_grad_bias(call, do5, lse2, delta, _five(dbias), plan.grad_bias)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    launch.launch_grad_q(call, do5, lse2, delta, _five(dq), plan.grad_q)
+    dbias = _bias_gradient(bias, with_dbias)
+    planes = with_dbias and plan.grad_bias is None
+    if with_dbias and plan.grad_bias is not None:
+        launch.launch_grad_bias(call, do5, lse2, delta, _five(dbias), plan.grad_bias)
+    dq = torch.empty_like(q)
+    launch.launch_grad_q(call, do5, lse2, delta, _five(dq), plan.grad_q, _five(dbias) if planes else None)
+    # Only now: until here their place in memory was taken by planes of dbias.
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
     launch.launch_grad_kv(call, do5, lse2, delta, _five(dk), _five(dv), plan.grad_kv)
     return dq, dk, dv, dbias
+
+
+def _bias_gradient(bias: Tensor, wanted: bool) -> Tensor:
+    """Room for dbias, contiguous; empty where it is not wanted."""
+    return torch.empty(bias.shape if wanted else (0,), dtype=bias.dtype, device=bias.device)
 
 
 @torch.library.custom_op("megafold_bench::pair_attention", mutates_args=())
@@ -129,26 +139,22 @@ def _forward_fake(
 @torch.library.custom_op("megafold_bench::pair_attention_backward", mutates_args=())
 def _backward_op(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
-    o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str,
+    o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str, with_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if supported(q, k, v, bias, mask).ok:
-        return run_backward(do, dlse, q, k, v, bias, mask, o, lse, rounding, scale, precision)
+        return run_backward(do, dlse, q, k, v, bias, mask, o, lse, rounding, scale, precision, with_dbias)
     grads = reference.attention_backward(do, q, k, v, bias, mask, o, lse, scale, dlse)
-    fresh = (
-        *(torch.empty_like(x) for x in (q, k, v)),
-        torch.empty(bias.shape, dtype=bias.dtype, device=q.device),
-    )
-    dq, dk, dv, dbias = (x.copy_(g) for x, g in zip(fresh, grads, strict=True))
-    return dq, dk, dv, dbias
+    dq, dk, dv = (torch.empty_like(x).copy_(g) for x, g in zip((q, k, v), grads[:3], strict=True))
+    dbias = _bias_gradient(bias, with_dbias)
+    return dq, dk, dv, dbias.copy_(grads[3]) if with_dbias else dbias
 
 
 @_backward_op.register_fake
 def _backward_fake(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
-    o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str,
+    o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str, with_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), _bias_gradient(bias, with_dbias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -158,14 +164,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    backward: Callable[..., tuple[Tensor, ...]], ctx: Any, do: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all inputs by one of the two backward passes."""
     q, k, v, bias, mask, o, lse, rounding = ctx.saved_tensors
     if do is None and dlse is None:
         return (None,) * 7
-    if do is None:
-        do = torch.zeros_like(o)
-    grads = _backward_op(do, dlse, q, k, v, bias, mask, o, lse, rounding, ctx.scale, ctx.precision)
-    return *grads, None, None, None
+    do = torch.zeros_like(o) if do is None else do
+    wanted = ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = backward(
+        do, dlse, q, k, v, bias, mask, o, lse, rounding, ctx.scale, ctx.precision, wanted
+    )
+    return dq, dk, dv, dbias if wanted else None, None, None, None
+
+
+def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    return _differentiate(_backward_op, ctx, do, dlse)
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -184,16 +199,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, mask, o, lse, rounding = ctx.saved_tensors
-        if do is None and dlse is None:
-            return (None,) * 7
-        do = torch.zeros_like(o) if do is None else do
-        return (
-            *run_backward(do, dlse, q, k, v, bias, mask, o, lse, rounding, ctx.scale, ctx.precision),
-            None,
-            None,
-            None,
-        )
+        return _differentiate(run_backward, ctx, do, dlse)
 
 
 def attention_with_lse(
@@ -256,8 +262,8 @@ def attention_backward(
     """
     _check(q, k, v, bias, mask, precision)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (do, dlse, q, k, v, bias, mask, o, lse, None, factor, _available(precision))
-    tensors = [t for t in inputs[:-2] if t is not None]
+    inputs = (do, dlse, q, k, v, bias, mask, o, lse, None, factor, _available(precision), True)
+    tensors = [t for t in inputs[:-3] if t is not None]
     if direct(tensors) and supported(q, k, v, bias, mask).ok:
         return run_backward(*inputs)
     return _backward_op(*inputs)

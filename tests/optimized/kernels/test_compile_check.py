@@ -54,7 +54,7 @@ def test_narrow_channels_compile():
 
 def test_keys_of_the_fused_operators_come_from_their_names():
     assert case_named("transition.fp16.64x256.input_gradient").entry == "transition.input_gradient/float16/64"
-    assert case_named("attention.bf16.d32.fold").entry == ""
+    assert case_named("attention.bf16.d32.fold_planes").entry == ""
 
 
 def test_what_is_not_launched_is_not_compiled():

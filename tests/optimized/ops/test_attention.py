@@ -176,6 +176,70 @@ def test_several_rows_a_program(monkeypatch):
     check(case, torch.float32)
 
 
+@pytest.fixture
+def planes(monkeypatch):
+    """Make the kernel of dq write planes of dbias, for groups of some rows, some groups at a time."""
+
+    def choose(rows, queries, keys, groups=None):
+        row = Config({"ROWS": rows, "BQ": queries, "BK": keys, "STAGES": 1})
+        other = Config({"ROWS": 1, "BQ": 32, "BK": 32, "STAGES": 1})
+        monkeypatch.setattr(launch, "plan_for", lambda q, precision: launch.Plan(other, other, None, row))
+        if groups is not None:
+            monkeypatch.setattr(launch, "plane_groups", lambda call, config: groups)
+
+    return choose
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_planes_of_the_bias_gradient(dtype, groups, planes):
+    """Three groups of rows, the last with one of three, in three, two and one chunks; several batches and tiles."""
+    planes(3, 16, 32, groups)
+    check(make(dtype, rows=7, heads=2, queries=19, keys=45, batch=(2,), dim=8), dtype)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(16, 16), (32, 64), (128, 32), (16, 128)])
+def test_planes_of_every_width(queries, keys, planes):
+    """Blocks of 16 columns by one, two, four and eight; lengths beyond one padded tile."""
+    planes(2, queries, keys)
+    check(make(torch.bfloat16, rows=3, heads=1, queries=130, keys=140, dim=8), torch.bfloat16)
+
+
+def test_a_row_past_the_last_adds_nothing_to_the_planes(planes):
+    """One row in a group of four: what its three stand-ins would add is three times dbias."""
+    planes(4, 16, 16)
+    check(make(torch.float32, rows=1, masked=False), torch.float32)
+
+
+def test_planes_take_the_place_of_dk_and_dv(monkeypatch):
+    """At most as many values as these two have, in chunks of about equal size that fill the device."""
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    config = Config({"ROWS": 2, "BQ": 64, "BK": 32, "STAGES": 1})
+
+    def groups(rows, heads, length, dim):
+        x = torch.empty((1, rows, heads, length, dim), device="meta")
+        call = launch.Call(x, x, x, x, x, x, 1.0, "ieee")
+        return launch.plane_groups(call, config)
+
+    assert groups(768, 4, 768, 32) == 64
+    assert groups(384, 4, 384, 32) == 64
+    assert (
+        groups(90, 4, 768, 32) == 15
+    )  # of 45; 7 are as large as dk and dv, 22 fill the device: three chunks
+    assert groups(1, 16, 384, 24) == 1
+
+
+def test_no_bias_gradient_where_none_is_asked_for(planes, monkeypatch):
+    planes(2, 16, 32)
+    case = make(torch.bfloat16)
+    whole = with_grads(attention, case, torch.bfloat16)
+    monkeypatch.setattr(launch, "fold_planes_kernel", None)  # calling it would fail
+    leaves = [x.detach().requires_grad_() for x in case.leaves[:3]]
+    grads = torch.autograd.grad(attention(*leaves, case.leaves[3], case.mask), leaves, case.do)
+    for a, b in zip(grads, whole[1:4], strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 def test_tiles_of_the_diffusion_attention_in_fp32(precision, monkeypatch):
     """Those of an H200, with the 48 channels a head that token attention has."""
