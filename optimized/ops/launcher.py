@@ -5,17 +5,26 @@ Triton binds, specialises and looks up a kernel anew at every launch, some 20 µ
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton import knobs
+from torch.utils._python_dispatch import _disable_current_modes
 
+from optimized.ops.plans import (
+    PLAIN,
+    compiled_launch,
+    current_stream,
+    hooked,
+    interpreted_launch,
+    watch,
+    watched,
+)
 from optimized.ops.support import interpreting
 from optimized.ops.tuning import Config
-
-PLAIN = (Tensor, torch.nn.Parameter)
 
 # Compiled kernels by what Triton specialises on, and more. The value holds the objects whose ids are in the key.
 _compiled: dict[tuple, tuple[Any, tuple, Any, Config]] = {}
@@ -27,9 +36,7 @@ def direct(tensors: Iterable[Tensor]) -> bool:
     False while compiling, for tensor subclasses (fake tensors among them), under dispatch modes (FLOP counters,
     selective checkpointing) and in functorch transforms: there the registered operator is called.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or watched():
         return False
     return all(type(t) in PLAIN for t in tensors)
 
@@ -68,8 +75,15 @@ def launch(
     The first call for a kind of arguments goes through Triton and keeps what it compiled; later ones hand their
     arguments to the compiled kernel. Launch hooks (profilers) and the interpreter get Triton's own launch.
     """
+    recorder = watch.recorder
     if interpreting():
-        kernel[grid](*arguments, **config.launch(), **sizes)
+        run = partial(kernel[grid], **config.launch(), **sizes)
+        if recorder:
+            recorder.launched(partial(interpreted_launch, run), arguments)
+        with (
+            _disable_current_modes() if recorder else nullcontext()
+        ):  # its own operations are no part of a pass
+            run(*arguments)
         return
     device = arguments[0].device.index
     # A finer key than Triton's: integers by value, which is quicker than asking what Triton would make of each.
@@ -78,16 +92,22 @@ def launch(
         *[a if a.__class__ is int else (a.dtype, a.data_ptr() & 15) if a.__class__ in PLAIN else a.__class__ for a in arguments],
     )  # fmt: skip
     known = _compiled.get(key)
-    hooked = getattr(knobs.runtime.launch_enter_hook, "calls", knobs.runtime.launch_enter_hook)
-    if known is None or hooked:
+    if known is None or hooked():
         compiled = kernel[grid](*arguments, **config.launch(), **sizes)
         if hasattr(compiled, "packed_metadata"):
             named = {**config.launch(), **sizes}
             constants = tuple(named[n] for n in kernel.arg_names[len(arguments) :])
-            _compiled[key] = (compiled, constants, kernel, config)
-        return
-    compiled, constants, _, _ = known
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(
-        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants
-    )
+            _compiled[key] = known = (compiled, constants, kernel, config)
+    else:
+        compiled, constants, _, _ = known
+        compiled.run(*_before(compiled, grid, current_stream(device)), *arguments, *constants)
+    if recorder and known:
+        before = _before(known[0], grid, 0)
+        recorder.launched(partial(compiled_launch, known[0].run, before, known[1]), arguments)
+    elif recorder:
+        recorder.unplannable = "Triton gave no compiled kernel"
+
+
+def _before(compiled: Any, grid: tuple[int, int, int], stream: int) -> tuple:
+    """What the launcher of a compiled kernel takes before the kernel's own arguments."""
+    return (*grid, stream, compiled.function, compiled.packed_metadata, None, None, None)

@@ -12,6 +12,7 @@ from optimized.ops.launching import compute_dtype
 from optimized.ops.layer_norm_linear import launch
 from optimized.ops.layer_norm_linear.reference import layer_norm_linear_reference
 from optimized.ops.parameters import gradient_dtype, pack, unpacked
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 MAX_CHANNELS = 512
@@ -81,14 +82,14 @@ class _LayerNormLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *parameters)
         ctx.settings = (count, eps)
-        return tuple(run_forward(x, list(parameters), count, eps, dtype))
+        return tuple(_forward(x, count, eps, dtype, *parameters))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count, eps = ctx.settings
         x, *parameters = ctx.saved_tensors
-        dx, flat = run_backward(grads, x, parameters, count, eps)
+        dx, flat = _backward(x, count, eps, len(grads), *grads, *parameters)
         return (dx, None, None, None, *unpacked(flat, parameters))
 
 
@@ -118,6 +119,18 @@ def run_backward(
     return dx.view(x.shape), gradients
 
 
+@planned
+def _forward(x: Tensor, count: int, eps: float, dtype: torch.dtype, *parameters: Tensor) -> list[Tensor]:
+    """`run_forward` of parameters in a row."""
+    return run_forward(x, list(parameters), count, eps, dtype)
+
+
+@planned
+def _backward(x: Tensor, count: int, eps: float, results: int, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    """`run_backward` of the gradients of the results and the parameters in a row."""
+    return run_backward(rest[:results], x, list(rest[results:]), count, eps)
+
+
 @torch.library.custom_op("megafold_bench::layer_norm_linear", mutates_args=())
 def _layer_norm_linear(
     x: Tensor,
@@ -129,7 +142,7 @@ def _layer_norm_linear(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     heads = [head_weight] if head_weight is not None else []
-    return run_forward(x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps, dtype)
+    return _forward(x, len(weights), eps, dtype, norm_weight, norm_bias, *weights, *heads)
 
 
 @_layer_norm_linear.register_fake
@@ -159,7 +172,7 @@ def _layer_norm_linear_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     heads = [head_weight] if head_weight is not None else []
-    return run_backward(grads, x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps)
+    return _backward(x, len(weights), eps, len(grads), *grads, norm_weight, norm_bias, *weights, *heads)
 
 
 @_layer_norm_linear_backward.register_fake

@@ -18,6 +18,7 @@ from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.layer_norm_linear import op as projections
 from optimized.ops.parameters import gradient_dtype, unpacked
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.triangle_attention.reference import (
     Orientation,
@@ -90,6 +91,7 @@ def _keys(mask: Tensor | None, columns: bool) -> Tensor | None:
     return mask.transpose(-1, -2) if mask is not None and columns else mask
 
 
+@planned
 def _forward(
     z: Tensor, mask: Tensor | None, residual: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
@@ -125,6 +127,7 @@ def _(
     )
 
 
+@planned
 def _backward(
     dy: Tensor, z: Tensor, mask: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,

@@ -1,0 +1,196 @@
+import gc
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from triton import knobs
+
+from optimized.kernels.implementations import MEGAFOLD
+from optimized.kernels.problems import OPERATORS, make_problem
+from optimized.ops import plans, tuning
+from optimized.ops.plans import Plan, planned
+
+TOKENS = 5
+
+
+@pytest.fixture
+def following(monkeypatch):
+    """Passes follow plans here though kernels are interpreted, whose launches plans repeat with tensors."""
+    plans._plans.clear()
+    monkeypatch.setattr(plans, "interpreting", lambda: False)
+    monkeypatch.setattr(plans, "current_stream", lambda device: 0)
+    yield
+    plans._plans.clear()
+
+
+def made() -> list[Plan | str]:
+    return [plan for plan in plans._plans.values() if plan != plans._MET]
+
+
+def counted(run):
+    """A pass of `run`, and the list of inputs it was really called with."""
+    calls = []
+
+    @planned
+    def one(*inputs):
+        calls.append(inputs)
+        return run(*inputs)
+
+    return one, calls
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_plan_gives_the_bits_of_the_pass(op, dtype, monkeypatch):
+    if op == "linear" and dtype != "fp32":
+        pytest.skip("no kernel")
+    plans._plans.clear()
+
+    def results(seed):
+        problem = make_problem(op, TOKENS, dtype, "cpu", seed, small=True)
+        leaves = {name: t.requires_grad_() for name, t in problem.tensors.items()}
+        outs = MEGAFOLD[op](problem)(leaves, problem.mask)
+        return [*outs, *torch.autograd.grad(outs, list(leaves.values()), problem.grads, allow_unused=True)]
+
+    plain = results(seed=2)
+    monkeypatch.setattr(plans, "interpreting", lambda: False)
+    monkeypatch.setattr(plans, "current_stream", lambda device: 0)
+    followed = [results(seed) for seed in range(3)][2]
+    assert made() and all(isinstance(plan, Plan) for plan in made())
+    for a, b in zip(plain, followed, strict=True):
+        assert (a is None and b is None) or (torch.equal(a, b) and a.stride() == b.stride())
+    plans._plans.clear()
+
+
+def test_the_third_call_of_a_kind_follows_the_plan(following):
+    one, calls = counted(lambda x, y, scale: (x.t() @ y).mul_(scale).view(-1)[1:])
+    for n in range(5):
+        x, y = torch.randn(3, 4), torch.randn(3, 5)
+        torch.testing.assert_close(one(x, y, 2.0 + n // 3), (x.t() @ y).flatten()[1:] * (2.0 + n // 3))
+    assert len(calls) == 4  # two for each scale, of which the second has no fifth call to follow
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(8, 3).t(),
+        torch.zeros(25)[1:].view(3, 8),
+        torch.zeros(3, 8, dtype=torch.bfloat16),
+        torch.zeros(3, 9)[:, :8],
+        torch.zeros(4, 8),
+    ],
+    ids=["strides", "alignment", "dtype", "pitch", "shape"],
+)
+def test_another_kind_of_input_has_another_plan(following, other):
+    one, calls = counted(lambda x: x.clone())
+    for _ in range(3):
+        one(torch.zeros(3, 8))
+    assert len(calls) == 2
+    one(other)
+    assert len(calls) == 3
+
+
+def test_a_tensor_given_twice_does_not_bind_the_next_call(following):
+    one, calls = counted(lambda a, b: a - b)
+    x, y = torch.randn(4), torch.randn(4)
+    one(x, x)
+    one(x, x)
+    assert torch.equal(one(x, y), x - y) and len(calls) == 2
+
+
+def test_an_input_inside_a_larger_tensor_is_read_where_it_lies(following):
+    one, calls = counted(lambda x: x[1:] * 2)
+    whole = torch.randn(64)
+    for start in (0, 4, 8, 12):
+        part = whole[start : start + 4]
+        assert torch.equal(one(part), part[1:] * 2)
+    assert len(calls) == 2
+
+
+def test_what_depends_on_values_gets_no_plan(following):
+    one, calls = counted(lambda x: x * 2 if x.sum().item() > 0 else x * 3)
+    for value in (1.0, 1.0, -1.0, 1.0):
+        x = torch.tensor([value])
+        assert torch.equal(one(x), x * (2 if value > 0 else 3))
+    assert len(calls) == 4 and "no tensor" in str(made()[0])
+
+
+def test_what_reads_tensors_from_elsewhere_gets_no_plan(following):
+    other = torch.ones(2)
+    one, calls = counted(lambda x: x + other)
+    for _ in range(4):
+        one(torch.ones(2))
+    assert len(calls) == 4 and "neither" in str(made()[0])
+
+
+def test_plans_keep_no_tensor(following):
+    one, calls = counted(lambda x, y: torch.mm(x, y).add_(1).sum(0))
+    for _ in range(4):
+        one(torch.randn(37, 41), torch.randn(41, 43))
+    calls.clear()
+    gc.collect()
+    shapes = {(37, 41), (41, 43), (37, 43)}
+    assert isinstance(made()[0], Plan)
+    assert not [o for o in gc.get_objects() if type(o) is torch.Tensor and tuple(o.shape) in shapes]
+
+
+def test_plans_are_bounded(following, monkeypatch):
+    monkeypatch.setattr(plans, "MOST", 4)
+    one, _ = counted(lambda x: x + 1)
+    for length in range(20):
+        one(torch.zeros(length))
+    assert len(plans._plans) == 4
+
+
+def test_plans_are_forgotten_with_launch_configurations(following):
+    one, calls = counted(lambda x: x + 1)
+    for _ in range(3):
+        one(torch.zeros(2))
+    with tuning.trying({}):
+        one(torch.zeros(2))
+        assert len(calls) == 3
+    one(torch.zeros(2))
+    assert len(calls) == 4
+
+
+def test_hooks_modes_and_autocast_are_heeded(following, monkeypatch):
+    one, calls = counted(lambda x: x @ x)
+    x = torch.randn(4, 4)
+    for _ in range(3):
+        one(x)
+    assert len(calls) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+        one(x)
+    assert len(calls) == 3
+    with FlopCounterMode(display=False) as counter:
+        one(x)
+    assert len(calls) == 4 and counter.get_total_flops() == 2 * 4**3
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    one(x)
+    assert len(calls) == 5
+
+
+def test_spent_workspaces_are_released(following):
+    def chain(x):
+        for _ in range(50):
+            x = x * 2
+        return x
+
+    one, _ = counted(chain)
+    for _ in range(2):
+        one(torch.ones(3))
+    plan = made()[0]
+    assert isinstance(plan, Plan)
+    alive = []
+    steps = plan._steps
+
+    def watch_after(step):
+        def run(tensors, addresses, stream):
+            step(tensors, addresses, stream)
+            alive.append(sum(t is not None for t in tensors))
+
+        return run
+
+    Plan([watch_after(step) for step in steps], plan._result).follow([torch.ones(3)], [0], 0)
+    assert max(alive) == 3  # the input, what is read and what is made
