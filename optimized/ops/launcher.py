@@ -16,10 +16,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from optimized.ops.plans import (
     PLAIN,
-    compiled_launch,
+    STREAM,
     current_stream,
     hooked,
-    interpreted_launch,
     watch,
     watched,
 )
@@ -79,7 +78,7 @@ def launch(
     if interpreting():
         run = partial(kernel[grid], **config.launch(), **sizes)
         if recorder:
-            recorder.launched(partial(interpreted_launch, run), arguments)
+            recorder.launched(run, arguments, addresses=False)
         with (
             _disable_current_modes() if recorder else nullcontext()
         ):  # its own operations are no part of a pass
@@ -102,12 +101,12 @@ def launch(
         compiled, constants, _, _ = known
         compiled.run(*_before(compiled, grid, current_stream(device)), *arguments, *constants)
     if recorder and known:
-        before = _before(known[0], grid, 0)
-        recorder.launched(partial(compiled_launch, known[0].run, before, known[1]), arguments)
+        before = _before(known[0], grid, STREAM)
+        recorder.launched(known[0].run, (*before, *arguments, *known[1]), addresses=True)
     elif recorder:
         recorder.unplannable = "Triton gave no compiled kernel"
 
 
-def _before(compiled: Any, grid: tuple[int, int, int], stream: int) -> tuple:
+def _before(compiled: Any, grid: tuple[int, int, int], stream: object) -> tuple:
     """What the launcher of a compiled kernel takes before the kernel's own arguments."""
     return (*grid, stream, compiled.function, compiled.packed_metadata, None, None, None)

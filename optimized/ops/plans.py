@@ -3,16 +3,17 @@
 A pass, forward or backward, is plain Python: sizes, grids and configurations are worked out, workspaces allocated,
 tensors viewed, kernels and a few products of the library called. None of it depends on the values in the tensors, and
 at 400 tokens it takes longer than the GPU's work. So the second call for inputs of one kind is watched, and what it did
-is written down as a plan: allocate, launch with these numbers and those addresses, call the library on these
-views. Later calls for such inputs follow the plan. The pass stays the only description of what is done.
+is written down as a plan, a straight function: allocate, launch with these numbers and those addresses, call the library on
+these views. Later calls for such inputs follow the plan. The pass stays the only description of what is done.
 
 A plan holds sizes and compiled kernels, no tensors. Every plan is forgotten when launch configurations change.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 from weakref import ref
 
 import torch
@@ -25,13 +26,14 @@ from optimized.ops.tuning import forget_with
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Step = Callable[[list[Any], list[int], int], None]
-"""Part of a plan: given the tensors so far (None where spent), their addresses and the stream, go on."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
 MOST = 1024
 """Kinds of inputs that are remembered over all passes; then the oldest is forgotten."""
+
+STREAM = object()
+"""Stands for the current stream among the arguments of a launch that is noted."""
 
 _aten = torch.ops.aten
 _ALLOCATIONS = (
@@ -47,51 +49,40 @@ class _UnplannableError(Exception):
     """A pass did what a plan cannot repeat."""
 
 
-class Place(NamedTuple):
-    """A tensor as a view of the `slot`-th tensor of a plan, which lies `offset` bytes before it."""
-
-    slot: int
-    offset: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    whole: bool
-    """Whether it is that tensor itself."""
-
-    def tensor(self, tensors: list[Any]) -> Tensor:
-        """The tensor, in a call with these tensors."""
-        base: Tensor = tensors[self.slot]
-        if self.whole:
-            return base
-        first = base.storage_offset() * base.element_size() + self.offset
-        if self.dtype == base.dtype:
-            return base.as_strided(self.shape, self.stride, first // base.element_size())
-        view = torch.empty(0, dtype=self.dtype, device=base.device)
-        return view.set_(base.untyped_storage(), first // self.dtype.itemsize, self.shape, self.stride)
-
-
+@dataclass(frozen=True)
 class Plan:
     """What a pass does with inputs of one kind."""
 
-    def __init__(self, steps: list[Step], result: Any) -> None:
-        self._steps, self._result = steps, result
-
-    def follow(self, inputs: Sequence[Any], addresses: list[int], stream: int) -> Any:
-        """The results of the pass for `inputs`, which lie at `addresses` (0 for what is no tensor)."""
-        tensors = list(inputs)
-        for step in self._steps:
-            step(tensors, addresses, stream)
-        return _filled(self._result, tensors)
+    source: str
+    """As Python: tensors are t0, t1, …, the inputs first, and a0, a1, … their addresses."""
+    follow: Callable[..., Any]
+    """The results of the pass, given the handle of the current stream and the inputs."""
 
 
-def _filled(template: Any, tensors: list[Any]) -> Any:
-    """`template` with tensors in place of places."""
-    kind = template.__class__
-    if kind is Place:
-        return template.tensor(tensors)
-    if kind is list or kind is tuple:
-        return kind([_filled(part, tensors) for part in template])
-    return template
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: the number of the plan's tensor that it is, or is a view of, and that one's address."""
+
+    slot: int
+    address: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A statement of a plan, the tensors that it needs and those that it makes, by number."""
+
+    text: str
+    needs: set[int] = field(default_factory=set)
+    makes: list[int] = field(default_factory=list)
+
+
+def _view(base: Tensor, dtype: torch.dtype, shape: tuple, stride: tuple, offset: int) -> Tensor:
+    """A view in another dtype, `offset` bytes into `base`."""
+    first = base.storage_offset() * base.element_size() + offset
+    return torch.empty(0, dtype=dtype, device=base.device).set_(
+        base.untyped_storage(), first // dtype.itemsize, shape, stride
+    )
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -109,12 +100,13 @@ class Recorder(TorchDispatchMode):
         self.unplannable = ""
         # Tensors of their own: a pass may get one tensor twice here, and two in another call of its kind.
         self.inputs = [a.detach() if isinstance(a, Tensor) else a for a in inputs]
-        self._slots = len(self.inputs)
-        self._steps: list[tuple[Step, set[int]]] = []  # and the slots that a step reads
-        self._known: dict[int, tuple[ref[Tensor], Place, int]] = {}  # by id; with the address of the slot
-        for slot, a in enumerate(self.inputs):
-            if isinstance(a, Tensor):
-                self._know(a, slot, a.data_ptr(), whole=True)
+        self._dtypes: list[torch.dtype | None] = []  # of the plan's tensors; None for inputs that are none
+        self._steps: list[_Step] = []
+        self._addressed: set[int] = set()
+        self._known: dict[int, tuple[ref[Tensor], _Place]] = {}  # by id
+        self._names: dict[str, Any] = {"empty": torch.empty_strided, "view": _view, "leaves": _leaves}
+        for a in self.inputs:
+            self._add(a)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         """Do what is asked, and note it."""
@@ -123,27 +115,30 @@ class Recorder(TorchDispatchMode):
         self._noting(lambda: self._note(func, args, named, result))
         return result
 
-    def launched(self, step: Callable[[tuple], Step], arguments: tuple) -> None:
-        """Note a launch that was made; `step` makes one of the plan from its arguments with places for tensors."""
-        used: set[int] = set()
-        self._noting(lambda: self._steps.append((step(self._template(arguments, used)), used)))
+    def launched(self, run: Callable[..., Any], arguments: Sequence[Any], addresses: bool) -> None:
+        """Note a launch, `run(*arguments)`, which takes `addresses` for tensors or the tensors themselves."""
+        self._noting(lambda: self._launched(run, arguments, addresses))
 
     def plan(self, result: Any) -> Plan | None:
         """The plan, given what the pass returned; None where there can be none."""
         kept: set[int] = set()
-        template = self._noting(lambda: self._template(result, kept))
+        returned = self._noting(lambda: self._text(result, kept))
         if any(slot < len(self.inputs) for slot in kept):
             self.unplannable = "a result lies in an input"
         if self.unplannable:
             return None
-        steps: list[Step] = []
-        last = {slot: number for number, (_, used) in enumerate(self._steps) for slot in used}
-        for number, (step, used) in enumerate(self._steps):
-            steps.append(step)
-            spent = [s for s in used if last[s] == number and s >= len(self.inputs) and s not in kept]
-            if spent:
-                steps.append(_release(spent))
-        return Plan(steps, template)
+        last = {slot: step for step in self._steps for slot in (*step.makes, *step.needs)}
+        lines = self._addresses(range(len(self.inputs)))
+        for step in self._steps:
+            lines += [step.text, *self._addresses(step.makes)]
+            candidates = sorted(step.needs.union(step.makes).difference(kept))
+            # Spent: what is allocated from here on can have their memory.
+            lines += [f"del t{s}" for s in candidates if last[s] is step and s >= len(self.inputs)]
+        parameters = ", ".join(["stream", *(f"t{slot}" for slot in range(len(self.inputs)))])
+        source = "\n    ".join([f"def follow({parameters}):", *lines, f"return {returned}"])
+        space = dict(self._names)
+        exec(compile(source, "<plan>", "exec"), space)
+        return Plan(source, space["follow"])
 
     def _noting(self, note: Callable[[], Any]) -> Any:
         """Call `note`, unless it is too late for a plan; what cannot be planned must not stop the pass itself."""
@@ -157,118 +152,107 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, func: Any, args: tuple, named: dict[str, Any], result: Any) -> None:
         given = [t for t in _leaves([args, list(named.values())]) if isinstance(t, Tensor)]
-        fresh = []
+        fresh: dict[int, int] = {}  # numbers of new tensors by their index among the results
         for index, t in enumerate(_leaves(result)):
             if not isinstance(t, Tensor):
-                if given:  # or it is one of the settings' (of dtypes, say), and no value out of a tensor
+                if given:  # else it follows from settings (dtypes, say), not from values
                     raise _UnplannableError(f"{func} has a result that is no tensor")
                 continue
             if any(t is g for g in given):
                 continue
             base = next((g for g in given if g.untyped_storage()._cdata == t.untyped_storage()._cdata), None)
             if base is None:
-                self._know(t, self._slots, t.data_ptr(), whole=True)
-                self._slots += 1
-                fresh.append(index)
+                fresh[index] = self._add(t)
             else:
-                place, start = self._found(base)
-                self._know(t, place.slot, start, whole=False)
+                place = self._found(base)
+                self._known[id(t)] = ref(t), _Place(place.slot, place.address, whole=False)
         if func in _ALLOCATIONS:
-            self._steps.append((_allocation(result), set()))
+            dtype, device = self._name(result.dtype), self._name(result.device)
+            size = f"{tuple(result.shape)}, {result.stride()}"
+            text = f"t{fresh[0]} = empty({size}, dtype={dtype}, device={device})"
+            self._steps.append(_Step(text, makes=[fresh[0]]))
         elif fresh or func._schema.is_mutable:  # others are views
-            used: set[int] = set()
-            names = {name: self._template(value, used) for name, value in named.items()}
-            self._steps.append((_library_call(func, self._template(args, used), names, fresh), used))
+            needs: set[int] = set()
+            values = [self._text(value, needs) for value in args]
+            values += [f"{name}={self._text(value, needs)}" for name, value in named.items()]
+            text = f"{self._name(func)}({', '.join(values)})"
+            if isinstance(result, Tensor):
+                text = "".join(f"t{slot} = " for slot in fresh.values()) + text
+            elif fresh:
+                text = f"made = leaves({text}); " + "; ".join(f"t{s} = made[{n}]" for n, s in fresh.items())
+                text += "; del made"
+            self._steps.append(_Step(text, needs, list(fresh.values())))
 
-    def _know(self, t: Tensor, slot: int, start: int, whole: bool) -> None:
-        offset = t.data_ptr() - start if t.numel() else 0
-        place = Place(slot, offset, t.shape, t.stride(), t.dtype, whole)
-        self._known[id(t)] = ref(t), place, start
+    def _launched(self, run: Callable[..., Any], arguments: Sequence[Any], addresses: bool) -> None:
+        needs: set[int] = set()
+        write = self._address if addresses else self._text
+        values = [(write if isinstance(a, Tensor) else self._text)(a, needs) for a in arguments]
+        self._steps.append(_Step(f"{self._name(run)}({', '.join(values)})", needs))
 
-    def _found(self, t: Tensor) -> tuple[Place, int]:
-        """Where a tensor lies, and the address of its slot."""
+    def _add(self, value: Any) -> int:
+        """Number another tensor of the plan (or an input that is none)."""
+        slot = len(self._dtypes)
+        self._dtypes.append(value.dtype if isinstance(value, Tensor) else None)
+        if isinstance(value, Tensor):
+            self._known[id(value)] = ref(value), _Place(slot, value.data_ptr(), whole=True)
+        return slot
+
+    def _found(self, t: Tensor) -> _Place:
         known = self._known.get(id(t))
         if known is None or known[0]() is not t:
             raise _UnplannableError("a tensor is neither an input nor made here")
-        return known[1], known[2]
+        return known[1]
 
-    def _template(self, value: Any, used: set[int]) -> Any:
-        """`value` with places for tensors, whose slots are added to `used`."""
+    def _name(self, value: Any) -> str:
+        """A name for a constant of the plan."""
+        for name, known in self._names.items():
+            if known is value or (isinstance(value, torch.device) and known == value):
+                return name
+        name = f"c{len(self._names)}"
+        self._names[name] = value
+        return name
+
+    def _addresses(self, slots: Iterable[int]) -> list[str]:
+        """Statements that take the addresses of those of these tensors whose addresses are needed."""
+        return [f"a{slot} = t{slot}.data_ptr()" for slot in slots if slot in self._addressed]
+
+    def _address(self, t: Tensor, needs: set[int]) -> str:
+        """The address of a tensor, as Python."""
+        place = self._found(t)
+        needs.add(place.slot)
+        self._addressed.add(place.slot)
+        offset = t.data_ptr() - place.address if t.numel() else 0
+        return f"a{place.slot} + {offset}" if offset else f"a{place.slot}"
+
+    def _text(self, value: Any, needs: set[int]) -> str:
+        """A value as Python; the tensors that are in it are added to `needs`."""
         if isinstance(value, Tensor):
-            place, _ = self._found(value)
-            used.add(place.slot)
-            return place
-        if type(value) in (list, tuple):
-            return type(value)([self._template(part, used) for part in value])
-        if isinstance(value, list | tuple | dict) and not isinstance(value, torch.Size):
+            return self._tensor(value, needs)
+        if value is STREAM:
+            return "stream"
+        if value is None or type(value) in (int, bool, str):
+            return repr(value)
+        if type(value) in (list, tuple, torch.Size):
+            parts = "".join(f"{self._text(part, needs)}, " for part in value)
+            return f"[{parts}]" if type(value) is list else f"({parts})"
+        if isinstance(value, list | tuple | dict):
             raise _UnplannableError(f"tensors may lie in a {type(value).__name__}")
-        return value
+        return self._name(value)
 
-
-def _allocation(t: Tensor) -> Step:
-    size, stride, dtype, device = t.shape, t.stride(), t.dtype, t.device
-    allocate = torch.empty_strided
-
-    def step(tensors: list[Any], addresses: list[int], stream: int) -> None:
-        t = allocate(size, stride, dtype=dtype, device=device)
-        tensors.append(t)
-        addresses.append(t.data_ptr())
-
-    return step
-
-
-def _release(spent: list[int]) -> Step:
-    """Drop tensors after their last use, so that later allocations can have their memory."""
-
-    def step(tensors: list[Any], addresses: list[int], stream: int) -> None:
-        for slot in spent:
-            tensors[slot] = None
-
-    return step
-
-
-def _library_call(func: Any, arguments: tuple, names: dict[str, Any], fresh: list[int]) -> Step:
-    """A call of the library; of its results, those numbered `fresh` are new tensors."""
-
-    def step(tensors: list[Any], addresses: list[int], stream: int) -> None:
-        named = {name: _filled(value, tensors) for name, value in names.items()} if names else names
-        result = func(*_filled(arguments, tensors), **named)
-        if fresh:
-            made = _leaves(result)
-            for index in fresh:
-                tensors.append(made[index])
-                addresses.append(made[index].data_ptr())
-
-    return step
-
-
-def compiled_launch(run: Callable[..., Any], before: tuple, after: tuple, arguments: tuple) -> Step:
-    """A launch of a compiled kernel, `run(*before, *arguments, *after)`, with addresses for tensors.
-
-    The fourth of `before` is the stream.
-    """
-    whole = [*before, *arguments, *after]
-    places = [(n, p.slot, p.offset) for n, p in enumerate(whole) if isinstance(p, Place)]
-    for n, _, _ in places:
-        whole[n] = 0
-
-    def step(tensors: list[Any], addresses: list[int], stream: int) -> None:
-        filled = whole.copy()
-        filled[3] = stream
-        for n, slot, offset in places:
-            filled[n] = addresses[slot] + offset
-        run(*filled)
-
-    return step
-
-
-def interpreted_launch(run: Callable[..., Any], arguments: tuple) -> Step:
-    """A launch of an interpreted kernel, `run(*arguments)`."""
-
-    def step(tensors: list[Any], addresses: list[int], stream: int) -> None:
-        run(*_filled(arguments, tensors))
-
-    return step
+    def _tensor(self, t: Tensor, needs: set[int]) -> str:
+        place = self._found(t)
+        needs.add(place.slot)
+        name, dtype = f"t{place.slot}", self._dtypes[place.slot]
+        if place.whole:
+            return name
+        offset = t.data_ptr() - place.address if t.numel() else 0
+        shape, stride = tuple(t.shape), t.stride()
+        if dtype != t.dtype:
+            return f"view({name}, {self._name(t.dtype)}, {shape}, {stride}, {offset})"
+        first = f"{offset // t.element_size()}"
+        if place.slot < len(self.inputs):  # others begin their storage
+            first += f" + {name}.storage_offset()"
+        return f"{name}.as_strided({shape}, {stride}, {first})"
 
 
 class _Watch(threading.local):
@@ -323,7 +307,8 @@ def record(run: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, Plan | 
 
 
 def planned(run: Callable[P, R]) -> Callable[P, R]:
-    """`run`, a pass of an operator, following plans: its arguments are tensors and hashable settings, by position.
+    """`run`, a pass of an operator, following plans: its arguments are tensors and hashable settings, by position, the
+    first of them a tensor on whose device all others lie.
 
     What it does may depend on the settings, on shapes, strides, dtypes, device and alignment of the tensors, on
     autocast and on launch configurations; never on values, nor on anything else that can change. Unusual calls
@@ -332,32 +317,35 @@ def planned(run: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(run)
     def follow(*inputs: Any) -> Any:
-        if watch.recorder or interpreting() or hooked() or watched():
+        device = inputs[0].get_device()
+        if watch.recorder or hooked() or watched() or (device < 0 and interpreting()):
             return run(*inputs)  # type: ignore[call-arg]
-        device = -1
-        key: list[Any] = [run, torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")]
-        addresses: list[int] = []
+        kind: list[Any] = [
+            run,
+            device,
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        ]
+        note = kind.append
         for a in inputs:
             if a.__class__ in PLAIN:
-                address, device = a.data_ptr(), a.get_device()
-                addresses.append(address)
-                key += (a.shape, a.stride(), a.dtype, device, address & 15)
-            elif isinstance(a, Tensor):
-                return run(*inputs)  # type: ignore[call-arg]
+                note(a.shape)
+                note(a.stride())
+                note(a.dtype)
+                note(a.data_ptr() & 15)
             else:
-                addresses.append(0)
-                key.append(a)
-        kind = tuple(key)
-        plan = _plans.get(kind)
+                note(a)
+        key = tuple(kind)
+        plan = _plans.get(key)
         if plan.__class__ is Plan:
-            return plan.follow(inputs, addresses, current_stream(device))
+            return plan.follow(current_stream(device), *inputs)
+        if any(isinstance(a, Tensor) and a.__class__ not in PLAIN for a in inputs):
+            return run(*inputs)  # type: ignore[call-arg]
         if plan == _MET:
             result, made = record(run, inputs)
-            _remember(kind, made)
+            _remember(key, made)
             return result
-        result = run(*inputs)  # type: ignore[call-arg]
         if plan is None:
-            _remember(kind, _MET)
-        return result
+            _remember(key, _MET)
+        return run(*inputs)  # type: ignore[call-arg]
 
     return cast("Callable[P, R]", follow)
