@@ -32,6 +32,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 MOST = 1024
 """Kinds of inputs that are remembered over all passes; then the oldest is forgotten."""
 
+POOLED_BYTES = 2 << 20
+"""Workspaces of up to this size that only kernels see are parts of one allocation, which lives as long as the pass."""
+
+ALIGNMENT = 512
+"""Of the parts of an allocation, in bytes: that of allocations of their own."""
+
 STREAM = object()
 """Stands for the current stream among the arguments of a launch that is noted."""
 
@@ -103,6 +109,8 @@ class Recorder(TorchDispatchMode):
         self._dtypes: list[torch.dtype | None] = []  # of the plan's tensors; None for inputs that are none
         self._steps: list[_Step] = []
         self._addressed: set[int] = set()
+        self._passed: set[int] = set()  # as tensors, not by address
+        self._spaces: dict[int, int] = {}  # bytes of allocations
         self._known: dict[int, tuple[ref[Tensor], _Place]] = {}  # by id
         self._names: dict[str, Any] = {"empty": torch.empty_strided, "view": _view, "leaves": _leaves}
         for a in self.inputs:
@@ -128,10 +136,18 @@ class Recorder(TorchDispatchMode):
         if self.unplannable:
             return None
         last = {slot: step for step in self._steps for slot in (*step.makes, *step.needs)}
+        pool = self._pool()
         lines = self._addresses(range(len(self.inputs)))
+        if pool:
+            size = max(offset + self._spaces[slot] for slot, offset in pool.items())
+            lines += [f"pool = empty(({size},), (1,), dtype={self._name(torch.uint8)}, device=t0.device)"]
+            lines += ["base = pool.data_ptr()"]
         for step in self._steps:
+            if pool.keys() & step.makes:
+                lines += [f"a{slot} = base + {pool[slot]}" for slot in step.makes]
+                continue
             lines += [step.text, *self._addresses(step.makes)]
-            candidates = sorted(step.needs.union(step.makes).difference(kept))
+            candidates = sorted(step.needs.union(step.makes).difference(kept, pool))
             # Spent: what is allocated from here on can have their memory.
             lines += [f"del t{s}" for s in candidates if last[s] is step and s >= len(self.inputs)]
         parameters = ", ".join(["stream", *(f"t{slot}" for slot in range(len(self.inputs)))])
@@ -139,6 +155,15 @@ class Recorder(TorchDispatchMode):
         space = dict(self._names)
         exec(compile(source, "<plan>", "exec"), space)
         return Plan(source, space["follow"])
+
+    def _pool(self) -> dict[int, int]:
+        """Offsets in one allocation of the workspaces that are parts of it, by number."""
+        offsets, end = {}, 0
+        for slot, size in self._spaces.items():
+            if slot in self._addressed and slot not in self._passed and size <= POOLED_BYTES:
+                offsets[slot] = end
+                end += -(-size // ALIGNMENT) * ALIGNMENT
+        return offsets
 
     def _noting(self, note: Callable[[], Any]) -> Any:
         """Call `note`, unless it is too late for a plan; what cannot be planned must not stop the pass itself."""
@@ -171,6 +196,7 @@ class Recorder(TorchDispatchMode):
             size = f"{tuple(result.shape)}, {result.stride()}"
             text = f"t{fresh[0]} = empty({size}, dtype={dtype}, device={device})"
             self._steps.append(_Step(text, makes=[fresh[0]]))
+            self._spaces[fresh[0]] = result.untyped_storage().nbytes()
         elif fresh or func._schema.is_mutable:  # others are views
             needs: set[int] = set()
             values = [self._text(value, needs) for value in args]
@@ -242,6 +268,7 @@ class Recorder(TorchDispatchMode):
     def _tensor(self, t: Tensor, needs: set[int]) -> str:
         place = self._found(t)
         needs.add(place.slot)
+        self._passed.add(place.slot)
         name, dtype = f"t{place.slot}", self._dtypes[place.slot]
         if place.whole:
             return name

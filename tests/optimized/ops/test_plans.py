@@ -1,3 +1,4 @@
+import ctypes
 import gc
 
 import pytest
@@ -7,7 +8,8 @@ from triton import knobs
 
 from optimized.kernels.implementations import MEGAFOLD
 from optimized.kernels.problems import OPERATORS, make_problem
-from optimized.ops import plans, tuning
+from optimized.ops import launcher, plans, tuning
+from optimized.ops.launcher import launch
 from optimized.ops.plans import Plan, planned
 
 TOKENS = 5
@@ -169,6 +171,57 @@ def test_hooks_modes_and_autocast_are_heeded(following, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
     one(x)
     assert len(calls) == 5
+
+
+class AddressKernel:
+    """Stands for a JIT function and its compiled kernel: out = 2·x of `size` fp32 values, by their addresses."""
+
+    arg_names = ("x", "out", "size", "BLOCK")
+    function, packed_metadata = 7, ()
+
+    def __init__(self):
+        self.seen = []
+
+    def __getitem__(self, grid):
+        return self.through_triton
+
+    def through_triton(self, x, out, size, **constants):
+        self.run(*[0] * 9, x.data_ptr(), out.data_ptr(), size, constants["BLOCK"])
+        return self
+
+    def run(self, gx, gy, gz, stream, function, metadata, one, two, three, x, out, size, block):
+        x, out = (a if isinstance(a, int) else a.data_ptr() for a in (x, out))
+        self.seen.append((gx, stream, function, block, x % plans.ALIGNMENT, out))
+        source, target = ((ctypes.c_float * size).from_address(a) for a in (x, out))
+        for n, value in enumerate(source):
+            target[n] = 2 * value
+
+
+@pytest.mark.parametrize("pooled_bytes", [0, plans.POOLED_BYTES])
+def test_launches_get_addresses(following, monkeypatch, pooled_bytes):
+    monkeypatch.setattr(plans, "POOLED_BYTES", pooled_bytes)
+    monkeypatch.setattr(launcher, "interpreting", lambda: False)
+    monkeypatch.setattr(launcher, "current_stream", lambda device: 5)
+    monkeypatch.setattr(plans, "current_stream", lambda device: 5)
+    kernel, config = AddressKernel(), tuning.Config({"BLOCK": 64})
+
+    @planned
+    def four_times(x):
+        first, second, out = torch.empty(130), torch.empty_like(x), torch.empty(2, x.numel())
+        launch(kernel, (3, 1, 1), config, (x, first, x.numel()))
+        launch(kernel, (4, 1, 1), config, (first, second, x.numel()))
+        launch(kernel, (5, 1, 1), config, (second, out[1], x.numel()))
+        return out[1].view(x.shape)
+
+    for _ in range(4):
+        kernel.seen.clear()
+        x = torch.randn(5, 7)
+        assert torch.equal(four_times(x), 8 * x)
+    (plan,) = made()
+    assert isinstance(plan, Plan) and plan.source.count("empty(") == (2 if pooled_bytes else 3)
+    assert [call[:4] for call in kernel.seen] == [(n, 5, 7, 64) for n in (3, 4, 5)]
+    if pooled_bytes:
+        assert kernel.seen[1][5] - kernel.seen[0][5] == 2 * plans.ALIGNMENT  # 520 bytes, in two steps
 
 
 def test_spent_workspaces_are_released(following):
