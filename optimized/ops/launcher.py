@@ -1,7 +1,8 @@
 """Launches at little host cost, and when an operator may leave the dispatcher out.
 
 Triton binds, specialises and looks up a kernel anew at every launch, some 20 µs for 20 arguments, and a
-`torch.library` operator costs as much again on each pass. At 400 tokens that is longer than the GPU's work.
+`torch.library` operator costs as much again on each pass. At 400 tokens that is longer than the GPU's work. What a
+pass does between its launches costs as much: `plans.py`.
 """
 
 from collections.abc import Callable, Iterable

@@ -224,6 +224,25 @@ def test_launches_get_addresses(following, monkeypatch, pooled_bytes):
         assert kernel.seen[1][5] - kernel.seen[0][5] == 2 * plans.ALIGNMENT  # 520 bytes, in two steps
 
 
+def test_a_hooked_launch_goes_through_triton(monkeypatch):
+    monkeypatch.setattr(launcher, "interpreting", lambda: False)
+    monkeypatch.setattr(launcher, "current_stream", lambda device: 5)
+    kernel, config, x = AddressKernel(), tuning.Config({"BLOCK": 64}), torch.randn(3)
+
+    def stream_of_a_launch():
+        launch(kernel, (1, 1, 1), config, (x, torch.empty(3), 3))
+        return kernel.seen[-1][1]
+
+    assert [stream_of_a_launch() for _ in range(2)] == [
+        0,
+        5,
+    ]  # the first compiles; Triton's launch says stream 0 here
+    with monkeypatch.context() as patched:
+        patched.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+        assert stream_of_a_launch() == 0
+    assert stream_of_a_launch() == 5
+
+
 def test_spent_workspaces_are_released(following):
     def chain(x):
         for _ in range(50):
