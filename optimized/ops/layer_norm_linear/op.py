@@ -93,29 +93,50 @@ class _LayerNormLinear(torch.autograd.Function):
         return (dx, None, None, None, *unpacked(flat, parameters))
 
 
+def packed(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The matrices among `parameters` as both passes take them."""
+    return pack(parameters[2:], dtype)
+
+
 def run_forward(
-    x: Tensor, parameters: list[Tensor], count: int, eps: float, dtype: torch.dtype
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    count: int,
+    eps: float,
+    dtype: torch.dtype,
+    w: Tensor | None = None,
 ) -> list[Tensor]:
-    """The results by the kernels, unchecked; `parameters` are γ, β, `count` weights and perhaps the head weight."""
+    """The results by the kernels, unchecked; `parameters` are γ, β, `count` weights and perhaps the head weight.
+
+    `w`: what `packed` makes of them, where there is one already.
+    """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     matrices = parameters[2:]
     head = matrices[count] if len(matrices) > count else None
     widths = launch.Widths.of(matrices[:count], head)
-    outs = launch.forward(rows, (parameters[0], parameters[1]), pack(matrices, dtype), widths, eps)
+    w = packed(parameters, dtype) if w is None else w
+    outs = launch.forward(rows, (parameters[0], parameters[1]), w, widths, eps)
     shaped = [y.view(*x.shape[:-1], -1) for y in outs[:count]]
     return shaped + [s.view(-1, *x.shape[:-1]) for s in outs[count:]]
 
 
 def run_backward(
-    grads: Sequence[Tensor], x: Tensor, parameters: list[Tensor], count: int, eps: float
+    grads: Sequence[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    count: int,
+    eps: float,
+    w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx and the gradients of the parameters in one vector by the kernels, unchecked."""
+    """dx and the gradients of the parameters in one vector by the kernels, unchecked; `w` as for `run_forward`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     flat = [g.reshape(rows.shape[0], -1).contiguous() for g in grads[:count]]
     flat += [g.reshape(-1, rows.shape[0]).contiguous() for g in grads[count:]]
     matrices = parameters[2:]
     head = matrices[count] if len(matrices) > count else None
-    dx, gradients = launch.backward(flat, rows, (parameters[0], parameters[1]), matrices[:count], head, eps)
+    w = packed(parameters, flat[0].dtype) if w is None else w
+    norm = (parameters[0], parameters[1])
+    dx, gradients = launch.backward(flat, rows, norm, matrices[:count], head, w, eps)
     return dx.view(x.shape), gradients
 
 
