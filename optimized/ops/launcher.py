@@ -26,6 +26,9 @@ from optimized.ops.plans import (
 from optimized.ops.support import interpreting
 from optimized.ops.tuning import Config
 
+MOST = 4096
+"""Kinds of launches that are remembered."""
+
 # Compiled kernels by what Triton specialises on, and more. The value holds the objects whose ids are in the key.
 _compiled: dict[tuple, tuple[Any, tuple, Any, Config]] = {}
 
@@ -97,6 +100,8 @@ def launch(
         if hasattr(compiled, "packed_metadata"):
             named = {**config.launch(), **sizes}
             constants = tuple(named[n] for n in kernel.arg_names[len(arguments) :])
+            if len(_compiled) >= MOST:  # lengths are in the keys
+                _compiled.clear()
             _compiled[key] = known = (compiled, constants, kernel, config)
     else:
         compiled, constants, _, _ = known

@@ -187,6 +187,8 @@ class Recorder(TorchDispatchMode):
                 continue
             base = next((g for g in given if g.untyped_storage()._cdata == t.untyped_storage()._cdata), None)
             if base is None:
+                if t.storage_offset():
+                    raise _UnplannableError(f"a result of {func} does not begin its storage")
                 fresh[index] = self._add(t)
             else:
                 place = self._found(base)
