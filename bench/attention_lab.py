@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from optimized.ops.attention import attention, attention_backward, attention_with_lse, launch, reference
-from optimized.ops.tuning import Config
+from optimized.ops.tuning import Config, forget
 
 DEVICE = "cuda"
 SHAPES = {
@@ -288,6 +288,7 @@ def whole(name: str, plan: launch.Plan, rep: int) -> dict[str, float | bool]:
     """Forward and forward+backward of the public operator with a plan: ms, peak MiB, repeatability."""
     p = Problem.make(SHAPES[name])
     launch.plan_for = lambda q, precision: plan
+    forget()
     leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]
 
     def both() -> tuple[Tensor, ...]:
@@ -330,6 +331,7 @@ def accuracy(name: str, plan: launch.Plan, dtype: torch.dtype, rows: int = 24) -
     p.mask[:, 0] = False
     exact = oracle(p)
     launch.plan_for = lambda q, precision: plan
+    forget()
     found = {}
     for who, f in (("ours", attention), ("eager", reference.attention)):
         leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]

@@ -1,21 +1,33 @@
 """Launches at little host cost, and when an operator may leave the dispatcher out.
 
 Triton binds, specialises and looks up a kernel anew at every launch, some 20 µs for 20 arguments, and a
-`torch.library` operator costs as much again on each pass. At 400 tokens that is longer than the GPU's work.
+`torch.library` operator costs as much again on each pass. At 400 tokens that is longer than the GPU's work. What a
+pass does between its launches costs as much: `plans.py`.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton import knobs
+from torch.utils._python_dispatch import _disable_current_modes
 
+from optimized.ops.plans import (
+    PLAIN,
+    STREAM,
+    current_stream,
+    hooked,
+    watch,
+    watched,
+)
 from optimized.ops.support import interpreting
 from optimized.ops.tuning import Config
 
-PLAIN = (Tensor, torch.nn.Parameter)
+MOST = 4096
+"""Kinds of launches that are remembered."""
 
 # Compiled kernels by what Triton specialises on, and more. The value holds the objects whose ids are in the key.
 _compiled: dict[tuple, tuple[Any, tuple, Any, Config]] = {}
@@ -27,9 +39,7 @@ def direct(tensors: Iterable[Tensor]) -> bool:
     False while compiling, for tensor subclasses (fake tensors among them), under dispatch modes (FLOP counters,
     selective checkpointing) and in functorch transforms: there the registered operator is called.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or watched():
         return False
     return all(type(t) in PLAIN for t in tensors)
 
@@ -68,8 +78,15 @@ def launch(
     The first call for a kind of arguments goes through Triton and keeps what it compiled; later ones hand their
     arguments to the compiled kernel. Launch hooks (profilers) and the interpreter get Triton's own launch.
     """
+    recorder = watch.recorder
     if interpreting():
-        kernel[grid](*arguments, **config.launch(), **sizes)
+        run = partial(kernel[grid], **config.launch(), **sizes)
+        if recorder:
+            recorder.launched(run, arguments, addresses=False)
+        with (
+            _disable_current_modes() if recorder else nullcontext()
+        ):  # its own operations are no part of a pass
+            run(*arguments)
         return
     device = arguments[0].device.index
     # A finer key than Triton's: integers by value, which is quicker than asking what Triton would make of each.
@@ -78,16 +95,24 @@ def launch(
         *[a if a.__class__ is int else (a.dtype, a.data_ptr() & 15) if a.__class__ in PLAIN else a.__class__ for a in arguments],
     )  # fmt: skip
     known = _compiled.get(key)
-    hooked = getattr(knobs.runtime.launch_enter_hook, "calls", knobs.runtime.launch_enter_hook)
-    if known is None or hooked:
+    if known is None or hooked():
         compiled = kernel[grid](*arguments, **config.launch(), **sizes)
         if hasattr(compiled, "packed_metadata"):
             named = {**config.launch(), **sizes}
             constants = tuple(named[n] for n in kernel.arg_names[len(arguments) :])
-            _compiled[key] = (compiled, constants, kernel, config)
-        return
-    compiled, constants, _, _ = known
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(
-        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants
-    )
+            if len(_compiled) >= MOST:  # lengths are in the keys
+                _compiled.clear()
+            _compiled[key] = known = (compiled, constants, kernel, config)
+    else:
+        compiled, constants, _, _ = known
+        compiled.run(*_before(compiled, grid, current_stream(device)), *arguments, *constants)
+    if recorder and known:
+        before = _before(known[0], grid, STREAM)
+        recorder.launched(known[0].run, (*before, *arguments, *known[1]), addresses=True)
+    elif recorder:
+        recorder.unplannable = "Triton gave no compiled kernel"
+
+
+def _before(compiled: Any, grid: tuple[int, int, int], stream: object) -> tuple:
+    """What the launcher of a compiled kernel takes before the kernel's own arguments."""
+    return (*grid, stream, compiled.function, compiled.packed_metadata, None, None, None)

@@ -9,6 +9,7 @@ from torch import Tensor
 from optimized.ops.adaptive_layer_norm.reference import adaptive_layer_norm_reference
 from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 MAX_CHANNELS = 2048
@@ -74,6 +75,7 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+@planned
 def _forward(
     a: Tensor,
     s: Tensor,
@@ -108,6 +110,7 @@ def _(
     return a.new_empty(a.shape, dtype=dtype), p
 
 
+@planned
 def _backward(
     dy: Tensor,
     a: Tensor,

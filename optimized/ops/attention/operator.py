@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from optimized.ops.attention import reference
 from optimized.ops.launcher import direct
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 HEAD_DIMS = (8, 16, 24, 32, 48, 64)
@@ -59,6 +60,7 @@ def _five(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-4:])
 
 
+@planned
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,6 +83,7 @@ def _rounding_like(q: Tensor) -> Tensor:
     )
 
 
+@planned
 def run_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
     o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str, with_dbias: bool = True,

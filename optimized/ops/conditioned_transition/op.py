@@ -13,6 +13,7 @@ from optimized.ops.conditioned_transition.reference import (
 )
 from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 
@@ -39,6 +40,7 @@ def conditioned_transition(a: Tensor, s: Tensor, weights: ConditionedWeights, ep
     return torch.ops.megafold_bench.conditioned_transition(a, s, *weights, eps, dtype)[0]
 
 
+@planned
 def _forward(
     a: Tensor, s: Tensor, norm_weight: Tensor, scale: Tensor, scale_bias: Tensor, shift: Tensor,
     w_a: Tensor, w_b: Tensor, w_out: Tensor, gate: Tensor, gate_bias: Tensor,
@@ -69,6 +71,7 @@ def _(
     )
 
 
+@planned
 def _backward(
     dy: Tensor, a: Tensor, s: Tensor, norm_weight: Tensor, scale: Tensor, scale_bias: Tensor, shift: Tensor,
     w_a: Tensor, w_b: Tensor, w_out: Tensor, gate: Tensor, gate_bias: Tensor,

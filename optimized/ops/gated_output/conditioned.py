@@ -9,6 +9,7 @@ from optimized.ops.adaptive_layer_norm.op import as_rows, period
 from optimized.ops.gated_output.reference import conditioned_output_reference
 from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 
@@ -49,6 +50,7 @@ def conditioned_output(
     return torch.ops.megafold_bench.conditioned_output(x, gate, weight, s, w_gate, b_gate, dtype)[0]
 
 
+@planned
 def _forward(
     x: Tensor,
     gate: Tensor,
@@ -85,6 +87,7 @@ def _(
     return x.new_empty((*x.shape[:-1], channels), dtype=dtype), g
 
 
+@planned
 def _backward(
     dy: Tensor,
     x: Tensor,

@@ -9,6 +9,7 @@ from optimized.ops.adaptive_layer_norm.op import as_rows
 from optimized.ops.gated_output.reference import add_update_reference, gated_output_reference
 from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 
@@ -80,6 +81,7 @@ def add_update(residual: Tensor, update: Tensor, keep: Tensor | None = None) -> 
     return torch.ops.megafold_bench.add_update(residual, update, keep)
 
 
+@planned
 def run_forward(
     x: Tensor, gate: Tensor, weight: Tensor, residual: Tensor | None, keep: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -102,6 +104,7 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out)
 
 
+@planned
 def _gated_backward(
     dout: Tensor, x: Tensor, gate: Tensor, weight: Tensor, keep: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +149,7 @@ _gated_op.register_autograd(_differentiate_gated, setup_context=_keep_gated)
 _DirectGated = undispatched(run_forward, _keep_gated, _differentiate_gated)
 
 
+@planned
 def _add(residual: Tensor, update: Tensor, keep: Tensor | None) -> Tensor:
     from optimized.ops.gated_output import launch
 
@@ -161,6 +165,7 @@ def _(residual: Tensor, update: Tensor, keep: Tensor | None) -> Tensor:
     return update.new_empty(update.shape, dtype=torch.promote_types(residual.dtype, update.dtype))
 
 
+@planned
 def _masked(update: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     """keep ⊙ update in `dtype`: the backward of `add_update`."""
     from optimized.ops.gated_output import launch

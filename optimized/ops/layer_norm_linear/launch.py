@@ -10,7 +10,7 @@ from torch import Tensor
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, chosen, grouped, processors, product_width, tile
 from optimized.ops.layer_norm_linear import kernels
-from optimized.ops.parameters import fold, gradient_dtype, pack
+from optimized.ops.parameters import fold, gradient_dtype
 from optimized.ops.tuning import Config
 
 HALF = {
@@ -142,14 +142,14 @@ def backward(
     grads: list[Tensor],
     x: Tensor,
     norm: tuple[Tensor, Tensor],
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     head: Tensor | None,
+    w: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dx, and the gradients of γ, β, the weights and the head weight one after another in one vector."""
+    """dx, and the gradients of γ, β, the weights and the head weight one after another in one vector; `w` as forward."""
     widths = Widths.of(weights, head)
     matrices = [*weights, head] if head is not None else weights
-    w = pack(matrices, grads[0].dtype)
     dx, n, shares = input_gradient(x, norm, w, widths, grads, eps)
     partials = [weight_gradient(n, grads[: widths.count])] if weights else []
     if head is not None:

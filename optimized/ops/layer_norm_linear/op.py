@@ -12,6 +12,7 @@ from optimized.ops.launching import compute_dtype
 from optimized.ops.layer_norm_linear import launch
 from optimized.ops.layer_norm_linear.reference import layer_norm_linear_reference
 from optimized.ops.parameters import gradient_dtype, pack, unpacked
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 MAX_CHANNELS = 512
@@ -81,41 +82,74 @@ class _LayerNormLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *parameters)
         ctx.settings = (count, eps)
-        return tuple(run_forward(x, list(parameters), count, eps, dtype))
+        return tuple(_forward(x, count, eps, dtype, *parameters))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count, eps = ctx.settings
         x, *parameters = ctx.saved_tensors
-        dx, flat = run_backward(grads, x, parameters, count, eps)
+        dx, flat = _backward(x, count, eps, len(grads), *grads, *parameters)
         return (dx, None, None, None, *unpacked(flat, parameters))
 
 
+def packed(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The matrices among `parameters` as both passes take them."""
+    return pack(parameters[2:], dtype)
+
+
 def run_forward(
-    x: Tensor, parameters: list[Tensor], count: int, eps: float, dtype: torch.dtype
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    count: int,
+    eps: float,
+    dtype: torch.dtype,
+    w: Tensor | None = None,
 ) -> list[Tensor]:
-    """The results by the kernels, unchecked; `parameters` are γ, β, `count` weights and perhaps the head weight."""
+    """The results by the kernels, unchecked; `parameters` are γ, β, `count` weights and perhaps the head weight.
+
+    `w`: what `packed` makes of them, where there is one already.
+    """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     matrices = parameters[2:]
     head = matrices[count] if len(matrices) > count else None
     widths = launch.Widths.of(matrices[:count], head)
-    outs = launch.forward(rows, (parameters[0], parameters[1]), pack(matrices, dtype), widths, eps)
+    w = packed(parameters, dtype) if w is None else w
+    outs = launch.forward(rows, (parameters[0], parameters[1]), w, widths, eps)
     shaped = [y.view(*x.shape[:-1], -1) for y in outs[:count]]
     return shaped + [s.view(-1, *x.shape[:-1]) for s in outs[count:]]
 
 
 def run_backward(
-    grads: Sequence[Tensor], x: Tensor, parameters: list[Tensor], count: int, eps: float
+    grads: Sequence[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    count: int,
+    eps: float,
+    w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx and the gradients of the parameters in one vector by the kernels, unchecked."""
+    """dx and the gradients of the parameters in one vector by the kernels, unchecked; `w` as for `run_forward`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     flat = [g.reshape(rows.shape[0], -1).contiguous() for g in grads[:count]]
     flat += [g.reshape(-1, rows.shape[0]).contiguous() for g in grads[count:]]
     matrices = parameters[2:]
     head = matrices[count] if len(matrices) > count else None
-    dx, gradients = launch.backward(flat, rows, (parameters[0], parameters[1]), matrices[:count], head, eps)
+    w = packed(parameters, flat[0].dtype) if w is None else w
+    norm = (parameters[0], parameters[1])
+    dx, gradients = launch.backward(flat, rows, norm, matrices[:count], head, w, eps)
     return dx.view(x.shape), gradients
+
+
+@planned
+def _forward(x: Tensor, count: int, eps: float, dtype: torch.dtype, *parameters: Tensor) -> list[Tensor]:
+    """`run_forward` of parameters in a row."""
+    return run_forward(x, list(parameters), count, eps, dtype)
+
+
+@planned
+def _backward(x: Tensor, count: int, eps: float, results: int, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    """`run_backward` of the gradients of the results and the parameters in a row."""
+    return run_backward(rest[:results], x, list(rest[results:]), count, eps)
 
 
 @torch.library.custom_op("megafold_bench::layer_norm_linear", mutates_args=())
@@ -129,7 +163,7 @@ def _layer_norm_linear(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     heads = [head_weight] if head_weight is not None else []
-    return run_forward(x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps, dtype)
+    return _forward(x, len(weights), eps, dtype, norm_weight, norm_bias, *weights, *heads)
 
 
 @_layer_norm_linear.register_fake
@@ -159,7 +193,7 @@ def _layer_norm_linear_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     heads = [head_weight] if head_weight is not None else []
-    return run_backward(grads, x, [norm_weight, norm_bias, *weights, *heads], len(weights), eps)
+    return _backward(x, len(weights), eps, len(grads), *grads, norm_weight, norm_bias, *weights, *heads)
 
 
 @_layer_norm_linear_backward.register_fake

@@ -9,6 +9,7 @@ from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.library_products import weight_product
 from optimized.ops.linear.reference import linear_reference
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 SMALLEST = 64
@@ -51,6 +52,7 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+@planned
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from optimized.ops.linear import launch
 
@@ -65,6 +67,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@planned
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, Tensor]:
     from optimized.ops.linear import launch
 

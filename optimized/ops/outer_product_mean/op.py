@@ -14,6 +14,7 @@ from optimized.ops.outer_product_mean.reference import (
     projected_outer_reference,
     rows_present,
 )
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 MAX_CHANNELS = 256
@@ -76,6 +77,7 @@ def projected_outer(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, scale: T
     return torch.ops.megafold_bench.projected_outer(a, b.to(a.dtype), weight, bias, scale)
 
 
+@planned
 def _forward(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     from optimized.ops.outer_product_mean import launch
 
@@ -90,6 +92,7 @@ def _(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tens
     return a.new_empty((a.shape[1], b.shape[1], weight.shape[0]))
 
 
+@planned
 def _backward(
     dout: Tensor, a: Tensor, b: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

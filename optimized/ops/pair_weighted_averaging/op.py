@@ -7,6 +7,7 @@ from torch import Tensor
 
 from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.pair_weighted_averaging.reference import weighted_average_reference
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 
 WIDTHS = (8, 16, 32, 64)
@@ -53,6 +54,7 @@ def padded(columns: int) -> int:
     return columns + -columns % 16
 
 
+@planned
 def _forward(v: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     from optimized.ops.pair_weighted_averaging import launch
 
@@ -72,6 +74,7 @@ def _(v: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, T
     )
 
 
+@planned
 def _backward(
     do: Tensor, v: Tensor, logits: Tensor, mask: Tensor | None, w: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:

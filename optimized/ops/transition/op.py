@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from optimized.ops.launcher import direct
+from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.parameters import gradient_dtype, pack, unpacked
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.transition import full, launch
 from optimized.ops.transition.reference import transition_reference
@@ -51,51 +51,12 @@ def transition(
     if not supported(x, *parameters).ok:
         return transition_reference(x, *parameters, eps, dtype)
     if direct((x, *parameters)):
-        return _Transition.apply(x, *parameters, eps, dtype)
+        return _Direct.apply(x, *parameters, eps, dtype)
     return torch.ops.megafold_bench.transition(x, *parameters, eps, dtype)
 
 
-class _Transition(torch.autograd.Function):
-    """The same passes without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *parameters, eps, dtype = rest
-        ctx.save_for_backward(x, *parameters)
-        ctx.eps = eps
-        return _forward(x, parameters, eps, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        dx, flat = _backward(dy, x, parameters, ctx.eps)
-        return (dx, *unpacked(flat, parameters), None, None)
-
-
-def _forward(x: Tensor, parameters: list[Tensor], eps: float, dtype: torch.dtype) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if dtype == torch.float32:
-        with torch.autocast(x.device.type, enabled=False):
-            return full.forward(rows, parameters, eps).view(x.shape)
-    return launch.forward(rows, (parameters[0], parameters[1]), pack(parameters[2:], dtype), eps).view(
-        x.shape
-    )
-
-
-def _backward(dy: Tensor, x: Tensor, parameters: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    dy = dy.reshape(rows.shape).contiguous()
-    if dy.dtype == torch.float32:
-        with torch.autocast(x.device.type, enabled=False):
-            dx, flat = full.backward(dy, rows, parameters, eps)
-    else:
-        dx, flat = launch.backward(dy, rows, (parameters[0], parameters[1]), parameters[2:], eps)
-    return dx.view(x.shape), flat
-
-
-@torch.library.custom_op("megafold_bench::transition", mutates_args=())
-def _transition(
+@planned
+def _forward(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -105,10 +66,18 @@ def _transition(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    return _forward(x, [norm_weight, norm_bias, w_a, w_b, w_out], eps, dtype)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if dtype == torch.float32:
+        with torch.autocast(x.device.type, enabled=False):
+            return full.forward(rows, [norm_weight, norm_bias, w_a, w_b, w_out], eps).view(x.shape)
+    packed = pack([w_a, w_b, w_out], dtype)
+    return launch.forward(rows, (norm_weight, norm_bias), packed, eps).view(x.shape)
 
 
-@_transition.register_fake
+_op = torch.library.custom_op("megafold_bench::transition", mutates_args=())(_forward)
+
+
+@_op.register_fake
 def _(
     x: Tensor,
     norm_weight: Tensor,
@@ -122,8 +91,8 @@ def _(
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("megafold_bench::transition_backward", mutates_args=())
-def _transition_backward(
+@planned
+def _backward(
     dy: Tensor,
     x: Tensor,
     norm_weight: Tensor,
@@ -133,10 +102,20 @@ def _transition_backward(
     w_out: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return _backward(dy, x, [norm_weight, norm_bias, w_a, w_b, w_out], eps)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    dy = dy.reshape(rows.shape).contiguous()
+    if dy.dtype == torch.float32:
+        with torch.autocast(x.device.type, enabled=False):
+            dx, flat = full.backward(dy, rows, [norm_weight, norm_bias, w_a, w_b, w_out], eps)
+    else:
+        dx, flat = launch.backward(dy, rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps)
+    return dx.view(x.shape), flat
 
 
-@_transition_backward.register_fake
+_backward_op = torch.library.custom_op("megafold_bench::transition_backward", mutates_args=())(_backward)
+
+
+@_backward_op.register_fake
 def _(
     dy: Tensor,
     x: Tensor,
@@ -158,8 +137,10 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    dx, flat = torch.ops.megafold_bench.transition_backward(dy, *saved, ctx.eps)
+    backward = same_way(ctx, _backward, torch.ops.megafold_bench.transition_backward)
+    dx, flat = backward(dy, *saved, ctx.eps)
     return (dx, *unpacked(flat, saved[1:]), None, None)
 
 
-_transition.register_autograd(_differentiate, setup_context=_keep)
+_op.register_autograd(_differentiate, setup_context=_keep)
+_Direct = undispatched(_forward, _keep, _differentiate)

@@ -5,7 +5,6 @@ Kept for the backward pass: z, the attention's output and its log-sum-exp. q, k,
 again from z, at the cost of one more read of it: keeping them would take 4·N²·h·d values.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.layer_norm_linear import op as projections
 from optimized.ops.parameters import gradient_dtype, unpacked
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.triangle_attention.reference import (
     Orientation,
@@ -81,15 +81,11 @@ def triangle_attention(
     return torch.ops.megafold_bench.triangle_attention(*call)[0]
 
 
-def _project(z: Tensor, parameters: Sequence[Tensor], eps: float, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v, g `[*, N, N, h·d]` and the bias `[h, *, N, N]`; `parameters` are γ, β, the four maps and the bias's."""
-    return projections.run_forward(z, list(parameters), MAPS, eps, dtype)
-
-
 def _keys(mask: Tensor | None, columns: bool) -> Tensor | None:
     return mask.transpose(-1, -2) if mask is not None and columns else mask
 
 
+@planned
 def _forward(
     z: Tensor, mask: Tensor | None, residual: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
@@ -97,7 +93,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The result, and for the backward pass o `[*, N, N, h·d]`, the log-sum-exp `[*, rows, h, N]` and its rounding."""
     scale = (q.shape[0] // heads) ** -0.5
-    qs, ks, vs, gate, pairs = _project(z, (norm_weight, norm_bias, q, k, v, g, bias), eps, dtype)
+    parameters = (norm_weight, norm_bias, q, k, v, g, bias)
+    qs, ks, vs, gate, pairs = projections.run_forward(z, parameters, MAPS, eps, dtype)
     qs, ks, vs = (to_rows(x, heads, columns) for x in (qs, ks, vs))
     keys = _keys(mask, columns)
     x, lse, rounding = attention.run_forward(qs, ks, vs, bias_of_rows(pairs, flipped), keys, scale, "ieee")
@@ -125,6 +122,7 @@ def _(
     )
 
 
+@planned
 def _backward(
     dy: Tensor, z: Tensor, mask: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
@@ -135,7 +133,8 @@ def _backward(
 
     parameters = (norm_weight, norm_bias, q, k, v, g, bias)
     scale = (q.shape[0] // heads) ** -0.5
-    qs, ks, vs, gate, pairs = _project(z, parameters, eps, o.dtype)
+    w = projections.packed(parameters, o.dtype)
+    qs, ks, vs, gate, pairs = projections.run_forward(z, parameters, MAPS, eps, o.dtype, w)
     qs, ks, vs, x = (to_rows(t, heads, columns) for t in (qs, ks, vs, o))
     du = launch.add(None, as_rows(dy), keep, dy.shape, o.dtype)
     do, dg, d_out = launch.library_backward(du, as_rows(o), as_rows(gate), out)
@@ -146,7 +145,7 @@ def _backward(
     )
     del do, dx, qs, ks, vs, pairs
     grads = [from_rows(t, columns) for t in (dq, dk, dv)] + [dg, bias_from_rows(d_pairs, flipped)]
-    dz, flat = projections.run_backward(grads, z, list(parameters), MAPS, eps)
+    dz, flat = projections.run_backward(grads, z, parameters, MAPS, eps, w)
     return dz, flat, d_out
 
 

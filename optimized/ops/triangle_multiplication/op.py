@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from optimized.ops.launcher import direct
+from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.parameters import gradient_dtype, unpacked
+from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.triangle_multiplication import launch
 from optimized.ops.triangle_multiplication.reference import TriangleWeights, triangle_multiplication_reference
@@ -49,37 +49,8 @@ def triangle_multiplication(
     if not supported(z, weights, mask).ok:
         return triangle_multiplication_reference(z, weights, outgoing, mask, eps, dtype)
     if direct((z, *weights)):
-        return _TriangleMultiplication.apply(z, mask, outgoing, eps, dtype, *weights)
+        return _Direct.apply(z, *weights, mask, outgoing, eps, dtype)[0]
     return torch.ops.megafold_bench.triangle_multiplication(z, *weights, mask, outgoing, eps, dtype)[0]
-
-
-class _TriangleMultiplication(torch.autograd.Function):
-    """The same passes without the dispatcher."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        mask: Tensor | None,
-        outgoing: bool,
-        eps: float,
-        dtype: torch.dtype,
-        *weights: Tensor,
-    ) -> Tensor:
-        plain, mask = _plain(z, mask)
-        y, x = launch.forward(plain, TriangleWeights(*weights), mask, outgoing, eps, dtype)
-        ctx.save_for_backward(x, z, mask, *weights)
-        ctx.settings = (outgoing, eps)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, mask, *weights = ctx.saved_tensors
-        w = TriangleWeights(*weights)
-        plain, mask = _plain(z, mask)
-        dz, flat = launch.backward(dy.contiguous(), x, plain, w, mask, *ctx.settings)
-        return (dz, None, None, None, None, *_in_order(flat, w))
 
 
 def _in_order(flat: Tensor, w: TriangleWeights) -> list[Tensor]:
@@ -93,8 +64,8 @@ def _plain(z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return (z if z.stride(2) == 1 else z.contiguous()), (mask.contiguous() if mask is not None else None)
 
 
-@torch.library.custom_op("megafold_bench::triangle_multiplication", mutates_args=())
-def _triangle_multiplication(
+@planned
+def _forward(
     z: Tensor,
     norm_in_weight: Tensor,
     norm_in_bias: Tensor,
@@ -118,7 +89,10 @@ def _triangle_multiplication(
     return launch.forward(z, weights, mask, outgoing, eps, dtype)
 
 
-@_triangle_multiplication.register_fake
+_op = torch.library.custom_op("megafold_bench::triangle_multiplication", mutates_args=())(_forward)
+
+
+@_op.register_fake
 def _(
     z: Tensor,
     norm_in_weight: Tensor,
@@ -140,8 +114,8 @@ def _(
     return z.new_empty(z.shape, dtype=dtype), z.new_empty((a_p.shape[0], padded, padded), dtype=dtype)
 
 
-@torch.library.custom_op("megafold_bench::triangle_multiplication_backward", mutates_args=())
-def _triangle_multiplication_backward(
+@planned
+def _backward(
     dy: Tensor,
     x: Tensor,
     z: Tensor,
@@ -166,7 +140,12 @@ def _triangle_multiplication_backward(
     return launch.backward(dy.contiguous(), x, z, weights, mask, outgoing, eps)
 
 
-@_triangle_multiplication_backward.register_fake
+_backward_op = torch.library.custom_op("megafold_bench::triangle_multiplication_backward", mutates_args=())(
+    _backward
+)
+
+
+@_backward_op.register_fake
 def _(
     dy: Tensor,
     x: Tensor,
@@ -200,8 +179,10 @@ def _differentiate(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> tuple[Tens
     if dy is None:
         return (None,) * 15
     saved = ctx.saved_tensors
-    dz, flat = torch.ops.megafold_bench.triangle_multiplication_backward(dy, *saved, *ctx.settings)
+    backward = same_way(ctx, _backward, torch.ops.megafold_bench.triangle_multiplication_backward)
+    dz, flat = backward(dy, *saved, *ctx.settings)
     return (dz, *_in_order(flat, TriangleWeights(*saved[2:12])), None, None, None, None)
 
 
-_triangle_multiplication.register_autograd(_differentiate, setup_context=_keep)
+_op.register_autograd(_differentiate, setup_context=_keep)
+_Direct = undispatched(_forward, _keep, _differentiate)
