@@ -54,7 +54,8 @@ def test_strided_input():
     (found,) = ours(wide[..., 32:96], *tensors[1:])
     assert torch.equal(found, ours(*tensors)[0])
     turned = tensors[0].transpose(0, 1)
-    assert torch.equal(ours(turned, *tensors[1:])[0], found.transpose(0, 1))
+    # Rows in another place of a tile: the interpreter's library may round them otherwise, by machine.
+    torch.testing.assert_close(ours(turned, *tensors[1:])[0], found.transpose(0, 1), rtol=1e-5, atol=1e-5)
     assert grads[0].shape == found.shape
 
 
