@@ -62,6 +62,29 @@ def normalise_rows(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False
 
 
 @triton.jit
+def row_statistics(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False):
+    """Mean and rstd `[R]` of the rows of the fp32 tile `x [R, BC]`; as `normalise_rows`."""
+    mean = tl.sum(x, 1) / C
+    centred = x - mean[:, None]
+    if x.shape[1] != C:
+        centred = tl.where((columns < C)[None, :], centred, 0.0)
+    variance = tl.sum(centred * centred, 1) / C + eps
+    if EXACT:
+        return mean, tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance))
+    else:
+        return mean, tl.rsqrt(variance)
+
+
+@triton.jit
+def normalised(x, mean, rstd, columns, C: tl.constexpr):
+    """(x - mean) · rstd of the fp32 tile `x [R, BC]`, zero in the padding."""
+    centred = x - mean[:, None]
+    if x.shape[1] != C:
+        centred = tl.where((columns < C)[None, :], centred, 0.0)
+    return centred * rstd[:, None]
+
+
+@triton.jit
 def normal_backward(grad, normal, rstd, C: tl.constexpr):
     """Gradient of (x - mean) · rstd to x, given the gradient to it; all fp32.
 
@@ -87,3 +110,38 @@ def add_share(share_ptr, c, value, again, C: tl.constexpr):
     tl.debug_barrier()
     before = tl.load(share_ptr + c, mask=(c < C) & again, other=0.0)
     tl.store(share_ptr + c, before + value, mask=c < C)
+
+
+@triton.jit
+def finish_rows(
+    dn,
+    mean,
+    rstd,
+    x_ptr,
+    gamma_ptr,
+    dx_ptr,
+    share_ptr,
+    tile,
+    inside,
+    c,
+    again,
+    C: tl.constexpr,
+):
+    """Layer-norm backward of a tile whose gradient `dn` `[R, BC]` comes from matrix products: dx, shares of dγ and dβ.
+
+    `tile` are the offsets of its values, `again` is as in `add_share`; mean and rstd `[R]` of the rows are known. dn
+    takes the way through dx, rounded to its dtype as the definition rounds it, to be read back as memory lies: sums
+    over rows then are additions in a thread where the products' layout wants shuffles, and nothing else changes its
+    layout.
+    """
+    x = tl.load(x_ptr + tile, mask=inside, other=0.0)
+    tl.store(dx_ptr + tile, dn.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+    grad = tl.load(dx_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    normal = normalised(x.to(tl.float32), mean, rstd, c, C)
+    # The barrier in `add_share` also keeps dx from being written before every thread has read dn.
+    add_share(share_ptr, c, tl.sum(grad * normal, 0), again, C)
+    add_share(share_ptr + C, c, tl.sum(grad, 0), again, C)
+    dx = normalise_rows_backward(grad, normal, gamma, rstd, C)
+    tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
