@@ -113,34 +113,26 @@ def add_share(share_ptr, c, value, again, C: tl.constexpr):
 
 
 @triton.jit
-def finish_rows(
-    dn,
-    mean,
-    rstd,
-    x_ptr,
-    gamma_ptr,
-    dx_ptr,
-    share_ptr,
-    tile,
-    inside,
-    c,
-    again,
-    C: tl.constexpr,
-):
-    """Layer-norm backward of a tile whose gradient `dn` `[R, BC]` comes from matrix products: dx, shares of dγ and dβ.
+def as_memory_lies(value, pointers, inside):
+    """`value` `[R, BC]`, rounded to the dtype of the memory it is written to and read back from, in fp32.
 
-    `tile` are the offsets of its values, `again` is as in `add_share`; mean and rstd `[R]` of the rows are known. dn
-    takes the way through dx, rounded to its dtype as the definition rounds it, to be read back as memory lies: sums
-    over rows then are additions in a thread where the products' layout wants shuffles, and nothing else changes its
-    layout.
+    Matrix products spread the rows of a tile over the lanes of a warp; read from memory a thread has runs of columns
+    of several rows, so that sums over rows are additions in a thread, and no later operation moves values about.
     """
-    x = tl.load(x_ptr + tile, mask=inside, other=0.0)
-    tl.store(dx_ptr + tile, dn.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=inside)
     tl.debug_barrier()
-    grad = tl.load(dx_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normal = normalised(x.to(tl.float32), mean, rstd, c, C)
-    # The barrier in `add_share` also keeps dx from being written before every thread has read dn.
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def finish_rows(
+    grad, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, again, C: tl.constexpr
+):
+    """Layer-norm backward of a tile: dx at the offsets `tile`, and the program's shares of dγ and dβ.
+
+    Arguments as of `normalise_rows_backward` and `add_share`. `grad` may have come by way of dx: the barriers in
+    `add_share` keep dx from being written before every thread has read it.
+    """
     add_share(share_ptr, c, tl.sum(grad * normal, 0), again, C)
     add_share(share_ptr + C, c, tl.sum(grad, 0), again, C)
     dx = normalise_rows_backward(grad, normal, gamma, rstd, C)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import accumulate, finish_rows, normalised, row_statistics
+from optimized.ops.rows import accumulate, as_memory_lies, finish_rows, normalised, row_statistics
 
 
 @triton.jit
@@ -233,7 +233,11 @@ def input_gradient_kernel(
                 acc = accumulate(acc, db.to(dtype), wb)
         share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
         # The row tile is read again (from L2): keeping it would cost BM·BC registers through the loop.
-        finish_rows(acc, mean, rstd, x_ptr, gamma_ptr, dx_ptr, share_ptr, tile, inside, c, step > 0, C)
+        x = tl.load(x_ptr + tile, mask=inside, other=0.0)
+        gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        dn = as_memory_lies(acc, dx_ptr + tile, inside)
+        normal = normalised(x.to(tl.float32), mean, rstd, c, C)
+        finish_rows(dn, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, step > 0, C)
 
 
 @triton.jit(repr=profiled_as("transition_weight_gradient"), do_not_specialize=["splits"])
