@@ -125,9 +125,7 @@ def as_memory_lies(value, pointers, inside):
 
 
 @triton.jit
-def finish_rows(
-    grad, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, again, C: tl.constexpr
-):
+def finish_rows(grad, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, again, C: tl.constexpr):
     """Layer-norm backward of a tile: dx at the offsets `tile`, and the program's shares of dγ and dβ.
 
     Arguments as of `normalise_rows_backward` and `add_share`. `grad` may have come by way of dx: the barriers in

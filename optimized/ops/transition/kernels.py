@@ -288,13 +288,12 @@ def weight_gradient_kernel(
     wa = tl.load(wa_ptr + wide, mask=real, other=0.0)
     wb = tl.load(wb_ptr + wide, mask=real, other=0.0)
     wo = tl.load(wo_ptr + tall, mask=real, other=0.0)
-    row = tl.arange(0, BM)
-    cells = row[:, None] * C + c[None, :]
     for start in tl.range(split * BM, rows, splits * BM, num_stages=STAGES):
-        first = start * tl.full((), C, tl.int64)
-        inside = (row < rows - start)[:, None] & (c < C)[None, :]
-        n = tl.load(n_ptr + first + cells, mask=inside, other=0.0)
-        dy = tl.load(dy_ptr + first + cells, mask=inside, other=0.0).to(dtype)
+        m = tl.arange(0, BM).to(tl.int64) + start
+        tile = m[:, None] * C + c[None, :]
+        inside = (m < rows)[:, None] & (c < C)[None, :]
+        n = tl.load(n_ptr + tile, mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + tile, mask=inside, other=0.0).to(dtype)
         if TURNED:
             b = tl.dot(wb, tl.trans(n), input_precision="ieee").to(dtype)
             a = tl.dot(wa, tl.trans(n), input_precision="ieee")

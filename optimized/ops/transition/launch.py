@@ -18,7 +18,6 @@ from optimized.ops.transition import kernels
 from optimized.ops.tuning import Config
 
 
-
 def form(name: str, rows: int, width: int, warps: int, stages: int) -> Config:
     """A tile for another form of its kernel: JOINT or TURNED."""
     config = tile(rows, width, warps, stages)
