@@ -120,7 +120,7 @@ def input_gradient_kernel(
     dtype = w_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32
     FULL: tl.constexpr = C == BC and H % BN == 0
-    CHUNKS: tl.constexpr = (H + BN - 1) // BN
+    CHUNKS: tl.constexpr = (H + BN - 1) // BN if T > 0 else 1
     c = tl.arange(0, BC)
     for step in range(group):
         m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
