@@ -45,11 +45,14 @@ START = time.time()
 Fn = Callable[..., Any]
 
 # BM, BN, warps, depth of the pipeline, and optionally a cap on registers per thread. A name ending in "'" is the
-# kernel with channels as the rows of its products.
+# kernel in its other form, which `FORMS` names.
 TILES: dict[str, list[tuple[int, ...]]] = {
-    "tr.forward": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 3)],
-    "tr.input_gradient": [(128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2)],
-    "tr.weight_gradient": [(128, 64, 8, 1), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
+    "tr.forward": [(64, 64, 4, 2), (64, 32, 4, 3)],
+    "tr.forward'": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 2)],
+    "tr.input_gradient": [(128, 64, 8, 3), (64, 32, 4, 3)],
+    "tr.input_gradient'": [(64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 3)],
+    "tr.weight_gradient": [(128, 64, 8, 2)],
+    "tr.weight_gradient'": [(32, 64, 4, 3), (32, 64, 4, 4), (32, 64, 4, 2), (32, 128, 8, 3), (16, 64, 4, 4)],
     "tm.project": [
         (128, 64, 8, 2),
         (64, 128, 4, 1),
@@ -103,15 +106,24 @@ TILES: dict[str, list[tuple[int, ...]]] = {
     ],
     "tm.output_weight": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3)],
     "ln.forward": [(64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 1), (32, 64, 4, 2)],
-    "ln.input_gradient": [(64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4), (64, 64, 4, 3), (32, 64, 4, 3)],
+    "ln.input_gradient": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4), (64, 128, 4, 2), (128, 64, 8, 3)],
     "ln.weight_gradient": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3)],
+}
+FORMS = {
+    "tm.project_weight": "TURNED",
+    "tr.forward": "JOINT",
+    "tr.input_gradient": "JOINT",
+    "tr.weight_gradient": "TURNED",
 }
 OPERATORS = {"tr": "transition", "tm": "triangle_multiplication", "ln": "layer_norm_linear"}
 # GEMM units of 2·N²·c·c FLOP, and passes over N²·c bf16 values: the floors in the table.
 WORK = {
     "tr.forward": (12, 2),
+    "tr.forward'": (12, 2),
     "tr.input_gradient": (20, 4),
+    "tr.input_gradient'": (20, 4),
     "tr.weight_gradient": (24, 2),
+    "tr.weight_gradient'": (24, 2),
     "tm.project": (4, 3),
     "tm.project_input": (8, 6),
     "tm.project_weight": (8, 3),
@@ -302,8 +314,8 @@ class Bench:
     def call(self, name: str, shape: tuple[int, ...]) -> Fn:
         """The launch of one kernel with one tile."""
         t = tile(*shape)
-        if name.startswith("tm.project_weight"):
-            t = Config(t.constants | {"TURNED": name.endswith("'")}, t.num_warps)
+        if name.endswith("'"):
+            t = Config(t.constants | {FORMS[name[:-1]]: 1}, t.num_warps, max_registers=t.max_registers)
         family, _, kernel = name.removesuffix("'").partition(".")
         checked(t, f"{OPERATORS[family]}.{kernel}")
         z, rows, dy, s = self.z, self.z.view(-1, C), self.dy, self.shape
@@ -541,8 +553,8 @@ def ship(results: Path) -> None:
         best = min(own, key=lambda r: sum(r["ms"][n] / least[n] for n in least))
         family, _, name = kernel.partition(".")
         config = tile(*best["tile"])
-        if kernel == "tm.project_weight":
-            config.constants["TURNED"] = best["kernel"].endswith("'")
+        if best["kernel"].endswith("'"):
+            config.constants[FORMS[kernel]] = 1
         for dtype in ("bfloat16", "float16"):
             entries[f"{OPERATORS[family]}.{name}/{dtype}/{C}"] = config.to_json()
         print(kernel, best["tile"], best["ms"])

@@ -80,6 +80,7 @@ def cases() -> list[KernelCase]:
             if short == "fp32":  # products of the library
                 continue
             sizes = {"C": c, "H": h, "BC": triton.next_power_of_2(c), "FAST": False}
+            sizes |= {"JOINT": False, "TURNED": False}
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = transition.default(f"transition.{kernel}", c, dtype)
                 fn = getattr(transition_kernels, f"{kernel}_kernel")

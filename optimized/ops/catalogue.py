@@ -73,7 +73,7 @@ def matches(case: KernelCase, entry: str) -> bool:
     return bool(case.entry) and entry == case.entry
 
 
-FORMS = ("TURNED",)
+FORMS = ("JOINT", "TURNED")
 """Constants that choose another form of a kernel, and that a configuration names only where it does."""
 
 

@@ -62,6 +62,29 @@ def normalise_rows(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False
 
 
 @triton.jit
+def row_statistics(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False):
+    """Mean and rstd `[R]` of the rows of the fp32 tile `x [R, BC]`; as `normalise_rows`."""
+    mean = tl.sum(x, 1) / C
+    centred = x - mean[:, None]
+    if x.shape[1] != C:
+        centred = tl.where((columns < C)[None, :], centred, 0.0)
+    variance = tl.sum(centred * centred, 1) / C + eps
+    if EXACT:
+        return mean, tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance))
+    else:
+        return mean, tl.rsqrt(variance)
+
+
+@triton.jit
+def normalised(x, mean, rstd, columns, C: tl.constexpr):
+    """(x - mean) · rstd of the fp32 tile `x [R, BC]`, zero in the padding."""
+    centred = x - mean[:, None]
+    if x.shape[1] != C:
+        centred = tl.where((columns < C)[None, :], centred, 0.0)
+    return centred * rstd[:, None]
+
+
+@triton.jit
 def normal_backward(grad, normal, rstd, C: tl.constexpr):
     """Gradient of (x - mean) · rstd to x, given the gradient to it; all fp32.
 
@@ -87,3 +110,28 @@ def add_share(share_ptr, c, value, again, C: tl.constexpr):
     tl.debug_barrier()
     before = tl.load(share_ptr + c, mask=(c < C) & again, other=0.0)
     tl.store(share_ptr + c, before + value, mask=c < C)
+
+
+@triton.jit
+def as_memory_lies(value, pointers, inside):
+    """`value` `[R, BC]`, rounded to the dtype of the memory it is written to and read back from, in fp32.
+
+    Matrix products spread the rows of a tile over the lanes of a warp; read from memory a thread has runs of columns
+    of several rows, so that sums over rows are additions in a thread, and no later operation moves values about.
+    """
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def finish_rows(grad, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, again, C: tl.constexpr):
+    """Layer-norm backward of a tile: dx at the offsets `tile`, and the program's shares of dγ and dβ.
+
+    Arguments as of `normalise_rows_backward` and `add_share`. `grad` may have come by way of dx: the barriers in
+    `add_share` keep dx from being written before every thread has read it.
+    """
+    add_share(share_ptr, c, tl.sum(grad * normal, 0), again, C)
+    add_share(share_ptr + C, c, tl.sum(grad, 0), again, C)
+    dx = normalise_rows_backward(grad, normal, gamma, rstd, C)
+    tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)

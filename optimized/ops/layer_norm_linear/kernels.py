@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward
+from optimized.ops.rows import accumulate, as_memory_lies, finish_rows, normalise_rows
 
 
 @triton.jit
@@ -113,48 +113,52 @@ def input_gradient_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`group` tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ."""
+    """`group` tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ.
+
+    One loop takes the chunks of all T maps, so that its copies never run dry between two of them.
+    """
     dtype = w_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32
+    FULL: tl.constexpr = C == BC and H % BN == 0
+    CHUNKS: tl.constexpr = (H + BN - 1) // BN if T > 0 else 1
     c = tl.arange(0, BC)
     for step in range(group):
         m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
-        acc = tl.zeros([BM, BC], tl.float32)
-        for t in tl.static_range(T):
-            dy_ptr = pick(t, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr)
-            for start in tl.range(0, H, BN, num_stages=STAGES):
-                j = start + tl.arange(0, BN)
-                w = tl.load(
-                    w_ptr + (t * H + j)[:, None] * C + c[None, :],
-                    mask=(j < H)[:, None] & (c < C)[None, :],
-                    other=0.0,
-                )
-                where = dy_ptr + m[:, None] * H + j[None, :]
-                dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(dtype)
-                acc = accumulate(acc, dy, w)
-        if HEADS > 0:
-            k = tl.arange(0, BS)
-            head = tl.load(
-                w_ptr + (T * H + k)[:, None] * C + c[None, :],
-                mask=(k < HEADS)[:, None] & (c < C)[None, :],
-                other=0.0,
-            )
-            where = ds_ptr + k.to(tl.int64)[None, :] * rows + m[:, None]
-            ds = tl.load(where, mask=(m < rows)[:, None] & (k < HEADS)[None, :], other=0.0).to(dtype)
-            acc = accumulate(acc, ds, head)
         inside = (m < rows)[:, None] & (c < C)[None, :]
         tile = m[:, None] * C + c[None, :]
-        x = tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + tile, mask=inside, other=0.0)
+        if HEADS > 0:
+            k = tl.arange(0, BS)
+            real_head = (k < HEADS)[:, None] & (c < C)[None, :]
+            real_ds = (m < rows)[:, None] & (k < HEADS)[None, :]
+            head = tl.load(w_ptr + (T * H + k)[:, None] * C + c[None, :], mask=real_head)
+            ds = tl.load(ds_ptr + k.to(tl.int64)[None, :] * rows + m[:, None], mask=real_ds)
+        acc = tl.zeros([BM, BC], tl.float32)
+        for chunk in tl.range(0, T * CHUNKS, num_stages=STAGES):
+            t = chunk // CHUNKS
+            j = (chunk % CHUNKS) * BN + tl.arange(0, BN)
+            dy_ptr = tl.where(t == 0, dy0_ptr, tl.where(t == 1, dy1_ptr, tl.where(t == 2, dy2_ptr, dy3_ptr)))
+            cells = w_ptr + (t * H + j)[:, None] * C + c[None, :]
+            where = dy_ptr + m[:, None] * H + j[None, :]
+            if FULL:
+                w = tl.load(cells)
+                dy = tl.load(where, mask=(m < rows)[:, None], other=0.0).to(dtype)
+            else:
+                w = tl.load(cells, mask=(j < H)[:, None] & (c < C)[None, :], other=0.0)
+                dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(dtype)
+            acc = accumulate(acc, dy, w)
+        if HEADS > 0:
+            # What is masked is set to zero only here: the compiler would wait for both before the loop to store them.
+            ds = tl.where(real_ds, ds, 0.0).to(dtype)
+            acc = accumulate(acc, ds, tl.where(real_head, head, 0.0).to(dtype))
         gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
         beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        normal, rstd = normalise_rows(x, c, eps, C, EXACT)
+        dn = as_memory_lies(acc, dx_ptr + tile, inside)
+        normal, rstd = normalise_rows(x.to(tl.float32), c, eps, C, EXACT)
         n = normal * gamma[None, :] + beta[None, :]
         tl.store(n_ptr + tile, n.to(dtype), mask=inside)
-        dx = normalise_rows_backward(acc, normal, gamma, rstd, C)
-        tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
-        add_share(share_ptr, c, tl.sum(acc * normal, 0), step > 0, C)
-        add_share(share_ptr + C, c, tl.sum(acc, 0), step > 0, C)
+        finish_rows(dn, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, step > 0, C)
 
 
 @triton.jit(repr=profiled_as("layer_norm_linear_weight_gradient"), do_not_specialize=["splits"])

@@ -17,10 +17,17 @@ from optimized.ops.parameters import fold, gradient_dtype, pack
 from optimized.ops.transition import kernels
 from optimized.ops.tuning import Config
 
+
+def form(name: str, rows: int, width: int, warps: int, stages: int) -> Config:
+    """A tile for another form of its kernel: JOINT or TURNED."""
+    config = tile(rows, width, warps, stages)
+    return Config(config.constants | {name: 1}, warps)
+
+
 HALF = {
     "forward": tile(64, 64, 4, 2),
-    "input_gradient": tile(128, 64, 8, 3),
-    "weight_gradient": tile(128, 64, 8, 2),
+    "input_gradient": form("JOINT", 64, 32, 4, 3),
+    "weight_gradient": form("TURNED", 32, 64, 4, 3),
 }
 # Weight gradients have c rows: more than four warps would share 64 of them.
 HALF_NARROW = HALF | {"input_gradient": tile(64, 32, 4, 2), "weight_gradient": tile(64, 32, 4, 2)}
@@ -41,6 +48,11 @@ def _config(kernel: str, x: Tensor, dtype: torch.dtype) -> Config:
     return chosen(f"transition.{kernel}", x.shape[1], dtype, x.device, default)
 
 
+def _form(name: str, config: Config) -> dict[str, bool]:
+    """The constant that chooses the form of a kernel, where the configuration does not: the plain one."""
+    return {} if name in config.constants else {name: False}
+
+
 def _sizes(w: Tensor, channels: int, device: torch.device) -> dict[str, int]:
     """Compile-time sizes of the kernels, for packed weights w_a, w_b, w_out of `dtype`."""
     hidden = w.numel() // (3 * channels)
@@ -57,6 +69,7 @@ def forward(
     out = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
     grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
     sizes = _sizes(w, channels, x.device)
+    sizes |= _form("JOINT", config)
     launch(kernels.forward_kernel, grid, config, (x, *norm, w, out, rows, eps), **sizes)
     return out
 
@@ -64,7 +77,7 @@ def forward(
 def input_gradient(
     x: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, dy: Tensor, eps: float, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, n = LN(x) in the weights' dtype, and the partial sums of dγ and dβ `[programs, 2c]`."""
+    """dx, n / 2 = LN(x) / 2 in the weights' dtype, and the partial sums of dγ and dβ `[programs, 2c]`."""
     rows, channels = x.shape
     config = config or _config("input_gradient", x, w.dtype)
     programs, group = grouped(ceil_div(rows, config.constants["BM"]))
@@ -72,20 +85,23 @@ def input_gradient(
     n = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
     shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)
     arguments = (x, *norm, w, dy, dx, n, shares, rows, group, eps)
-    sizes = _sizes(w, channels, x.device)
+    sizes = _sizes(w, channels, x.device) | _form("JOINT", config)
     launch(kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dx, n, shares
 
 
 def weight_gradient(n: Tensor, w: Tensor, dy: Tensor, config: Config | None = None) -> Tensor:
-    """Partial weight gradients `[splits, 3·c·h]` in fp32: dw_a, dw_b, dw_out one after another."""
+    """Partial weight gradients `[splits, 3·c·h]` in fp32 from n / 2: dw_a, dw_b, dw_out one after another."""
     rows, channels = n.shape
     sizes = _sizes(w, channels, n.device)
     config = config or _config("weight_gradient", n, n.dtype)
     chunks = ceil_div(sizes["H"], config.constants["BN"])
-    splits = max(1, min(processors(n.device) // chunks, ceil_div(rows, config.constants["BM"])))
+    # Sums in registers leave room for eight warps on a multiprocessor in the turned form, whatever their tiles.
+    programs = processors(n.device) * (max(1, 8 // config.num_warps) if "TURNED" in config.constants else 1)
+    splits = max(1, min(programs // chunks, ceil_div(rows, config.constants["BM"])))
     partial = torch.empty((splits, w.numel()), dtype=torch.float32, device=n.device)
     arguments = (n, dy, w, partial, rows, splits)
+    sizes |= _form("TURNED", config)
     launch(kernels.weight_gradient_kernel, (chunks, splits, 1), config, arguments, **sizes)
     return partial
 

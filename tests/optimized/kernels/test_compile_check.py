@@ -135,7 +135,7 @@ def test_architecture_of_a_cpu():
 
 
 def test_candidates_stay_launchable_and_start_with_the_largest_tile():
-    case = case_named("transition.bf16.128x512.weight_gradient")
+    case = case_named("transition.bf16.128x512.forward")
     found = list(fit.candidates(case))
     areas = [c.constants["BM"] * c.constants["BN"] for c in found]
     start = case.constants["BM"] * case.constants["BN"]

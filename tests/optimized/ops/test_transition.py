@@ -3,8 +3,10 @@ import torch
 from fused_checks import check_against_definition, check_bitwise, distance, parameters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from optimized.ops import launching
+from optimized.ops.launching import tile
 from optimized.ops.support import interpreting
-from optimized.ops.transition import full, supported, transition, transition_reference
+from optimized.ops.transition import full, launch, supported, transition, transition_reference
 
 BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
 
@@ -45,6 +47,36 @@ def test_errors_against_fp64(shape, channels, factor, dtype, parameter_dtype):
     tensors, grads = problem(shape, channels, factor, dtype, parameter_dtype)
     assert supported(*tensors).ok
     check_against_definition(ours, definition, tensors, grads)
+
+
+PLAIN = {
+    "forward": tile(16, 32, 4, 2),
+    "input_gradient": tile(16, 32, 4, 2),
+    "weight_gradient": tile(32, 16, 4, 2),
+}
+OTHER = {
+    "forward": launch.form("JOINT", 16, 32, 4, 2),
+    "input_gradient": launch.form("JOINT", 16, 32, 4, 2),
+    "weight_gradient": launch.form("TURNED", 16, 32, 4, 2),
+}
+
+
+@pytest.fixture(params=[PLAIN, OTHER], ids=["plain", "other"])
+def forms(request, monkeypatch):
+    """Both forms of the kernels with tiles that make programs take several, and several programs share the sums."""
+    monkeypatch.setattr(launch, "default", lambda kernel, *_: request.param[kernel.partition(".")[2]])
+    monkeypatch.setattr(launching, "SHARES", 2)
+    launching.chosen.cache_clear()
+    yield
+    launching.chosen.cache_clear()
+
+
+@pytest.mark.parametrize(("channels", "factor", "dtype"), [(64, 2, BF), (64, 1, HALF), (48, 1, BF)])
+def test_forms_of_the_kernels(forms, channels, factor, dtype):
+    """Whole chunks of the hidden layer and parts of one, padded channels, and a last tile with rows missing."""
+    tensors, grads = problem((7, 11), channels, factor, dtype, FULL)
+    check_against_definition(ours, definition, tensors, grads)
+    check_bitwise(ours, tensors, grads, times=2)
 
 
 def test_gradients_repeat_bit_for_bit():
