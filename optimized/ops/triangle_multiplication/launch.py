@@ -15,6 +15,7 @@ from optimized.ops.launching import (
     grouped,
     processors,
     product_width,
+    resized,
     spread,
     tile,
 )
@@ -44,7 +45,7 @@ HALF = {
     "output_weight": tile(64, 64, 4, 3),
     "project_folded": tile(64, 64, 4, 2),
     "output_folded": tile(64, 64, 4, 2),
-    "input_gradient": tile(64, 32, 4, 2),
+    "input_gradient": tile(64, 64, 4, 2),
     "output_gradient": tile(64, 128, 8, 2),
 }
 # Weight gradients have c or h rows: more than four warps would share 64 of them.
@@ -69,7 +70,7 @@ class Forms(NamedTuple):
     folded: bool = True
     """Forward: raw rows are multiplied and the products normalised (`folded`), not normalised rows multiplied."""
     turned: bool = True
-    """The input's gradient: `gradients`, not `project`."""
+    """The input's gradient in 16 bits: `gradients`, not `project`."""
     single: bool = True
     """The output's gradients: one kernel (`gradients`), not `output.backward_kernel` and `outer_products`."""
 
@@ -313,7 +314,7 @@ def output_gradient(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `output_backward` dx, dn and shares, and as `output_weight_gradient` the partial gradients of out and g."""
-    config = config or _config("output_gradient", shape, x)
+    config = resized(config or _config("output_gradient", shape, x), product_width(shape.channels))
     rows, c, h = config.constants["BM"], shape.channels, shape.hidden
     programs, group = spread(ceil_div(shape.padded**2, rows), 1, 1, x.device)
     dx = torch.empty_like(x)
@@ -434,7 +435,8 @@ def backward(
     # a and b are spent: their memory takes LN(z) where it is large enough.
     size = shape.padded**2 * shape.channels
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
-    by_rows = input_gradient if FORMS.turned else project_input_gradient
-    dz, shares_in = by_rows(z, norm_in, packed, mask, grad, dn, n, shape, eps)
+    turned_form = FORMS.turned and x.dtype.itemsize == 2
+    of_input = input_gradient if turned_form else project_input_gradient
+    dz, shares_in = of_input(z, norm_in, packed, mask, grad, dn, n, shape, eps)
     d_project = project_weight_gradient(n, grad, packed, shape)
     return dz, fold([shares_in, shares_out], [d_project, d_ends], gradient_dtype(w))
