@@ -144,11 +144,10 @@ def folds(z: Tensor, dtype: torch.dtype) -> bool:
 def fold_weights(w: TriangleWeights, dtype: torch.dtype, plain: bool) -> tuple[Folded, Tensor]:
     """All weights folded, and with `plain` also as `pack_weights` has them (else the folded ones again)."""
     c, h = w.out.shape
+    if len({t.dtype for t in w}) > 1 or not all(t.is_contiguous() for t in w):
+        w = TriangleWeights(*(t.float().contiguous() for t in w))
     norms = (w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias)
     matrices = (w.a_p, w.b_p, w.a_g, w.b_g, w.out, w.g)
-    if len({t.dtype for t in w}) > 1 or not all(t.is_contiguous() for t in w):
-        norms = tuple(t.float().contiguous() for t in norms)
-        matrices = tuple(t.float().contiguous() for t in matrices)
     size = 5 * h * c + c * c
     weights = torch.empty((2 if plain else 1, size), dtype=dtype, device=w.out.device)
     sums = torch.empty((2, 4 * h + 2 * c), dtype=torch.float32, device=w.out.device)
