@@ -70,7 +70,7 @@ TILES: dict[str, list[tuple[int, int, int, int]]] = {
     ],
     "output_backward": [(64, 128, 4, 1)],
     "output_weight": [(64, 64, 4, 3)],
-    "output_gradient": [(64, 128, 8, 2), (64, 128, 8, 1), (32, 128, 8, 2), (32, 128, 8, 3)],
+    "output_gradient": [(64, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 1), (32, 128, 8, 2), (32, 128, 8, 3)],
     "project_weight": [(64, 64, 4, 3), (64, 64, 4, 4)],
 }
 FORM_OF = {
