@@ -59,15 +59,14 @@ def row_statistics(z, c, eps, C: tl.constexpr):
 
 
 @triton.jit
-def column_statistics(x, h, eps, H: tl.constexpr):
-    """The same of every column of a channel-major tile `[BH, BM]` whose padding rows are zero."""
+def column_moments(x, h, eps, H: tl.constexpr):
+    """Mean and rstd of every column of a channel-major tile `[BH, BM]` whose padding rows are zero."""
     x = x.to(tl.float32)
     mean = tl.sum(x, 0) / H
     centred = x - mean[None, :]
     if x.shape[0] != H:
         centred = tl.where((h < H)[:, None], centred, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / H + eps)
-    return rstd, -mean * rstd
+    return mean, tl.rsqrt(tl.sum(centred * centred, 0) / H + eps)
 
 
 @triton.jit
@@ -281,7 +280,8 @@ def output_kernel(
         p = start + tl.arange(0, BM)
         at = x_ptr + h.to(tl.int64)[:, None] * area + p[None, :]
         x = tl.load(at, mask=(p < area)[None, :] & (h < H)[:, None], other=0.0)
-        rstd, shift = column_statistics(x, h, eps, H)
+        mean, rstd = column_moments(x, h, eps, H)
+        shift = -mean * rstd
         linear = tl.dot(tl.trans(x), tl.trans(wo))
         # Read in every step: the vectors of both products in registers would take as many as the products.
         sums = tl.load(sums_ptr, mask=own, other=0.0)

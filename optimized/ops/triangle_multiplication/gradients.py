@@ -3,7 +3,7 @@
 Channels are the rows of the recomputed products, so that x and the gradients of a and b come by asynchronous copies in
 the order of memory, and what is computed from them goes to the next product in registers or by the matrix unit's
 transposed reading of shared memory. Statistics are kept from the first normalisation to the last, and sums over
-positions stay in registers from tile to tile, until the program's end.
+positions stay in registers from tile to tile, until the program's end. For products in 16 bits only.
 
 One GEMM unit is 2·N²·c·h FLOP. `input_gradient_kernel`, which does what its namesake in `project` does: 8 units; it
 reads z twice (the second time from L2), the gradients of a and b and the gate's share of dn, and writes dz and LN(z).
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import accumulate, normalise_rows_backward, sigmoid
-from optimized.ops.triangle_multiplication.folded import place_rows
+from optimized.ops.rows import normalise_rows_backward, sigmoid
+from optimized.ops.triangle_multiplication.folded import column_moments, place_rows, row_statistics
 from optimized.ops.triangle_multiplication.output import load_weights as load_output_weights
 from optimized.ops.triangle_multiplication.project import keep_rows, load_weights
 
@@ -28,24 +28,9 @@ SHARE_ROWS = tl.constexpr(8)
 
 
 @triton.jit
-def row_moments(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr):
-    """Mean and rstd of every row of the fp32 tile `[BM, BC]`; EXACT as in `rows.normalise_rows`."""
-    mean = tl.sum(x, 1) / C
-    centred = x - mean[:, None]
-    if x.shape[1] != C:
-        centred = tl.where((columns < C)[None, :], centred, 0.0)
-    variance = tl.sum(centred * centred, 1) / C + eps
-    if EXACT:
-        rstd = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance))
-    else:
-        rstd = tl.rsqrt(variance)
-    return mean, rstd
-
-
-@triton.jit
-def standardised(x, mean, rstd, columns, C: tl.constexpr):
-    """(x - mean) · rstd of every row, zero in the padding columns."""
-    normal = (x - mean[:, None]) * rstd[:, None]
+def standardised_rows(x, rstd, shift, columns, C: tl.constexpr):
+    """(x - mean) · rstd of every row in fp32, zero in the padding columns; `shift` is -mean · rstd."""
+    normal = x.to(tl.float32) * rstd[:, None] + shift[:, None]
     if x.shape[1] != C:
         normal = tl.where((columns < C)[None, :], normal, 0.0)
     return normal
@@ -91,7 +76,6 @@ def input_gradient_kernel(
     """
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     dtype = w_ptr.dtype.element_ty
-    EXACT: tl.constexpr = dtype == tl.float32
     c = tl.arange(0, BC)
     area = padded.to(tl.int64) * padded
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
@@ -105,9 +89,9 @@ def input_gradient_kernel(
         keep = keep_rows(mask_ptr, inside, dense, MASKED)
         rows = z_ptr + source[:, None] + c[None, :]
         real = inside[:, None] & (c < C)[None, :]
-        z = tl.load(rows, mask=real, other=0.0).to(tl.float32)
-        mean, rstd = row_moments(z, c, eps, C, EXACT)
-        n = standardised(z, mean, rstd, c, C) * gamma[None, :] + beta[None, :]
+        z = tl.load(rows, mask=real, other=0.0)
+        rstd, shift = row_statistics(z, c, eps, C)
+        n = standardised_rows(z, rstd, shift, c, C) * gamma[None, :] + beta[None, :]
         if MASKED or not EVEN:
             n = tl.where(keep[:, None], n, 0.0)
         n = n.to(dtype)
@@ -119,16 +103,16 @@ def input_gradient_kernel(
             wp, wg = load_weights(w_ptr, t, c, H, C, FULL)
             where = grad_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
             grad = tl.load(where, mask=keep[None, :] & (t < 2 * H)[:, None], other=0.0).to(tl.float32)
-            linear = tl.dot(wp, tl.trans(n), input_precision="ieee")
-            gate = sigmoid(tl.dot(wg, tl.trans(n), input_precision="ieee"), FAST, EXACT)
+            linear = tl.dot(wp, tl.trans(n))
+            gate = sigmoid(tl.dot(wg, tl.trans(n)), FAST)
             d_linear = grad * gate
             d_gate = d_linear * linear * (1.0 - gate)
-            dn = accumulate(dn, tl.trans(d_linear.to(dtype)), wp)
-            dn = accumulate(dn, tl.trans(d_gate.to(dtype)), wg)
+            dn = tl.dot(tl.trans(d_linear.to(dtype)), wp, dn)
+            dn = tl.dot(tl.trans(d_gate.to(dtype)), wg, dn)
         cells = dense[:, None] * C + c[None, :]
         dn += tl.load(dn_gate_ptr + cells, mask=real, other=0.0).to(tl.float32)
         # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
-        normal = standardised(tl.load(rows, mask=real, other=0.0).to(tl.float32), mean, rstd, c, C)
+        normal = standardised_rows(tl.load(rows, mask=real, other=0.0), rstd, shift, c, C)
         d_beta += some_rows(dn, SHARE_ROWS)
         d_gamma += some_rows(dn * normal, SHARE_ROWS)
         dz = normalise_rows_backward(dn, normal, gamma, rstd, C)
@@ -139,28 +123,15 @@ def input_gradient_kernel(
 
 
 @triton.jit
-def column_moments(x, rows, eps, H: tl.constexpr):
-    """Mean and rstd of every column of the fp32 tile `[BH, BM]`."""
-    mean = tl.sum(x, 0) / H
-    centred = x - mean[None, :]
-    if x.shape[0] != H:
-        centred = tl.where((rows < H)[:, None], centred, 0.0)
-    return mean, tl.rsqrt(tl.sum(centred * centred, 0) / H + eps)
-
-
-@triton.jit
 def standardised_columns(x, mean, rstd, rows, H: tl.constexpr):
-    """(x - mean) · rstd of every column, zero in the padding rows."""
-    normal = (x - mean[None, :]) * rstd[None, :]
+    """The same of every column, zero in the padding rows.
+
+    From the mean itself: with -mean · rstd, Triton 3.6 takes both statistics a second time in the products' layout.
+    """
+    normal = (x.to(tl.float32) - mean[None, :]) * rstd[None, :]
     if x.shape[0] != H:
         normal = tl.where((rows < H)[:, None], normal, 0.0)
     return normal
-
-
-@triton.jit
-def some_columns(x, COLUMNS: tl.constexpr):
-    """Columns c, c + COLUMNS, c + 2·COLUMNS ... of the tile, added up: `[BH, COLUMNS]`."""
-    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // COLUMNS, COLUMNS)), 1)
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_output_gradient"), do_not_specialize=["group"])
@@ -211,8 +182,8 @@ def output_gradient_kernel(
     beta_z = tl.load(beta_z_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     d_wo = tl.zeros([BN, BH], tl.float32)
     d_wg = tl.zeros([BN, BC], tl.float32)
-    d_gamma = tl.zeros([BH, SHARE_ROWS], tl.float32)
-    d_beta = tl.zeros([BH, SHARE_ROWS], tl.float32)
+    d_gamma = tl.zeros([BH], tl.float32)
+    d_beta = tl.zeros([BH], tl.float32)
     for step in tl.range(0, group, num_stages=STAGES):
         start = (tl.program_id(0) * group + step) * BM
         p = start + tl.arange(0, BM)
@@ -222,12 +193,12 @@ def output_gradient_kernel(
         columns = h.to(tl.int64)[:, None] * area + p[None, :]
         square = (p < area)[None, :] & (h < H)[:, None]
         x = tl.load(x_ptr + columns, mask=square, other=0.0)
-        mean, rstd = column_moments(x.to(tl.float32), h, eps, H)
-        normal = standardised_columns(x.to(tl.float32), mean, rstd, h, H)
+        mean, rstd = column_moments(x, h, eps, H)
+        normal = standardised_columns(x, mean, rstd, h, H)
         nx = (normal * gamma_x[:, None] + beta_x[:, None]).to(dtype)
-        z = tl.load(z_ptr + source[:, None] + c[None, :], mask=real, other=0.0).to(tl.float32)
-        mean_z, rstd_z = row_moments(z, c, eps, C, False)
-        nz = (standardised(z, mean_z, rstd_z, c, C) * gamma_z[None, :] + beta_z[None, :]).to(dtype)
+        z = tl.load(z_ptr + source[:, None] + c[None, :], mask=real, other=0.0)
+        rstd_z, shift_z = row_statistics(z, c, eps, C)
+        nz = (standardised_rows(z, rstd_z, shift_z, c, C) * gamma_z[None, :] + beta_z[None, :]).to(dtype)
         gate = sigmoid(tl.dot(wg, tl.trans(nz)), FAST)
         linear = tl.dot(wo, nx)
         results = dy_ptr + dense[:, None] * C + t[None, :]
@@ -240,17 +211,17 @@ def output_gradient_kernel(
         dn = tl.dot(tl.trans(wg), d_gate)
         tl.store(dn_ptr + cells, tl.trans(dn.to(dn_ptr.dtype.element_ty)), mask=real)
         dnx = tl.dot(tl.trans(wo), d_linear)
-        normal = standardised_columns(x.to(tl.float32), mean, rstd, h, H)
-        d_beta += some_columns(dnx, SHARE_ROWS)
-        d_gamma += some_columns(dnx * normal, SHARE_ROWS)
+        normal = standardised_columns(x, mean, rstd, h, H)
+        d_beta += tl.sum(dnx, 1)
+        d_gamma += tl.sum(dnx * normal, 1)
         dnx *= gamma_x[:, None]
         first = tl.sum(dnx, 0) / H
         second = tl.sum(dnx * normal, 0) / H
         dx = (dnx - first[None, :] - normal * second[None, :]) * rstd[None, :]
         tl.store(dx_ptr + columns, dx.to(dx_ptr.dtype.element_ty), mask=square)
     share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * H
-    tl.store(share_ptr + h, tl.sum(d_gamma, 1), mask=h < H)
-    tl.store(share_ptr + H + h, tl.sum(d_beta, 1), mask=h < H)
+    tl.store(share_ptr + h, d_gamma, mask=h < H)
+    tl.store(share_ptr + H + h, d_beta, mask=h < H)
     place = partial_ptr + tl.program_id(0).to(tl.int64) * C * (H + C)
     own = (t < C)[:, None]
     tl.store(place + t[:, None] * H + h[None, :], d_wo, mask=own & (h < H)[None, :])
