@@ -11,8 +11,8 @@ from optimized.ops.layer_norm_linear import launch as linear
 from optimized.ops.offline import KernelCase
 from optimized.ops.transition import kernels as transition_kernels
 from optimized.ops.transition import launch as transition
+from optimized.ops.triangle_multiplication import folded, gradients, output, project
 from optimized.ops.triangle_multiplication import launch as triangle
-from optimized.ops.triangle_multiplication import output, project
 from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -23,7 +23,13 @@ TRIANGLE = {
     "output": output.forward_kernel,
     "output_backward": output.backward_kernel,
     "output_weight": outer_products.products_kernel,
+    "project_folded": folded.project_kernel,
+    "output_folded": folded.output_kernel,
+    "input_gradient": gradients.input_gradient_kernel,
+    "output_gradient": gradients.output_gradient_kernel,
 }
+HALF_ONLY = ("project_folded", "output_folded", "input_gradient", "output_gradient")
+HOPPER_ONLY = ("output_gradient",)
 
 
 def make_case(
@@ -64,8 +70,8 @@ def make_case(
     )
 
 
-def cases() -> list[KernelCase]:
-    """The kernels of the fused operators with their default configurations, at the AF3 widths."""
+def cases(arch: str) -> list[KernelCase]:
+    """The kernels of the fused operators that `arch` launches with their default configurations, at the AF3 widths."""
     import torch
 
     found: list[KernelCase] = []
@@ -74,6 +80,9 @@ def cases() -> list[KernelCase]:
         (parameters.fold_kernel, parameters.FOLD),
     ):
         found.append(make_case(f"parameters.bf16.{kernel.__name__}", kernel, config, "bf16", {}))
+    sizes = {"C": 128, "H": 128, "BLOCK": 128, "FAST": False, "PLAIN": True}
+    name = "parameters.bf16.fold_weights"
+    found.append(make_case(name, folded.fold_weights_kernel, triangle.FOLD_WEIGHTS, "bf16", sizes))
     for short, full in DTYPES.items():
         dtype = getattr(torch, full)
         for c, h in ((64, 128), (64, 256), (128, 512), (384, 1536)):
@@ -87,8 +96,10 @@ def cases() -> list[KernelCase]:
                 found.append(make_case(f"transition.{short}.{c}x{h}.{kernel}", fn, config, short, sizes))
         for c in (64, 128):
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
-            sizes |= {"G": c, "N0": c, "N1": c}
+            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False}
             for kernel, fn in TRIANGLE.items():
+                if (kernel in HALF_ONLY and short == "fp32") or (kernel in HOPPER_ONLY and arch != "sm_90"):
+                    continue
                 config = triangle.default(f"triangle_multiplication.{kernel}", c, dtype)
                 found.append(
                     make_case(f"triangle_multiplication.{short}.{c}.{kernel}", fn, config, short, sizes)

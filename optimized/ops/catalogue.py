@@ -24,7 +24,7 @@ def _as_launched(case: KernelCase, arch: str) -> KernelCase:
 
 SOURCES: tuple[Callable[[str], list[KernelCase]], ...] = (
     attention.cases,
-    lambda arch: [_as_launched(case, arch) for case in fused.cases()],
+    lambda arch: [_as_launched(case, arch) for case in fused.cases(arch)],
     lambda arch: [_as_launched(case, arch) for case in update_cases.cases(arch)],
 )
 """What gives the cases of an architecture with the default configurations of the source."""

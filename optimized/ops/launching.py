@@ -54,14 +54,28 @@ def grouped(steps: int) -> tuple[int, int]:
     return ceil_div(steps, group), group
 
 
+def spread(steps: int, columns: int, per_processor: int, device: torch.device) -> tuple[int, int]:
+    """As `grouped`, for kernels that keep weights on the chip: programs that fill the device some few times.
+
+    `columns`: how many programs take the same tiles. `per_processor`: programs of all columns for each processor.
+    """
+    group = ceil_div(steps, max(1, per_processor * processors(device) // columns))
+    return ceil_div(steps, group), group
+
+
 @cache
 def fast_sigmoid(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the sigmoid may use the hardware's tanh, whose error of 2⁻¹¹ is lost in bf16's 2⁻⁹."""
     return dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None
 
 
-# Kernels whose every product has BN rows: the tile's BM positions are what they sum over.
-SUMMING = ("triangle_multiplication.output_weight", "layer_norm_linear.weight_gradient")
+# Kernels whose products have BN rows, or twice as many: the tile's BM positions are their columns or summed over.
+SUMMING = (
+    "triangle_multiplication.output_weight",
+    "triangle_multiplication.output_gradient",
+    "triangle_multiplication.project_folded",
+    "layer_norm_linear.weight_gradient",
+)
 
 
 def checked(config: Config, kernel: str = "") -> Config:

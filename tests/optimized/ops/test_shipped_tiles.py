@@ -13,7 +13,14 @@ from optimized.ops.layer_norm_linear import layer_norm_linear
 from optimized.ops.transition import kernels as transition_kernels
 from optimized.ops.transition import launch as transition_launch
 from optimized.ops.transition import transition
-from optimized.ops.triangle_multiplication import TriangleWeights, output, project, triangle_multiplication
+from optimized.ops.triangle_multiplication import (
+    TriangleWeights,
+    folded,
+    gradients,
+    output,
+    project,
+    triangle_multiplication,
+)
 from optimized.ops.triangle_multiplication import launch as triangle
 
 C = 128
@@ -28,6 +35,10 @@ KERNELS = (
         output.forward_kernel: "triangle_multiplication.output",
         output.backward_kernel: "triangle_multiplication.output_backward",
         outer_products.products_kernel: "triangle_multiplication.output_weight",
+        folded.project_kernel: "triangle_multiplication.project_folded",
+        folded.output_kernel: "triangle_multiplication.output_folded",
+        gradients.input_gradient_kernel: "triangle_multiplication.input_gradient",
+        gradients.output_gradient_kernel: "triangle_multiplication.output_gradient",
     }
 )
 
@@ -38,7 +49,8 @@ def launched(monkeypatch, tmp_path):
     seen = {}
 
     def record(kernel, grid, config, arguments, **sizes):
-        seen.setdefault(KERNELS[kernel], []).append(config)
+        if kernel is not folded.fold_weights_kernel:  # the same everywhere
+            seen.setdefault(KERNELS[kernel], []).append(config)
 
     monkeypatch.setenv("MEGAFOLD_BENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "device_name", lambda device: "nvidia-h200")
@@ -57,13 +69,15 @@ def both_passes(fn, shapes, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_operators_launch_the_shipped_tiles(launched, dtype):
+def test_operators_launch_the_shipped_tiles(launched, monkeypatch, dtype):
     square = (C, C)
     both_passes(transition, [(C,), (C,), (4 * C, C), (4 * C, C), (C, 4 * C)], dtype)
     triangle_shapes = [(C,), (C,), *[square] * 4, (C,), (C,), square, square]
-    both_passes(
-        lambda z, *w: triangle_multiplication(z, TriangleWeights(*w), True, None), triangle_shapes, dtype
-    )
+    for forms in (triangle.Forms(), triangle.Forms(False, False, False)):
+        monkeypatch.setattr(triangle, "FORMS", forms)
+        both_passes(
+            lambda z, *w: triangle_multiplication(z, TriangleWeights(*w), True, None), triangle_shapes, dtype
+        )
     both_passes(
         lambda x, *p: layer_norm_linear(x, p[0], p[1], list(p[2:])), [(C,), (C,), *[square] * 4], dtype
     )

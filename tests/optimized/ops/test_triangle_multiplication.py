@@ -9,6 +9,7 @@ from optimized.ops.triangle_multiplication import (
     triangle_multiplication,
     triangle_multiplication_reference,
 )
+from optimized.ops.triangle_multiplication import launch as launches
 
 BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
 
@@ -53,6 +54,51 @@ def test_errors_against_fp64(outgoing, tokens, channels, hidden, dtype, paramete
     tensors, grads, mask = problem(tokens, channels, hidden, dtype, parameter_dtype, masked)
     assert supported(tensors[0], TriangleWeights(*tensors[1:]), mask).ok
     check_against_definition(*pair(outgoing, mask), tensors, grads)
+
+
+FORMS = [
+    launches.Forms(False, False, False),
+    launches.Forms(True, False, False),
+    launches.Forms(False, True, False),
+    launches.Forms(False, False, True),
+]
+
+
+@pytest.mark.parametrize("forms", FORMS)
+def test_every_form_of_the_kernels(monkeypatch, forms):
+    monkeypatch.setattr(launches, "FORMS", forms)
+    tensors, grads, mask = problem(17, 24, 32, BF, FULL, True)
+    check_against_definition(*pair(True, mask), tensors, grads)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_tiles_that_lie_in_one_row_each(masked):
+    """At a multiple of the tile's positions nothing is divided, compared or masked position by position."""
+    tensors, grads, mask = problem(64, 16, 16, BF, FULL, masked)
+    check_against_definition(*pair(True, mask), tensors, grads)
+
+
+@pytest.mark.parametrize("dtype", [BF, HALF])
+def test_means_larger_than_the_deviation_cost_no_accuracy(dtype):
+    """The raw input is multiplied before its mean is taken off the product."""
+    tensors, grads, mask = problem(18, 32, 16, dtype, FULL, True)
+    tensors[0] = (torch.randn(18, 18, 32) + 3.0).to(dtype)
+    check_against_definition(*pair(False, mask), tensors, grads)
+
+
+def test_inputs_in_another_dtype_than_the_products():
+    """Under autocast the input is normalised before it is rounded: no form multiplies it as it is."""
+    tensors, _, mask = problem(9, 16, 16, FULL, FULL, True)
+    assert not launches.folds(tensors[0], BF)
+    weights = TriangleWeights(*tensors[1:])
+    with torch.autocast("cpu", BF):
+        y = triangle_multiplication(tensors[0], weights, True, mask)
+    exact = triangle_multiplication_reference(tensors[0].double(), weights64(weights), True, mask)
+    assert y.dtype == BF and ((y.double() - exact).norm() / exact.norm()).item() < 0.02
+
+
+def weights64(weights):
+    return TriangleWeights(*(w.double() for w in weights))
 
 
 def test_gradients_repeat_bit_for_bit():
