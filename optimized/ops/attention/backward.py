@@ -40,9 +40,14 @@ from optimized.ops.attention.forward import (
     token,
 )
 from optimized.ops.attention.packing import (
+    column_position,
+    kept,
+    load_bits,
+    load_columns,
     load_packed,
     packed_pointers,
     plain_order,
+    spread,
     store_packed,
     unpacked,
     value_pointers,
@@ -71,7 +76,8 @@ def statistics_kernel(
     O, G, LSE, DLSE, LSE2, DELTA, R, H, LQ, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = -lse in the units of `powers`; both fp32.
+    """DELTA = sum over d of o * do, less the gradient of lse; LSE2 = -lse in the units of `powers`; both fp32, in
+    the order of `column_position`.
 
     Padded queries and rows without keys get LSE2 = -inf, so that their probabilities vanish without a test. (It is
     added, not subtracted: the compiler negates what it loads as vectors by an instruction of its own.)
@@ -95,7 +101,7 @@ def statistics_kernel(
     lse = tl.load(LSE + source, mask=qi < LQ, other=float("-inf"))
     if HAS_DLSE:
         delta -= tl.load(DLSE + source, mask=qi < LQ, other=0.0)
-    target = statistics_row(b, row, h, R, H, LQ, TILE) + qi
+    target = statistics_row(b, row, h, R, H, LQ, TILE) + column_position(qi)
     tl.store(LSE2 + target, tl.where(lse == float("-inf"), lse, -lse if EXACT else lse * -LOG2E))
     tl.store(DELTA + target, delta)
 
@@ -154,34 +160,47 @@ def grad_kv_kernel(
         stats = stats + (statistics_row(b, row, h, R, H, LQ, TILE),)
 
     raw = load_packed(pointers, 0, BQ)
+    raw_lses = ()
+    raw_deltas = ()
+    for i in tl.static_range(ROWS):
+        raw_lses = raw_lses + (load_columns(LSE2 + stats[i], 0, BK, BQ),)
+        raw_deltas = raw_deltas + (load_columns(DELTA + stats[i], 0, BK, BQ),)
     for q0 in tl.range(0, LQ, BQ, num_stages=STAGES):
         inside = (q0 + tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
         bias = in_units(unpacked(raw, BK, BQ, TYPE), EXACT)
         ahead = tl.minimum(q0 // BQ + 1, q_blocks // (BQ // 16) - 1)
-        raw = load_packed(pointers, ahead, BQ)
+        new_lses = ()
+        new_deltas = ()
         new_dks = ()
         new_qbs = ()
         new_gbs = ()
         new_dvs = ()
         for i in tl.static_range(ROWS):
-            lse = tl.load(LSE2 + stats[i] + q0 + tl.arange(0, BQ))[None, :]
-            delta = tl.load(DELTA + stats[i] + q0 + tl.arange(0, BQ))[None, :]
-            added = bias if EXACT else bias + lse
+            lse = spread(raw_lses[i], BK, BQ)
+            delta = spread(raw_deltas[i], BK, BQ)
             q = tl.load(qbs[i] + q_offsets, mask=inside, other=0.0)
             g = tl.load(gbs[i] + g_offsets, mask=inside, other=0.0)
             new_qbs = new_qbs + (token(qbs[i], BQ, q_l),)
             new_gbs = new_gbs + (token(gbs[i], BQ, g_l),)
             s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION)
             dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
-            s = s * unit_scale + added
-            p = powers(s + lse if EXACT else s, EXACT)
+            if EXACT:
+                p = powers(s * unit_scale + bias + lse, True)
+            else:
+                p = powers(s * unit_scale + (bias + lse), False)
             new_dvs = new_dvs + (multiply_add(p.to(g.dtype), g, dvs[i], PRECISION),)
             ds = p * (dp - delta)
             new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION),)
+            # Not before: their registers are those of the values in use.
+            new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
+            new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
+        raw = load_packed(pointers, ahead, BQ)  # not before: its registers are those of the bias in use
         dks = new_dks
         qbs = new_qbs
         gbs = new_gbs
         dvs = new_dvs
+        raw_lses = new_lses
+        raw_deltas = new_deltas
 
     for i in tl.static_range(ROWS):
         row = first + i
@@ -190,7 +209,7 @@ def grad_kv_kernel(
         dk = dks[i] * scale
         dv = dvs[i]  # type: ignore
         if HAS_MASK:
-            keep = tl.load(MASK + mask_at + ki) == 0.0
+            keep = tl.load(MASK + mask_at + column_position(ki)) == 0.0
             dk = tl.where(keep[:, None], dk, 0.0)
             dv = tl.where(keep[:, None], dv, 0.0)
         dk_base = token(head_of(DK, b, row, h, dk_b, dk_r, dk_h), k0, dk_l)
@@ -201,12 +220,12 @@ def grad_kv_kernel(
 
 @triton.jit(
     repr=profiled_as("attention_grad_q"),
-    do_not_specialize=[*COMMON, "mask_b", "mask_r", "start", "groups", *strides_of("dq")],
+    do_not_specialize=[*COMMON, "start", "groups", *strides_of("dq")],
 )
 def grad_q_kernel(
-    Q, K, V, G, BIAS, MASK, LSE2, DELTA, DQ, PLANES, R, H, LQ, LK, start, groups,
+    Q, K, V, G, BIAS, BITS, LSE2, DELTA, DQ, PLANES, R, H, LQ, LK, start, groups,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l,
-    mask_b, mask_r, scale, unit_scale,
+    scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, SUMS: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -242,14 +261,14 @@ def grad_q_kernel(
     dqs = ()
     kbs = ()
     vbs = ()
-    masks_at = ()
+    bits_at = ()
     for i in tl.static_range(ROWS):
         row = tl.minimum(first + i, R - 1)
         qb = token(head_of(Q, b, row, h, q_b, q_r, q_h), q0, q_l)
         gb = token(head_of(G, b, row, h, g_b, g_r, g_h), q0, g_l)
         qs = qs + (tl.load(qb + tile_offsets(q_l, d, BQ), mask=q_mask, other=0.0),)
         gs = gs + (tl.load(gb + tile_offsets(g_l, d, BQ), mask=q_mask, other=0.0),)
-        stats = statistics_row(b, row, h, R, H, LQ, TILE) + qi
+        stats = statistics_row(b, row, h, R, H, LQ, TILE) + column_position(qi)
         lse = tl.load(LSE2 + stats)
         # A row past the last is the last again, for the loads' sake: without probabilities it adds nothing.
         lses = lses + (tl.where(first + i < R, lse, float("-inf")) if SUMS else lse,)
@@ -257,14 +276,17 @@ def grad_q_kernel(
         dqs = dqs + (tl.zeros((BQ, BLOCK_D), tl.float32),)
         kbs = kbs + (head_of(K, b, row, h, k_b, k_r, k_h),)
         vbs = vbs + (head_of(V, b, row, h, v_b, v_r, v_h),)
-        masks_at = masks_at + ((b * mask_b + row * mask_r) * 8,)
+        bits_at = bits_at + ((b * R + row) * (k_blocks if HAS_MASK else 0),)
 
     raw = load_packed(pointers, 0, BK)
+    bits = ()
+    for i in tl.static_range(ROWS):
+        bits = bits + (load_bits(BITS + bits_at[i], 0, BK) if HAS_MASK else 0,)
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
         inside = (k0 + tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
         bias = in_units(unpacked(raw, BQ, BK, TYPE), EXACT)
         ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
-        raw = load_packed(pointers, ahead, BK)
+        new_bits = ()
         new_kbs = ()
         new_vbs = ()
         new_dqs = ()
@@ -274,23 +296,29 @@ def grad_q_kernel(
             v = tl.load(vbs[i] + v_offsets, mask=inside, other=0.0)
             new_kbs = new_kbs + (token(kbs[i], BK, k_l),)
             new_vbs = new_vbs + (token(vbs[i], BK, v_l),)
-            added = bias
-            if HAS_MASK:
-                added += tl.load(MASK + masks_at[i] + k0 + tl.arange(0, BK))[None, :]
-            if not EXACT:
-                added += lses[i][:, None]
             s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
-            s = s * unit_scale + added
-            ds = powers(s + lses[i][:, None] if EXACT else s, EXACT) * (dp - deltas[i][:, None])
+            s = (
+                s * unit_scale + bias + lses[i][:, None]
+                if EXACT
+                else s * unit_scale + (bias + lses[i][:, None])
+            )
+            if HAS_MASK:
+                s = tl.where(kept(bits[i], BK)[None, :], s, float("-inf"))
+                new_bits = new_bits + (load_bits(BITS + bits_at[i], ahead * BK, BK),)
+            else:
+                new_bits = new_bits + (0,)
+            ds = powers(s, EXACT) * (dp - deltas[i][:, None])
             if SUMS:
                 total = ds if i == 0 else total + ds
             new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION),)
+        raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
         if SUMS:
             store_packed(targets, k0 // BK, total, BQ, BK)
         dqs = new_dqs
         kbs = new_kbs
         vbs = new_vbs
+        bits = new_bits
 
     for i in tl.static_range(ROWS):
         row = first + i
@@ -341,19 +369,21 @@ def grad_bias_kernel(
     v_base = token(head_of(V, b, 0, h, v_b, v_r, v_h), k0, v_l)
     g_base = token(head_of(G, b, 0, h, g_b, g_r, g_h), q0, g_l)
     mask_head = MASK + b * mask_b * 8 + k0
+    raw_mask = load_columns(mask_head, tl.minimum(begin, R - 1) * (mask_r * 8), BQ, BK) if HAS_MASK else 0
     for row in tl.range(begin, end, num_stages=STAGES):
         q = tl.load(token(q_base, row, q_r) + q_offsets, mask=q_mask, other=0.0)
         k = tl.load(token(k_base, row, k_r) + k_offsets, mask=k_mask, other=0.0)
         v = tl.load(token(v_base, row, v_r) + v_offsets, mask=k_mask, other=0.0)
         g = tl.load(token(g_base, row, g_r) + g_offsets, mask=q_mask, other=0.0)
         stats = statistics_row(b, row, h, R, H, LQ, TILE)
-        lse = tl.load(LSE2 + stats + qi)
-        delta = tl.load(DELTA + stats + qi)
+        lse = tl.load(LSE2 + stats + column_position(qi))
+        delta = tl.load(DELTA + stats + column_position(qi))
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         s = s * unit_scale + bias + lse[:, None] if EXACT else s * unit_scale + (bias + lse[:, None])
         if HAS_MASK:
-            s += tl.load(mask_head + row * (mask_r * 8) + tl.arange(0, BK))[None, :]
+            s += spread(raw_mask, BQ, BK)
+            raw_mask = load_columns(mask_head, tl.minimum(row + 1, R - 1) * (mask_r * 8), BQ, BK)
         total += powers(s, EXACT) * (dp - delta[:, None])
 
     plane = DBIAS + (((split * batches + b) * H + h) * LQ + q0) * LK

@@ -28,6 +28,8 @@ def signature_of(kernel: Any, dtype: str, bias_dtype: str, constants: dict[str, 
             types[name] = f"*{bias_dtype}"
         elif name == "KEEP":
             types[name] = "*u8"
+        elif name == "BITS":
+            types[name] = "*i16"
         elif name == "PARTS" or name in FP32:
             types[name] = "*fp32"
         elif name.isupper() and name not in forward.LENGTHS:

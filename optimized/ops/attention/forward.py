@@ -21,7 +21,7 @@ and the bias once per L2 lifetime; from L2 per score 2e*D/BQ (keys and values) +
 import triton
 import triton.language as tl
 
-from optimized.ops.attention.packing import load_packed, packed_pointers, unpacked
+from optimized.ops.attention.packing import load_columns, load_packed, packed_pointers, spread, unpacked
 from optimized.ops.exponential import exact_exp
 from optimized.ops.names import profiled_as
 
@@ -117,7 +117,7 @@ def _online_row(
         v = tl.load(token(vb, k0, v_l) + v_offsets, mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * unit_scale + bias
         if HAS_MASK:
-            s += tl.load(MASK + mask_at + ki)[None, :]
+            s += spread(load_columns(MASK + mask_at, k0, BQ, BK), BQ, BK)
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = powers(s - shift[:, None], EXACT)
@@ -196,11 +196,14 @@ def forward_kernel(
         k_at = kbs
         v_at = vbs
         raw = load_packed(pointers, 0, BK)
+        raw_masks = ()
+        for i in tl.static_range(ROWS):
+            raw_masks = raw_masks + (load_columns(MASK + masks_at[i], 0, BQ, BK) if HAS_MASK else 0,)
         for k0 in tl.range(0, LK, BK, num_stages=STAGES):
             inside = (k0 + tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
             bias = in_units(unpacked(raw, BQ, BK, TYPE), EXACT)
             ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
-            raw = load_packed(pointers, ahead, BK)
+            new_masks = ()
             new_k_at = ()
             new_v_at = ()
             new_accs = ()
@@ -210,17 +213,23 @@ def forward_kernel(
                 v = tl.load(v_at[i] + v_offsets, mask=inside, other=0.0)
                 new_k_at = new_k_at + (token(k_at[i], BK, k_l),)
                 new_v_at = new_v_at + (token(v_at[i], BK, v_l),)
-                added = bias
-                if HAS_MASK:
-                    added += tl.load(MASK + masks_at[i] + k0 + tl.arange(0, BK))[None, :]
                 s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
-                p = powers(s * unit_scale + added, EXACT)
+                if HAS_MASK:
+                    s = s * unit_scale + (bias + spread(raw_masks[i], BQ, BK))
+                else:
+                    s = s * unit_scale + bias
+                p = powers(s, EXACT)
                 new_totals = new_totals + (totals[i] + row_sums(p, BQ, BK),)
                 new_accs = new_accs + (multiply_add(p.to(v.dtype), v, accs[i], PRECISION),)
+                new_masks = new_masks + (
+                    load_columns(MASK + masks_at[i], ahead * BK, BQ, BK) if HAS_MASK else 0,
+                )
+            raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
             accs = new_accs
             totals = new_totals
             k_at = new_k_at
             v_at = new_v_at
+            raw_masks = new_masks
 
     for i in tl.static_range(ROWS):
         row = first + i

@@ -140,7 +140,8 @@ def vector_width(bias: Tensor) -> int:
 @dataclass(frozen=True)
 class Call:
     """Inputs in kernel form: q, k, v [B, R, H, L, D] aligned; the bias packed, [q, k] and, where asked for, [k, q];
-    the additive mask [B, R, K padded to TILE] fp32, or q where there is none."""
+    the additive mask [B, R, K padded to TILE] fp32, or q where there is none; for the backward pass also its bits
+    [B, R, K padded to TILE / 16] int16."""
 
     q: Tensor
     k: Tensor
@@ -148,6 +149,7 @@ class Call:
     bias: Tensor
     flipped: Tensor
     mask: Tensor
+    bits: Tensor
     scale: float
     precision: str
 
@@ -203,22 +205,24 @@ def make_call(
         (2 if backward else 1, batch, heads, padded_q * padded_k), dtype=bias.dtype, device=q.device
     )
     packs = batch * heads * (padded_q // PACK) * (padded_k // PACK)
-    additive, keep, lines = q, q, 0
+    additive, bits, keep, lines = q, q, q, 0
     keep_strides: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         keep = mask.view(torch.uint8)
         keep_strides = keep.stride()
         additive = torch.empty((batch, rows, padded_k), dtype=torch.float32, device=q.device)
+        if backward:
+            bits = torch.empty((batch, rows, padded_k // 16), dtype=torch.int16, device=q.device)
         lines = batch * rows * ceil_div(padded_k, MASK_KEYS)
     arguments = (
-        bias, packed[0], packed[-1], keep, additive, lq, lk, heads,
+        bias, packed[0], packed[-1], keep, additive, bits, lq, lk, heads,
         bias.stride(0), bias.stride(2), bias.stride(3), bias.stride(4), packs, rows, *keep_strides,
     )  # fmt: skip
     launch(
         prepare_kernel, (packs + lines, 1, 1), FOUR_WARPS, arguments,
         BOTH=backward, HAS_MASK=mask is not None, TILE=TILE, P=PACK, VECTOR=vector_width(bias), KEYS=MASK_KEYS,
     )  # fmt: skip
-    return Call(q, k, v, packed[0], packed[-1], additive, scale, precision)
+    return Call(q, k, v, packed[0], packed[-1], additive, bits, scale, precision)
 
 
 def programs(call: Call, length: int, tile: int, config: Config) -> tuple[int, int, int]:
@@ -297,9 +301,9 @@ def launch_grad_q(
     for start in range(0, rows, groups * tile):
         some = min(groups, ceil_div(rows - start, tile))
         arguments = (
-            call.q, call.k, call.v, do, call.bias, call.mask, lse2, delta, dq, planes, *call.sizes, start, some,
+            call.q, call.k, call.v, do, call.bias, call.bits, lse2, delta, dq, planes, *call.sizes, start, some,
             *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dq),
-            *call.mask_strides, call.scale, call.unit_scale,
+            call.scale, call.unit_scale,
         )  # fmt: skip
         grid = (programs_a_group * some, 1, 1)
         launch(grad_q_kernel, grid, config, arguments, **call.constants, SUMS=dbias is not None)

@@ -11,11 +11,11 @@ x counts queries and y keys, or the reverse for the kernel that builds transpose
 pattern of NVIDIA's `mma` and `wgmma`; elsewhere the result is the same and the compiler adds a conversion. Both
 axes are padded to TILE; padded keys hold -inf, so that no kernel has to test for the end of the keys.
 
-The kernels fetch it one step ahead into registers: led through shared memory by the compiler's pipeline, it would take
-more of its bandwidth than everything else. Vectors along y that are added to every row of a tile (the key mask, and
-log-sum-exp and delta where scores are transposed) are small, and go that way. In registers they would be waited for
-together with the bias, since the compiler has few counters of outstanding loads: on an H200 that was a fifth of the
-forward kernel's time.
+Vectors along y that are added to every row of a tile (the key mask, and log-sum-exp and delta where scores are
+transposed) are permuted in the same spirit, `column_position`: a lane reads the four values of 16 columns that it
+needs as one 16-byte vector. Left in plain order the compiler fetches them one by one.
+The kernels fetch both one step ahead into registers: led through shared memory by the compiler's pipeline, they
+would take more of its bandwidth than everything else.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202, RUF005 (Triton compiles these functions: an annotation would mean a constant)
@@ -111,6 +111,58 @@ def plain_order(x, BY: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def column_position(y):
+    """Where element y of a vector along columns is stored."""
+    return y // 16 * 16 + y // 2 % 4 * 4 + y // 8 % 2 * 2 + y % 2
+
+
+@triton.jit
+def load_columns(base, y0, BX: tl.constexpr, BY: tl.constexpr):
+    """Columns y0 to y0 + BY of a permuted fp32 vector, for every lane and row block: BY/16 blocks [BX/16, 128]."""
+    at = tl.zeros((BX // 16, 1), tl.int32) + (tl.arange(0, 128) % 16)[None, :]
+    blocks = ()
+    for j in tl.static_range(BY // 16):
+        blocks = blocks + (tl.load(base + y0 + j * 16 + at),)
+    return blocks
+
+
+@triton.jit
+def spread(blocks, BX: tl.constexpr, BY: tl.constexpr):
+    """What `load_columns` read, as [BX, BY]: every row the same."""
+    x = tl.reshape(_side_by_side(blocks), (BX // 16, BY // 16, 8, 4, 1, 2, 2))
+    x = tl.broadcast_to(x, (BX // 16, BY // 16, 8, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(x, (0, 4, 2, 1, 5, 3, 6)), (BX, BY))
+
+
+@triton.jit
+def load_bits(base, y0, BY: tl.constexpr):
+    """Bits of the keys y0 to y0 + BY of one row of BITS, in one integer or, for 128 of them, two."""
+    start = base + y0 // 16
+    if BY == 16:
+        words = (tl.load(start).to(tl.int32),)
+    elif BY == 32:
+        words = (tl.load(start.to(tl.pointer_type(tl.int32))),)
+    elif BY == 64:
+        words = (tl.load(start.to(tl.pointer_type(tl.int64))),)
+    else:
+        wide = start.to(tl.pointer_type(tl.int64))
+        words = (tl.load(wide), tl.load(wide + 1))
+    return words
+
+
+@triton.jit
+def kept(words, BY: tl.constexpr):
+    """What `load_bits` read as [BY] booleans. The shift that depends on the lane comes first: it is one for all columns."""
+    y = tl.arange(0, BY)
+    lane = y // 2 % 4 * 2
+    if BY == 128:
+        bits = (tl.where(y < 64, words[0], words[1]) >> lane) >> (y % 64 - lane)
+    else:
+        bits = (words[0] >> lane) >> (y - lane)
+    return bits & 1 != 0
+
+
+@triton.jit
 def _packed_order(tile, BX: tl.constexpr, BY: tl.constexpr, VECTOR: tl.constexpr):
     """A tile [BX, BY] as [BX/16, BY/16, 256] in packed order: the inverse of `unpacked`, for values of any dtype."""
     x = tl.reshape(tile, (BX // 16, 2, 8, BY // 16, 2, 4, 2))
@@ -196,13 +248,14 @@ def _store_square(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR:
     ],
 )
 def prepare_kernel(
-    BIAS, PACKED, FLIPPED, KEEP, MASK, LQ, LK, H, s_b, s_h, s_q, s_k, packs, R, keep_b, keep_r, keep_k,
+    BIAS, PACKED, FLIPPED, KEEP, MASK, BITS, LQ, LK, H, s_b, s_h, s_q, s_k, packs, R, keep_b, keep_r, keep_k,
     BOTH: tl.constexpr, HAS_MASK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, VECTOR: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Packs BIAS [B, H, LQ, LK] of any strides into PACKED (and, transposed, FLIPPED) and writes the additive mask.
 
     The first `packs` programs take one tile each; the others write MASK [B, R, LK padded to TILE] fp32, 0 for kept
-    keys and -inf for the rest, from KEEP bytes, KEYS at a time.
+    keys and -inf for the rest, from KEEP bytes, KEYS at a time; for BOTH passes also BITS [B, R, LK padded / 16] of
+    16 bits, bit y of word x set where key 16 x + y is kept.
     """
     pid = tl.program_id(0).to(tl.int64)
     q_tiles = tl.cdiv(LQ, TILE) * (TILE // P)
@@ -228,5 +281,9 @@ def prepare_kernel(
         keys = ((pid - packs) % chunks).to(tl.int32) * KEYS + tl.arange(0, KEYS)
         flags = KEEP + line // R * keep_b + line % R * keep_r + keys.to(tl.int64) * keep_k
         keep = tl.load(flags, mask=keys < LK, other=0) != 0
-        target = MASK + line * padded + keys
+        target = MASK + line * padded + column_position(keys)
         tl.store(target, tl.where(keep, 0.0, float("-inf")), mask=keys < padded)
+        if BOTH:
+            words = tl.sum(tl.reshape(keep.to(tl.int32), (KEYS // 16, 16)) << tl.arange(0, 16)[None, :], 1)
+            word = ((pid - packs) % chunks).to(tl.int32) * (KEYS // 16) + tl.arange(0, KEYS // 16)
+            tl.store(BITS + line * (padded // 16) + word, words.to(tl.int16), mask=word < padded // 16)

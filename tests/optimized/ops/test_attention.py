@@ -218,7 +218,7 @@ def test_planes_take_the_place_of_dk_and_dv(monkeypatch):
 
     def groups(rows, heads, length, dim):
         x = torch.empty((1, rows, heads, length, dim), device="meta")
-        call = launch.Call(x, x, x, x, x, x, 1.0, "ieee")
+        call = launch.Call(x, x, x, x, x, x, x, 1.0, "ieee")
         return launch.plane_groups(call, config)
 
     assert groups(768, 4, 768, 32) == 64
