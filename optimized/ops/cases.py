@@ -24,12 +24,10 @@ TRIANGLE = {
     "output_backward": output.backward_kernel,
     "output_weight": outer_products.products_kernel,
     "project_folded": folded.project_kernel,
-    "output_folded": folded.output_kernel,
     "input_gradient": gradients.input_gradient_kernel,
-    "output_gradient": gradients.output_gradient_kernel,
 }
-HALF_ONLY = ("project_folded", "output_folded", "input_gradient", "output_gradient")
-HOPPER_ONLY = ("output_gradient",)
+HALF_ONLY = ("project_folded", "input_gradient")
+FULL_ONLY = ("project_input",)
 
 
 def make_case(
@@ -80,7 +78,7 @@ def cases(arch: str) -> list[KernelCase]:
         (parameters.fold_kernel, parameters.FOLD),
     ):
         found.append(make_case(f"parameters.bf16.{kernel.__name__}", kernel, config, "bf16", {}))
-    sizes = {"C": 128, "H": 128, "BLOCK": 128, "FAST": False, "PLAIN": True}
+    sizes = {"C": 128, "H": 128, "BLOCK": 128, "FAST": False}
     name = "parameters.bf16.fold_weights"
     found.append(make_case(name, folded.fold_weights_kernel, triangle.FOLD_WEIGHTS, "bf16", sizes))
     for short, full in DTYPES.items():
@@ -98,7 +96,7 @@ def cases(arch: str) -> list[KernelCase]:
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
             sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False}
             for kernel, fn in TRIANGLE.items():
-                if (kernel in HALF_ONLY and short == "fp32") or (kernel in HOPPER_ONLY and arch != "sm_90"):
+                if kernel in (HALF_ONLY if short == "fp32" else FULL_ONLY):
                     continue
                 config = triangle.default(f"triangle_multiplication.{kernel}", c, dtype)
                 found.append(

@@ -3,9 +3,6 @@
 x is the contraction, `[h, P, P]` channel by channel with its padding zero. LN(x), LN(z) and the gate are
 recomputed wherever they are needed; nothing else is saved.
 
-Forward: for float32 and for inputs in another dtype than the products; `folded` has the kernel for the rest. Backward:
-where `gradients` has no single kernel, that is beyond 128 channels, in float32, and elsewhere than on Hopper.
-
 One GEMM unit is 2·N²·c·h FLOP: forward 2 units, backward 4, and 2 for the weight gradients (`products`).
 Bytes: forward reads x and z and writes y; backward reads x, z, dy and writes dx, the gate's dn and the four
 operands of the weight gradients, which read them once. Recomputing them took three times as long.

@@ -7,8 +7,8 @@ The four weights come as one matrix `[4h, c]`: a_p, b_p, a_g, b_g. Channel t of 
 σ(n·w[2h + t]) · (n·w[t]).
 
 One GEMM unit is 2·N²·c·h FLOP: forward 4 units, `input_gradient` 8, `weight_gradient` 8 (4 recomputed).
-The forward kernel is for float32 and for inputs in another dtype than the products (`folded` has the one for the rest);
-`gradients` has the input gradient in 16 bits.
+The forward kernel is for float32 and for inputs in another dtype than the products (`folded` has the one for the rest),
+the input gradient for float32 (`gradients` has the one for 16 bits).
 Bytes: forward reads z and writes 2 tensors of its size; input_gradient reads z, the two gradients and the
 gate's share of dn and writes dz and n; weight_gradient reads n and the two gradients.
 """
