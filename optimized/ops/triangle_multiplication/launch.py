@@ -11,6 +11,7 @@ from optimized.ops.launching import (
     ceil_div,
     chosen,
     fast_sigmoid,
+    fetching,
     grouped,
     processors,
     product_width,
@@ -204,7 +205,8 @@ def output_forward(
     programs, group = grouped(ceil_div(shape.tokens * shape.padded, config.constants["BM"]))
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, *norms, w, y, *shape.place(z), group, eps)
-    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
+    sizes = shape.blocks(w) | fetching(config, x.dtype, x.device)
+    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **sizes)
     return y
 
 
@@ -243,7 +245,8 @@ def output_backward(
     shares = torch.empty((programs, 2 * h), dtype=torch.float32, device=x.device)
     outs = (dx, dn, nx, nz, d_linear, d_gate, shares)
     arguments = (x, z, *norms, w, dy, *outs, *shape.place(z), group, eps)
-    launch(output.backward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
+    sizes = shape.blocks(w) | fetching(config, x.dtype, x.device)
+    launch(output.backward_kernel, (programs, 1, 1), config, arguments, **sizes)
     return OutputGradients(dx, dn, shares, ((d_linear, nx), (d_gate, nz)))
 
 
@@ -274,6 +277,7 @@ def input_gradient(
     pointers = (mask if mask is not None else z, grad, dn, dn, n, shares)
     arguments = (z, *norm, w, *pointers, *shape.place(z), group, eps)
     sizes = shape.inner(w) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0}
+    sizes |= fetching(config, w.dtype, w.device)
     launch(gradients.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dn, shares
 
