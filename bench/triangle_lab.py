@@ -1,6 +1,6 @@
-"""One GPU call for triangle multiplication: kernels in old and new form with several tiles, errors, whole operators.
+"""One GPU call for triangle multiplication: its kernels with some tiles, with and without prefetching, and errors.
 
-python bench/triangle_lab.py --out DIR                          (under 90 s on one H200)
+python bench/triangle_lab.py --out DIR                          (under 60 s on one H200)
 python bench/triangle_lab.py --ship DIR/triangle_lab.json       puts the fastest tiles into the package
 
 Processes compile everything beforehand without launching a kernel. One worker measures; a candidate that kills it is
@@ -34,69 +34,36 @@ from optimized.ops.tuning import Config
 
 FAMILY = "triangle_multiplication"
 LENGTHS = (384, 768)
-LIMIT = 88.0
+LIMIT = 58.0
 START = time.time()
-OLD, NEW = tm.Forms(False, False, False), tm.Forms()
-# A kernel's old forms first, then the new one: BM, BN, warps, depth of the pipeline.
-TILES: dict[str, list[tuple[int, int, int, int]]] = {
-    "project": [(64, 128, 4, 2)],
-    "project_folded": [
-        (64, 128, 4, 3),
-        (64, 128, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 4, 2),
-        (32, 128, 4, 3),
-        (32, 128, 4, 4),
-        (32, 64, 4, 3),
-        (128, 128, 8, 3),
-    ],
-    "output": [(64, 128, 4, 1)],
-    "output_folded": [
-        (64, 128, 4, 2),
-        (64, 128, 4, 1),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (128, 128, 8, 2),
-        (128, 64, 8, 2),
-    ],
-    "project_input": [(64, 32, 4, 3)],
-    "input_gradient": [
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 4, 1),
-        (64, 32, 4, 2),
-        (64, 32, 4, 3),
-        (128, 64, 8, 2),
-    ],
-    "output_backward": [(64, 128, 4, 1)],
+# BM, BN, warps, depth of the pipeline, and where the kernel can: whether it prefetches its next tile into L2.
+TILES: dict[str, list[tuple[int, ...]]] = {
+    "project_folded": [(64, 128, 4, 3)],
+    "output": [(64, 128, 4, 1, 0), (64, 128, 4, 1, 1)],
+    "output_backward": [(64, 128, 4, 1, 0), (64, 128, 4, 1, 1)],
     "output_weight": [(64, 64, 4, 3)],
-    "output_gradient": [(64, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 1), (32, 128, 8, 2), (32, 128, 8, 3)],
-    "project_weight": [(64, 64, 4, 3), (64, 64, 4, 4)],
+    "input_gradient": [(64, 64, 4, 2, 0), (64, 64, 4, 2, 1)],
+    "project_weight": [(64, 64, 4, 3)],
 }
-FORM_OF = {
-    "project_folded": tm.Forms(True, False, False),
-    "output_folded": tm.Forms(True, False, False),
-    "input_gradient": tm.Forms(False, True, False),
-    "output_gradient": tm.Forms(False, False, True),
+# GEMM units of 2·N²·c·c FLOP and passes over N²·c bf16 values.
+WORK = {
+    "project_folded": (4, 3),
+    "output": (2, 3),
+    "output_backward": (4, 9),
+    "output_weight": (2, 4),
+    "input_gradient": (8, 6),
+    "project_weight": (8, 3),
 }
-# GEMM units of 2·N²·c·c FLOP and passes over N²·c bf16 values of the kernels that are compared.
-COMPARED = {
-    ("project", "project_folded"): (4, 3),
-    ("output", "output_folded"): (2, 3),
-    ("project_input", "input_gradient"): (8, 6),
-    ("output_backward", "output_weight", "output_gradient"): (6, 5),
-    ("project_weight",): (8, 3),
-}
-Job = tuple[str, tuple[int, int, int, int]]
+Job = tuple[str, tuple[int, ...]]
 JOBS: list[Job] = [(kernel, t) for kernel, ts in TILES.items() for t in ts]
 
 
 def config_of(job: Job) -> Config:
     """The configuration of a candidate; ValueError where it breaks the rule of `checked`."""
     kernel, shape = job
-    config = tile(*shape)
-    if kernel == "project_weight":
-        config = Config(config.constants | {"TURNED": 1}, config.num_warps)
+    config = tile(*shape[:4])
+    more = {"TURNED": 1} if kernel == "project_weight" else dict(zip(("AHEAD",), shape[4:], strict=False))
+    config = Config(config.constants | more, config.num_warps)
     return checked(config, f"{FAMILY}.{kernel}")
 
 
@@ -115,7 +82,7 @@ class Bench:
         self.n = normal(area * C)
         self.norm = (w.norm_in_weight, w.norm_in_bias)
         self.norms = (w.norm_out_weight, w.norm_out_bias, *self.norm)
-        self.folded, self.packed = tm.fold_weights(w, BF, plain=True)
+        self.folded, self.packed = tm.fold_weights(w, BF)
         flat = self.dy.view(-1, C), self.dn.view(-1, C)
         self.pairs = (flat, flat)
 
@@ -126,15 +93,11 @@ class Bench:
         inner = (z, self.norm, w, None, self.grad, self.dn, self.n, s, EPS, config)
         outer = (x, z, self.norms, w, self.dy, s, EPS, config)
         calls: dict[str, Callable[[], object]] = {
-            "project": lambda: tm.project_forward(z, self.norm, w, None, s, EPS, config),
             "project_folded": lambda: tm.project_folded(z, self.folded, None, s, EPS, config),
             "output": lambda: tm.output_forward(x, z, self.norms, w, s, EPS, config),
-            "output_folded": lambda: tm.output_folded(x, z, self.folded, s, EPS, config),
-            "project_input": lambda: tm.project_input_gradient(*inner),
             "input_gradient": lambda: tm.input_gradient(*inner),
             "output_backward": lambda: tm.output_backward(*outer),
             "output_weight": lambda: tm.output_weight_gradient(self.pairs, s, config),
-            "output_gradient": lambda: tm.output_gradient(*outer),
             "project_weight": lambda: tm.project_weight_gradient(self.n, self.grad, w, s, config),
         }
         return calls[job[0]]
@@ -164,32 +127,27 @@ class Accuracy:
     def _distance(a: Tensor, b: Tensor) -> float:
         return ((a.double() - b).norm() / b.norm()).item()
 
-    def ratios(self, job: Job | None, forms: tm.Forms) -> list[float]:
+    def ratios(self, job: Job | None) -> list[float]:
         """The worst result's error over the definition's, per problem; `job` None: with the shipped tiles."""
         entries = {} if job is None else {f"{FAMILY}.{job[0]}/bfloat16/{C}": config_of(job)}
-        tm.FORMS = forms
         found = []
         with tuning.trying(entries):
             for ours, tensors, grad, exact, bound in self.problems:
                 values = self._passes(ours, tensors, grad, None)
                 own = [self._distance(a, x) for a, x in zip(values, exact, strict=True)]
                 found.append(max(o / b for o, b in zip(own, bound, strict=True)))
-        tm.FORMS = NEW
         return found
 
 
 def measured(first: int) -> Iterator[dict[str, Any]]:
-    """Whole operators in both forms (when `first` is 0), then every candidate from `first` on."""
+    """The whole operator (when `first` is 0), then every candidate from `first` on."""
     torch.backends.cuda.matmul.allow_tf32 = False
     accuracy = Accuracy()
     if first == 0:
-        for name, forms in (("old", OLD), ("new", NEW)):
-            yield {"whole": name, "ratios": accuracy.ratios(None, forms)}
-            tm.FORMS = forms
-            for n in (384, 450, 768, 1024, 2048):
-                yield {"whole": name, **whole("tm", n)}
-                torch.cuda.empty_cache()
-            tm.FORMS = NEW
+        yield {"whole": "shipped tiles", "ratios": accuracy.ratios(None)}
+        for n in (384, 450, 768, 1024):
+            yield {"whole": "shipped tiles", **whole("tm", n)}
+            torch.cuda.empty_cache()
     benches = {n: Bench(n) for n in LENGTHS}
     for index, job in enumerate(JOBS[first:], first):
         yield {"begin": index}
@@ -198,7 +156,7 @@ def measured(first: int) -> Iterator[dict[str, Any]]:
             row["ms"] = {
                 n: do_bench(b.call(job), warmup=8, rep=30, return_mode="median") for n, b in benches.items()
             }
-            row["ratios"] = accuracy.ratios(job, FORM_OF.get(job[0], OLD))
+            row["ratios"] = accuracy.ratios(job)
         except (OutOfResources, ValueError) as error:
             row["refused"] = str(error)
         yield row
@@ -213,11 +171,11 @@ def compile_share(index: int, count: int) -> None:
 
     JITFunction.run = only_compile
     accuracy, bench = Accuracy(), Bench(128)
-    runs: list[Callable[[], object]] = [lambda f=f: accuracy.ratios(None, f) for f in (OLD, NEW)]
+    runs: list[Callable[[], object]] = [lambda: accuracy.ratios(None)]
     runs += [lambda n=n: whole("tm", n, measure=False) for n in (128, 66)]
     for job in JOBS:
         runs.append(lambda job=job: bench.call(job)())
-        runs.append(lambda job=job: accuracy.ratios(job, FORM_OF.get(job[0], OLD)))
+        runs.append(lambda job=job: accuracy.ratios(job))
     for run in runs[index::count]:
         try:
             run()
@@ -289,12 +247,12 @@ def report(rows: list[dict[str, Any]]) -> None:
             )
     for row in (r for r in rows if "refused" in r):
         note(f"{row['kernel']} {row['tile']}: {row['refused'][:140]}")
-    for kernels, (units, passes) in COMPARED.items():
+    for kernel, (units, passes) in WORK.items():
         for n in LENGTHS:
             size = 2 * n**2 * C
             floor = max(units * size * C / 790e12, passes * size / 4.27e12) * 1e3
-            note(f"{' | '.join(kernels)} N={n}: floor {floor:.4f}")
-            own = [r for r in rows if r.get("kernel") in kernels and "ms" in r]
+            note(f"{kernel} N={n}: floor {floor:.4f}")
+            own = [r for r in rows if r.get("kernel") == kernel and "ms" in r]
             for row in sorted(own, key=lambda r: r["ms"][str(n)]):
                 ratios = "  ".join(f"{r:.2f}" for r in row.get("ratios", []))
                 note(
@@ -303,11 +261,11 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def ship(results: Path) -> None:
-    """Put the fastest tile of every new kernel (shares of the best time at both lengths) into the shipped file."""
+    """Put the fastest tile of every kernel (shares of the best time at both lengths) into the shipped file."""
     file = tuning.SHIPPED / "nvidia-h200.json"
     entries = tuning.read_configs(file)
     rows = [r for r in json.loads(results.read_text()) if "ms" in r and max(r["ratios"]) < 1.1]
-    for kernel in FORM_OF:
+    for kernel in TILES:
         own = [r for r in rows if r["kernel"] == kernel]
         if not own:
             continue

@@ -50,9 +50,7 @@ ACCEPTED = (
     Accepted("sm_90", "transition.*16.384x1536.weight_gradient", 128, _WIDE),
     Accepted("sm_90", "transition.*16.128x512.weight_gradient*", 32, _WAITING),
     Accepted("sm_90", "triangle_multiplication.*16.128.output_backward*", 416, _FASTEST),
-    Accepted("sm_90", "triangle_multiplication.*16.128.output_folded*", 192, _CARRIED),
     Accepted("sm_90", "triangle_multiplication.*16.128.input_gradient*", 264, _CARRIED),
-    Accepted("sm_90", "triangle_multiplication.*16.*output_gradient*", 656, _CARRIED),
     Accepted("sm_90", "layer_norm_linear.*16.128.input_gradient*", 232, _FASTEST),
     Accepted("sm_90", "triangle_multiplication.fp32.128.project_weight", 24, _FP32),
 )

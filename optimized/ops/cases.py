@@ -24,12 +24,10 @@ TRIANGLE = {
     "output_backward": output.backward_kernel,
     "output_weight": outer_products.products_kernel,
     "project_folded": folded.project_kernel,
-    "output_folded": folded.output_kernel,
     "input_gradient": gradients.input_gradient_kernel,
-    "output_gradient": gradients.output_gradient_kernel,
 }
-HALF_ONLY = ("project_folded", "output_folded", "input_gradient", "output_gradient")
-HOPPER_ONLY = ("output_gradient",)
+HALF_ONLY = ("project_folded", "input_gradient")
+FULL_ONLY = ("project_input",)
 
 
 def make_case(
@@ -80,31 +78,32 @@ def cases(arch: str) -> list[KernelCase]:
         (parameters.fold_kernel, parameters.FOLD),
     ):
         found.append(make_case(f"parameters.bf16.{kernel.__name__}", kernel, config, "bf16", {}))
-    sizes = {"C": 128, "H": 128, "BLOCK": 128, "FAST": False, "PLAIN": True}
+    sizes = {"C": 128, "H": 128, "BLOCK": 128, "FAST": False}
     name = "parameters.bf16.fold_weights"
     found.append(make_case(name, folded.fold_weights_kernel, triangle.FOLD_WEIGHTS, "bf16", sizes))
     for short, full in DTYPES.items():
         dtype = getattr(torch, full)
+        ahead = short != "fp32" and arch.startswith("sm_")  # as `launching.fetching` has it
         for c, h in ((64, 128), (64, 256), (128, 512), (384, 1536)):
             if short == "fp32":  # products of the library
                 continue
             sizes = {"C": c, "H": h, "BC": triton.next_power_of_2(c), "FAST": False}
-            sizes |= {"JOINT": False, "TURNED": False}
+            sizes |= {"JOINT": False, "TURNED": False, "AHEAD": ahead}
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = transition.default(f"transition.{kernel}", c, dtype)
                 fn = getattr(transition_kernels, f"{kernel}_kernel")
                 found.append(make_case(f"transition.{short}.{c}x{h}.{kernel}", fn, config, short, sizes))
         for c in (64, 128):
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
-            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False}
+            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "AHEAD": ahead}
             for kernel, fn in TRIANGLE.items():
-                if (kernel in HALF_ONLY and short == "fp32") or (kernel in HOPPER_ONLY and arch != "sm_90"):
+                if kernel in (HALF_ONLY if short == "fp32" else FULL_ONLY):
                     continue
                 config = triangle.default(f"triangle_multiplication.{kernel}", c, dtype)
                 found.append(
                     make_case(f"triangle_multiplication.{short}.{c}.{kernel}", fn, config, short, sizes)
                 )
-            sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16}
+            sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16, "AHEAD": ahead}
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = linear.default(f"layer_norm_linear.{kernel}", c, dtype)
                 fn = getattr(linear_kernels, f"{kernel}_kernel")

@@ -1,20 +1,19 @@
-"""Forward kernels of triangle multiplication that multiply the raw rows and normalise the products.
+"""Forward kernel of triangle multiplication's input projections that multiplies the raw rows and normalises the products.
 
 With γ and β folded into a weight row w, LN(z)·w = rstd · (z·w') - rstd·mean · Σw' + β·w, where w' = γ ⊙ w is rounded
 to the compute dtype and Σw' sums what was rounded: the result is that of (z - mean)·w' whatever the mean, with one
-rounding where the definition has two (LN(z) and w). So z and x go from memory into the matrix unit as they lie, by
-asynchronous copies several tiles ahead, and no normalised tile is written to shared memory; the registers see them
-for their statistics only. Channels are the rows of the input projections' products, positions those of the output's,
-so that nothing is transposed in shared memory on the way in.
+rounding where the definition has two (LN(z) and w). So z goes from memory into the matrix unit as it lies, by
+asynchronous copies several tiles ahead, and no normalised tile is written to shared memory; the registers see it
+for its statistics only. Channels are the rows of the products, so that nothing is transposed on the way out.
 
-It needs z in the compute dtype, 16 bits wide: `project` and `output` have the kernels for everything else.
+It needs z in the compute dtype, 16 bits wide: `project` has the kernel for everything else.
 
 The sigmoid's own factor is folded into the weights too: 1/2 for linear part and gate where it is the hardware's tanh,
--log2(e) for the gate where it is an exponential. `folded` holds the six matrices as `pack_weights` orders them;
-`sums` `[2, 4h + 2c]` holds Σw' and β·w of every row, in fp32.
+-log2(e) for the gate where it is an exponential. `folded` holds the four matrices as `pack_weights` orders them;
+`sums` `[2, 4h]` holds Σw' and β·w of every row, in fp32.
 
-One GEMM unit is 2·N²·c·h FLOP: the input projections are 4 units, the output 2. Bytes: each reads what the kernel it
-stands for reads, and writes the same. Statistics, once per BN channels: some 5 operations a value.
+One GEMM unit is 2·N²·c·h FLOP: 4 units. Bytes: those of the kernel it stands for. Statistics, once per BN channels:
+some 5 operations a value.
 """
 
 # ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
@@ -59,17 +58,6 @@ def row_statistics(z, c, eps, C: tl.constexpr):
 
 
 @triton.jit
-def column_moments(x, h, eps, H: tl.constexpr):
-    """Mean and rstd of every column of a channel-major tile `[BH, BM]` whose padding rows are zero."""
-    x = x.to(tl.float32)
-    mean = tl.sum(x, 0) / H
-    centred = x - mean[None, :]
-    if x.shape[0] != H:
-        centred = tl.where((h < H)[:, None], centred, 0.0)
-    return mean, tl.rsqrt(tl.sum(centred * centred, 0) / H + eps)
-
-
-@triton.jit
 def gated(linear, gate, FAST: tl.constexpr):
     """linear · σ(gate) of products whose weights hold the factors of `fold_weights_kernel`."""
     if FAST:
@@ -91,8 +79,6 @@ def fold_weights_kernel(
     g_ptr,
     gamma_ptr,
     beta_ptr,
-    gamma_x_ptr,
-    beta_x_ptr,
     plain_ptr,
     folded_ptr,
     sums_partial_ptr,
@@ -100,20 +86,16 @@ def fold_weights_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     FAST: tl.constexpr,
-    PLAIN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ROWS rows of matrix `program_id(1)`, folded and rounded, and their two sums; PLAIN: as they are, too."""
+    """ROWS rows of matrix `program_id(1)` as they are; of the input projections also folded, with their two sums."""
     which = tl.program_id(1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK)
     source = a_p_ptr
-    scale_ptr = gamma_ptr
-    shift_ptr = beta_ptr
     rows = H
     width = C
-    first = which * H
-    cells = first * C
+    cells = which * (H * C)
     LINEAR: tl.constexpr = 0.5 if FAST else 1.0
     GATE: tl.constexpr = 0.5 if FAST else -1.4426950408889634
     factor = tl.full([], LINEAR, tl.float32)
@@ -127,29 +109,24 @@ def fold_weights_kernel(
         factor = tl.full([], GATE, tl.float32)
     elif which == 4:
         source = out_ptr
-        scale_ptr = gamma_x_ptr
-        shift_ptr = beta_x_ptr
         rows = C
         width = H
     elif which == 5:
         source = g_ptr
-        factor = tl.full([], GATE, tl.float32)
         rows = C
-        first = 4 * H + C
-        cells = 4 * H * C + C * H
     real = (r < rows)[:, None] & (k < width)[None, :]
-    gamma = tl.load(scale_ptr + k, mask=k < width, other=0.0).to(tl.float32)
-    beta = tl.load(shift_ptr + k, mask=k < width, other=0.0).to(tl.float32)
     w = tl.load(source + r[:, None] * width + k[None, :], mask=real, other=0.0).to(tl.float32)
-    if PLAIN:
-        plain = w.to(plain_ptr.dtype.element_ty)
-        tl.store(plain_ptr + cells + r[:, None] * width + k[None, :], plain, mask=real)
-    w *= factor
-    folded = (w * gamma[None, :]).to(folded_ptr.dtype.element_ty)
-    tl.store(folded_ptr + cells + r[:, None] * width + k[None, :], folded, mask=real)
-    tl.store(sums_partial_ptr + first + r, tl.sum(folded.to(tl.float32), 1), mask=r < rows)
-    biases = sums_partial_ptr + 4 * H + 2 * C + first + r
-    tl.store(biases, tl.sum(w * beta[None, :], 1), mask=r < rows)
+    place = cells + r[:, None] * width + k[None, :]
+    tl.store(plain_ptr + place, w.to(plain_ptr.dtype.element_ty), mask=real)
+    if which < 4:
+        gamma = tl.load(gamma_ptr + k, mask=k < C, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + k, mask=k < C, other=0.0).to(tl.float32)
+        w *= factor
+        folded = (w * gamma[None, :]).to(folded_ptr.dtype.element_ty)
+        tl.store(folded_ptr + place, folded, mask=real)
+        sums = sums_partial_ptr + which * H + r
+        tl.store(sums, tl.sum(folded.to(tl.float32), 1), mask=r < H)
+        tl.store(sums + 4 * H, tl.sum(w * beta[None, :], 1), mask=r < H)
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_project_folded"), do_not_specialize=["group"])
@@ -194,7 +171,7 @@ def project_kernel(
     own = t < 2 * H
     sum_linear = tl.load(sums_partial_ptr + t, mask=own, other=0.0)
     sum_gate = tl.load(sums_partial_ptr + 2 * H + t, mask=own, other=0.0)
-    bias_ptr = sums_partial_ptr + 4 * H + 2 * C
+    bias_ptr = sums_partial_ptr + 4 * H
     bias_linear = tl.load(bias_ptr + t, mask=own, other=0.0)
     bias_gate = tl.load(bias_ptr + 2 * H + t, mask=own, other=0.0)
     for step in tl.range(0, group, num_stages=STAGES):
@@ -215,84 +192,3 @@ def project_kernel(
         p = start + tl.arange(0, BM)
         where = out_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
         tl.store(where, value.to(out_ptr.dtype.element_ty), mask=own[:, None] & (p < area)[None, :])
-
-
-@triton.jit
-def store_output(
-    out_ptr, linear, gate, start, t, n_tokens, padded, some, C: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
-    """One tile `[BM, BN]` of y from `start` on, if `some`."""
-    inside, _, dense = place_rows(start, n_tokens, padded, 0, 0, linear.shape[0], EVEN)
-    y = gated(linear, gate, FAST).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + dense[:, None] * C + t[None, :], y, mask=(inside & some)[:, None] & (t < C)[None, :])
-
-
-@triton.jit(repr=profiled_as("triangle_multiplication_output_folded"), do_not_specialize=["group"])
-def output_kernel(
-    x_ptr,
-    z_ptr,
-    folded_ptr,
-    sums_partial_ptr,
-    out_ptr,
-    n_tokens,
-    padded,
-    stride_i,
-    stride_j,
-    group,
-    eps,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    BC: tl.constexpr,
-    BH: tl.constexpr,
-    FAST: tl.constexpr,
-    EVEN: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """BN channels (by `program_id(1)`) of y `[N·N, c]` over `group` tiles of BM positions; the weights stay.
-
-    A tile's gate is applied, and the tile stored, at the beginning of the next step, while that step's x and z are
-    on their way: there is no shared memory for a second pair of them beside the weights.
-    """
-    FULL: tl.constexpr = C == BC and H == BH and C % BN == 0
-    c = tl.arange(0, BC)
-    h = tl.arange(0, BH)
-    t = tl.program_id(1) * BN + tl.arange(0, BN)
-    own = t < C
-    area = padded.to(tl.int64) * padded
-    wo_ptr = folded_ptr + 4 * H * C
-    wg_ptr = folded_ptr + 5 * H * C
-    if FULL:
-        wo = tl.load(wo_ptr + t[:, None] * H + h[None, :])
-        wg = tl.load(wg_ptr + t[:, None] * C + c[None, :])
-    else:
-        wo = tl.load(wo_ptr + t[:, None] * H + h[None, :], mask=own[:, None] & (h < H)[None, :], other=0.0)
-        wg = tl.load(wg_ptr + t[:, None] * C + c[None, :], mask=own[:, None] & (c < C)[None, :], other=0.0)
-    sums_ptr = sums_partial_ptr + 4 * H + t
-    biases_ptr = sums_ptr + 4 * H + 2 * C
-    first = tl.program_id(0) * group * BM
-    linear = tl.zeros([BM, BN], tl.float32)
-    gate = tl.zeros([BM, BN], tl.float32)
-    for step in tl.range(0, group, num_stages=STAGES):
-        start = first + step * BM
-        store_output(out_ptr, linear, gate, start - BM, t, n_tokens, padded, step > 0, C, FAST, EVEN)
-        p = start + tl.arange(0, BM)
-        at = x_ptr + h.to(tl.int64)[:, None] * area + p[None, :]
-        x = tl.load(at, mask=(p < area)[None, :] & (h < H)[:, None], other=0.0)
-        mean, rstd = column_moments(x, h, eps, H)
-        shift = -mean * rstd
-        linear = tl.dot(tl.trans(x), tl.trans(wo))
-        # Read in every step: the vectors of both products in registers would take as many as the products.
-        sums = tl.load(sums_ptr, mask=own, other=0.0)
-        biases = tl.load(biases_ptr, mask=own, other=0.0)
-        linear = linear * rstd[:, None] + (sums[None, :] * shift[:, None] + biases[None, :])
-        inside, source, _ = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
-        z = tl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        rstd, shift = row_statistics(z, c, eps, C)
-        gate = tl.dot(z, tl.trans(wg))
-        sums = tl.load(sums_ptr + C, mask=own, other=0.0)
-        biases = tl.load(biases_ptr + C, mask=own, other=0.0)
-        gate = gate * rstd[:, None] + (sums[None, :] * shift[:, None] + biases[None, :])
-    last = first + (group - 1) * BM
-    store_output(out_ptr, linear, gate, last, t, n_tokens, padded, group > 0, C, FAST, EVEN)

@@ -1,15 +1,12 @@
-"""Backward kernels of triangle multiplication that read channel-major tensors as they lie.
+"""Backward kernel of triangle multiplication's input projections that reads channel-major tensors as they lie.
 
-Channels are the rows of the recomputed products, so that x and the gradients of a and b come by asynchronous copies in
+Channels are the rows of the recomputed products, so that the gradients of a and b come by asynchronous copies in
 the order of memory, and what is computed from them goes to the next product in registers or by the matrix unit's
 transposed reading of shared memory. Statistics are kept from the first normalisation to the last, and sums over
 positions stay in registers from tile to tile, until the program's end. For products in 16 bits only.
 
-One GEMM unit is 2·N²·c·h FLOP. `input_gradient_kernel`, which does what its namesake in `project` does: 8 units; it
-reads z twice (the second time from L2), the gradients of a and b and the gate's share of dn, and writes dz and LN(z).
-`output_gradient_kernel`, which does what `output.backward_kernel` and the two products of its results do: 6 units; it
-reads x, z and dy and writes dx and dn, 5 tensors where those move 13. It holds both weights (4·c·h bytes of shared
-memory) and both weight gradients (as many bytes of registers again, twice) and so takes up to 128 channels of 16 bits.
+One GEMM unit is 2·N²·c·h FLOP: 8 units, as its namesake in `project`, which has float32. It reads z twice (the second
+time from L2), the gradients of a and b and the gate's share of dn, and writes dz and LN(z).
 """
 
 # ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
@@ -19,9 +16,8 @@ import triton.language as tl
 
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import normalise_rows_backward, sigmoid
-from optimized.ops.triangle_multiplication.folded import column_moments, place_rows, row_statistics
-from optimized.ops.triangle_multiplication.output import load_weights as load_output_weights
-from optimized.ops.triangle_multiplication.project import keep_rows, load_weights
+from optimized.ops.triangle_multiplication.folded import place_rows, row_statistics
+from optimized.ops.triangle_multiplication.project import fetch_columns, fetch_pairs, keep_rows, load_weights
 
 SHARE_ROWS = tl.constexpr(8)
 """Rows of the sums over positions that a program keeps: as many as four warps read at a time at 128 channels."""
@@ -66,6 +62,7 @@ def input_gradient_kernel(
     FAST: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
+    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -73,6 +70,7 @@ def input_gradient_kernel(
     """dz of `group` tiles of BM positions from the gradients of a and b `[2h, P, P]` and the gate's dn `[N·N, c]`.
 
     Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
+    AHEAD: while a tile is computed, what the next one reads comes into L2.
     """
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     dtype = w_ptr.dtype.element_ty
@@ -84,6 +82,11 @@ def input_gradient_kernel(
     d_beta = tl.zeros([SHARE_ROWS, BC], tl.float32)
     for step in range(group):
         start = (tl.program_id(0) * group + step) * BM
+        if AHEAD:
+            after = start + (step + 1 < group).to(tl.int32) * BM
+            fetch_pairs(z_ptr, after, n_tokens, padded, stride_i, stride_j, BM, C, BC)
+            fetch_columns(grad_ptr, after, area, BM, 2 * H, triton.next_power_of_2(2 * H))
+            fetch_pairs(dn_gate_ptr, after, n_tokens, padded, n_tokens * C, C, BM, C, BC)
         p = start + tl.arange(0, BM)
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
         keep = keep_rows(mask_ptr, inside, dense, MASKED)
@@ -120,109 +123,3 @@ def input_gradient_kernel(
     share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
     tl.store(share_ptr + c, tl.sum(d_gamma, 0), mask=c < C)
     tl.store(share_ptr + C + c, tl.sum(d_beta, 0), mask=c < C)
-
-
-@triton.jit
-def standardised_columns(x, mean, rstd, rows, H: tl.constexpr):
-    """The same of every column, zero in the padding rows.
-
-    From the mean itself: with -mean · rstd, Triton 3.6 takes both statistics a second time in the products' layout.
-    """
-    normal = (x.to(tl.float32) - mean[None, :]) * rstd[None, :]
-    if x.shape[0] != H:
-        normal = tl.where((rows < H)[:, None], normal, 0.0)
-    return normal
-
-
-@triton.jit(repr=profiled_as("triangle_multiplication_output_gradient"), do_not_specialize=["group"])
-def output_gradient_kernel(
-    x_ptr,
-    z_ptr,
-    gamma_x_ptr,
-    beta_x_ptr,
-    gamma_z_ptr,
-    beta_z_ptr,
-    w_ptr,
-    dy_ptr,
-    dx_ptr,
-    dn_ptr,
-    partial_ptr,
-    norm_partial_ptr,
-    n_tokens,
-    padded,
-    stride_i,
-    stride_j,
-    group,
-    eps,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    BC: tl.constexpr,
-    BH: tl.constexpr,
-    FAST: tl.constexpr,
-    EVEN: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """All gradients of the output side over `group` tiles of BM positions; BN holds all c channels of y.
-
-    dx `[h, P, P]` (padding zero), the gate's gradient to LN(z) `[N·N, c]`, and the program's shares of dγ and dβ of the
-    output norm and of the gradients of out `[c, h]` and g `[c, c]`.
-    """
-    FULL: tl.constexpr = C == BC and H == BH and C == BN
-    dtype = w_ptr.dtype.element_ty
-    c = tl.arange(0, BC)
-    h = tl.arange(0, BH)
-    area = padded.to(tl.int64) * padded
-    t = tl.arange(0, BN)
-    wo, wg = load_output_weights(w_ptr, t, c, h, C, H, FULL)
-    gamma_x = tl.load(gamma_x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-    beta_x = tl.load(beta_x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-    gamma_z = tl.load(gamma_z_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    beta_z = tl.load(beta_z_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    d_wo = tl.zeros([BN, BH], tl.float32)
-    d_wg = tl.zeros([BN, BC], tl.float32)
-    d_gamma = tl.zeros([BH], tl.float32)
-    d_beta = tl.zeros([BH], tl.float32)
-    for step in tl.range(0, group, num_stages=STAGES):
-        start = (tl.program_id(0) * group + step) * BM
-        p = start + tl.arange(0, BM)
-        inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
-        real = inside[:, None] & (c < C)[None, :]
-        cells = dense[:, None] * C + c[None, :]
-        columns = h.to(tl.int64)[:, None] * area + p[None, :]
-        square = (p < area)[None, :] & (h < H)[:, None]
-        x = tl.load(x_ptr + columns, mask=square, other=0.0)
-        mean, rstd = column_moments(x, h, eps, H)
-        normal = standardised_columns(x, mean, rstd, h, H)
-        nx = (normal * gamma_x[:, None] + beta_x[:, None]).to(dtype)
-        z = tl.load(z_ptr + source[:, None] + c[None, :], mask=real, other=0.0)
-        rstd_z, shift_z = row_statistics(z, c, eps, C)
-        nz = (standardised_rows(z, rstd_z, shift_z, c, C) * gamma_z[None, :] + beta_z[None, :]).to(dtype)
-        gate = sigmoid(tl.dot(wg, tl.trans(nz)), FAST)
-        linear = tl.dot(wo, nx)
-        results = dy_ptr + dense[:, None] * C + t[None, :]
-        dy = tl.load(results, mask=inside[:, None] & (t < C)[None, :], other=0.0)
-        d_linear = tl.trans(dy).to(tl.float32) * gate
-        d_gate = (d_linear * linear * (1.0 - gate)).to(dtype)
-        d_linear = d_linear.to(dtype)
-        d_wo = tl.dot(d_linear, tl.trans(nx), d_wo)
-        d_wg = tl.dot(d_gate, nz, d_wg)
-        dn = tl.dot(tl.trans(wg), d_gate)
-        tl.store(dn_ptr + cells, tl.trans(dn.to(dn_ptr.dtype.element_ty)), mask=real)
-        dnx = tl.dot(tl.trans(wo), d_linear)
-        normal = standardised_columns(x, mean, rstd, h, H)
-        d_beta += tl.sum(dnx, 1)
-        d_gamma += tl.sum(dnx * normal, 1)
-        dnx *= gamma_x[:, None]
-        first = tl.sum(dnx, 0) / H
-        second = tl.sum(dnx * normal, 0) / H
-        dx = (dnx - first[None, :] - normal * second[None, :]) * rstd[None, :]
-        tl.store(dx_ptr + columns, dx.to(dx_ptr.dtype.element_ty), mask=square)
-    share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * H
-    tl.store(share_ptr + h, d_gamma, mask=h < H)
-    tl.store(share_ptr + H + h, d_beta, mask=h < H)
-    place = partial_ptr + tl.program_id(0).to(tl.int64) * C * (H + C)
-    own = (t < C)[:, None]
-    tl.store(place + t[:, None] * H + h[None, :], d_wo, mask=own & (h < H)[None, :])
-    tl.store(place + C * H + t[:, None] * C + c[None, :], d_wg, mask=own & (c < C)[None, :])

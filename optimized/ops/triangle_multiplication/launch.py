@@ -1,7 +1,6 @@
 """Launches of the triangle multiplication kernels: tile shapes, grids, workspaces and the contraction."""
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,10 +11,10 @@ from optimized.ops.launching import (
     ceil_div,
     chosen,
     fast_sigmoid,
+    fetching,
     grouped,
     processors,
     product_width,
-    resized,
     spread,
     tile,
 )
@@ -37,47 +36,28 @@ def turned(rows: int, width: int, warps: int, stages: int) -> Config:
 # The fastest of the tiles measured on an H200 at 384 and 768 tokens; channels are the rows of the weight gradient.
 HALF = {
     "project": tile(64, 128, 4, 2),
-    "project_input": tile(64, 32, 4, 3),
     "project_weight": turned(64, 64, 4, 3),
     "output": tile(64, 128, 4, 1),
     # (64, 128, 4, 1) is faster still on an H200, whose own file has it; it needs 176 KiB on an A100.
     "output_backward": tile(64, 32, 4, 1),
     "output_weight": tile(64, 64, 4, 3),
     "project_folded": tile(64, 64, 4, 2),
-    "output_folded": tile(64, 64, 4, 2),
     "input_gradient": tile(64, 64, 4, 2),
-    "output_gradient": tile(64, 128, 8, 2),
 }
 # Weight gradients have c or h rows: more than four warps would share 64 of them.
 HALF_NARROW = {
     "project": tile(128, 64, 8, 2),
-    "project_input": tile(128, 64, 8, 2),
     "project_weight": tile(64, 32, 4, 2),
     "output": tile(64, 32, 4, 1),
     "output_backward": tile(64, 32, 4, 2),
     "output_weight": tile(64, 64, 4, 3),
     "project_folded": tile(64, 64, 4, 2),
-    "output_folded": tile(64, 64, 4, 2),
     "input_gradient": tile(64, 64, 4, 2),
-    "output_gradient": tile(64, 64, 4, 2),
 }
-FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1))
+FULL = dict.fromkeys((*HALF, "project_input"), tile(32, 16, 8, 1))
 
 
-class Forms(NamedTuple):
-    """Which kernels a call takes where it has a choice."""
-
-    folded: bool = True
-    """Forward: raw rows are multiplied and the products normalised (`folded`), not normalised rows multiplied."""
-    turned: bool = True
-    """The input's gradient in 16 bits: `gradients`, not `project`."""
-    single: bool = True
-    """The output's gradients: one kernel (`gradients`), not `output.backward_kernel` and `outer_products`."""
-
-
-FORMS = Forms()
 FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
-SINGLE_CHANNELS = 128
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
@@ -128,34 +108,33 @@ def pack_weights(w: TriangleWeights, dtype: torch.dtype) -> Tensor:
 
 
 class Folded(NamedTuple):
-    """Weights with γ, β and the sigmoid's factor folded into them: see `folded`."""
+    """The input projections' weights with γ, β and the sigmoid's factor folded into them: see `folded`."""
 
     weights: Tensor
-    """In the order of `pack_weights`."""
+    """The first four of `pack_weights`."""
     sums: Tensor
-    """`[2, 4h + 2c]` in fp32: of the folded rows, and of β times the rows."""
+    """`[2, 4h]` in fp32: of the folded rows, and of β times the rows."""
 
 
 def folds(z: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the forward kernels may multiply z as it is."""
-    return FORMS.folded and z.dtype == dtype and dtype.itemsize == 2
+    """Whether the projections may multiply z as it is."""
+    return z.dtype == dtype and dtype.itemsize == 2
 
 
-def fold_weights(w: TriangleWeights, dtype: torch.dtype, plain: bool) -> tuple[Folded, Tensor]:
-    """All weights folded, and with `plain` also as `pack_weights` has them (else the folded ones again)."""
+def fold_weights(w: TriangleWeights, dtype: torch.dtype) -> tuple[Folded, Tensor]:
+    """The input projections folded, and all weights as `pack_weights` has them, in one launch."""
     c, h = w.out.shape
     if len({t.dtype for t in w}) > 1 or not all(t.is_contiguous() for t in w):
         w = TriangleWeights(*(t.float().contiguous() for t in w))
-    norms = (w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias)
     matrices = (w.a_p, w.b_p, w.a_g, w.b_g, w.out, w.g)
-    size = 5 * h * c + c * c
-    weights = torch.empty((2 if plain else 1, size), dtype=dtype, device=w.out.device)
-    sums = torch.empty((2, 4 * h + 2 * c), dtype=torch.float32, device=w.out.device)
-    arguments = (*matrices, *norms, weights[-1], weights[0], sums)
+    plain = torch.empty(5 * h * c + c * c, dtype=dtype, device=w.out.device)
+    weights = torch.empty(4 * h * c, dtype=dtype, device=w.out.device)
+    sums = torch.empty((2, 4 * h), dtype=torch.float32, device=w.out.device)
+    arguments = (*matrices, w.norm_in_weight, w.norm_in_bias, plain, weights, sums)
     sizes = {"C": c, "H": h, "BLOCK": product_width(max(c, h)), "FAST": fast_sigmoid(dtype, weights.device)}
     grid = (ceil_div(max(c, h), FOLD_WEIGHTS.constants["ROWS"]), len(matrices), 1)
-    launch(folded.fold_weights_kernel, grid, FOLD_WEIGHTS, arguments, **sizes, PLAIN=plain)
-    return Folded(weights[0], sums), weights[-1]
+    launch(folded.fold_weights_kernel, grid, FOLD_WEIGHTS, arguments, **sizes)
+    return Folded(weights, sums), plain
 
 
 def project_folded(
@@ -171,21 +150,6 @@ def project_folded(
     sizes = shape.inner(w.weights) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0}
     launch(folded.project_kernel, (programs, columns, 1), config, arguments, **sizes)
     return ab
-
-
-def output_folded(
-    x: Tensor, z: Tensor, w: Folded, shape: Shape, eps: float, config: Config | None = None
-) -> Tensor:
-    """As `output_forward`, from folded weights."""
-    config = config or _config("output_folded", shape, x)
-    rows, width = config.constants["BM"], config.constants["BN"]
-    columns = ceil_div(shape.channels, width)
-    programs, group = spread(ceil_div(shape.tokens * shape.padded, rows), columns, 4, x.device)
-    y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
-    arguments = (x, z, *w, y, *shape.place(z), group, eps)
-    sizes = shape.blocks(x) | {"EVEN": shape.tokens % rows == 0}
-    launch(folded.output_kernel, (programs, columns, 1), config, arguments, **sizes)
-    return y
 
 
 def project_forward(
@@ -241,7 +205,8 @@ def output_forward(
     programs, group = grouped(ceil_div(shape.tokens * shape.padded, config.constants["BM"]))
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, *norms, w, y, *shape.place(z), group, eps)
-    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
+    sizes = shape.blocks(w) | fetching(config, x.dtype, x.device)
+    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **sizes)
     return y
 
 
@@ -280,7 +245,8 @@ def output_backward(
     shares = torch.empty((programs, 2 * h), dtype=torch.float32, device=x.device)
     outs = (dx, dn, nx, nz, d_linear, d_gate, shares)
     arguments = (x, z, *norms, w, dy, *outs, *shape.place(z), group, eps)
-    launch(output.backward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
+    sizes = shape.blocks(w) | fetching(config, x.dtype, x.device)
+    launch(output.backward_kernel, (programs, 1, 1), config, arguments, **sizes)
     return OutputGradients(dx, dn, shares, ((d_linear, nx), (d_gate, nz)))
 
 
@@ -289,41 +255,6 @@ def output_weight_gradient(
 ) -> Tensor:
     """Partial gradients of out and g, `[splits, c·h + c·c]` in fp32."""
     return products(pairs, config or _config("output_weight", shape, pairs[0][0]))
-
-
-def is_single(x: Tensor, shape: Shape) -> bool:
-    """Whether one kernel takes the output's gradients: it fits the registers and the shared memory of Hopper."""
-    fits = x.dtype.itemsize == 2 and max(shape.channels, shape.hidden) <= SINGLE_CHANNELS
-    return FORMS.single and fits and (x.device.type != "cuda" or _is_hopper(x.device))
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def output_gradient(
-    x: Tensor,
-    z: Tensor,
-    norms: tuple[Tensor, ...],
-    w: Tensor,
-    dy: Tensor,
-    shape: Shape,
-    eps: float,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `output_backward` dx, dn and shares, and as `output_weight_gradient` the partial gradients of out and g."""
-    config = resized(config or _config("output_gradient", shape, x), product_width(shape.channels))
-    rows, c, h = config.constants["BM"], shape.channels, shape.hidden
-    programs, group = spread(ceil_div(shape.padded**2, rows), 1, 1, x.device)
-    dx = torch.empty_like(x)
-    dn = torch.empty((shape.tokens, shape.tokens, c), dtype=z.dtype, device=x.device)
-    partial = torch.empty((programs, c * h + c * c), dtype=torch.float32, device=x.device)
-    shares = torch.empty((programs, 2 * h), dtype=torch.float32, device=x.device)
-    arguments = (x, z, *norms, w, dy, dx, dn, partial, shares, *shape.place(z), group, eps)
-    sizes = shape.blocks(w) | {"EVEN": shape.tokens % rows == 0}
-    launch(gradients.output_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
-    return dx, dn, shares, partial
 
 
 def input_gradient(
@@ -346,6 +277,7 @@ def input_gradient(
     pointers = (mask if mask is not None else z, grad, dn, dn, n, shares)
     arguments = (z, *norm, w, *pointers, *shape.place(z), group, eps)
     sizes = shape.inner(w) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0}
+    sizes |= fetching(config, w.dtype, w.device)
     launch(gradients.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dn, shares
 
@@ -391,20 +323,36 @@ def project_weight_gradient(
     return partial
 
 
+def packed_weights(w: TriangleWeights, z: Tensor, dtype: torch.dtype) -> tuple[Folded | None, Tensor]:
+    """The folded weights, where they can be used, and the packed ones."""
+    return fold_weights(w, dtype) if folds(z, dtype) else (None, pack_weights(w, dtype))
+
+
+def project_in(
+    z: Tensor,
+    norm: tuple[Tensor, Tensor],
+    weights: tuple[Folded | None, Tensor],
+    mask: Tensor | None,
+    shape: Shape,
+    eps: float,
+) -> Tensor:
+    """a and b, `[2h, P, P]`, by the kernel that `packed_weights` chose."""
+    in_folded, packed = weights
+    if in_folded is not None:
+        return project_folded(z, in_folded, mask, shape, eps)
+    return project_forward(z, norm, packed, mask, shape, eps)
+
+
 def forward(
     z: Tensor, w: TriangleWeights, mask: Tensor | None, outgoing: bool, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """y `[N, N, c]` and the contraction `[h, P, P]`, which is kept for the backward pass."""
     shape = Shape.of(z, w.a_p.shape[0])
-    if folds(z, dtype):
-        weights, _ = fold_weights(w, dtype, plain=False)
-        x = contract(project_folded(z, weights, mask, shape, eps), outgoing)
-        return output_folded(x, z, weights, shape, eps), x
-    packed = pack_weights(w, dtype)
     norm_in = (w.norm_in_weight, w.norm_in_bias)
-    x = contract(project_forward(z, norm_in, packed, mask, shape, eps), outgoing)
+    weights = packed_weights(w, z, dtype)
+    x = contract(project_in(z, norm_in, weights, mask, shape, eps), outgoing)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
-    return output_forward(x, z, norms, packed, shape, eps), x
+    return output_forward(x, z, norms, weights[1], shape, eps), x
 
 
 def backward(
@@ -417,25 +365,18 @@ def backward(
     shape = Shape.of(z, w.a_p.shape[0])
     norm_in = (w.norm_in_weight, w.norm_in_bias)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
-    folding = folds(z, x.dtype)
-    weights, packed = fold_weights(w, x.dtype, plain=True) if folding else (None, pack_weights(w, x.dtype))
-    if is_single(x, shape):
-        dx, dn, shares_out, d_ends = output_gradient(x, z, norms, packed, dy, shape, eps)
-    else:
-        dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
-        d_ends = output_weight_gradient(pairs, shape)
-        del pairs
-    if weights is not None:
-        ab = project_folded(z, weights, mask, shape, eps)
-    else:
-        ab = project_forward(z, norm_in, packed, mask, shape, eps)
+    weights = packed_weights(w, z, x.dtype)
+    packed = weights[1]
+    dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
+    d_ends = output_weight_gradient(pairs, shape)
+    del pairs
+    ab = project_in(z, norm_in, weights, mask, shape, eps)
     grad = contract_backward(dx, ab, outgoing)
     del dx
     # a and b are spent: their memory takes LN(z) where it is large enough.
     size = shape.padded**2 * shape.channels
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
-    turned_form = FORMS.turned and x.dtype.itemsize == 2
-    of_input = input_gradient if turned_form else project_input_gradient
+    of_input = input_gradient if x.dtype.itemsize == 2 else project_input_gradient
     dz, shares_in = of_input(z, norm_in, packed, mask, grad, dn, n, shape, eps)
     d_project = project_weight_gradient(n, grad, packed, shape)
     return dz, fold([shares_in, shares_out], [d_project, d_ends], gradient_dtype(w))
