@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from optimized.ops.attention import attention, attention_backward, attention_with_lse, launch, reference
-from optimized.ops.tuning import Config, forget
+from optimized.ops.tuning import Config
 
 DEVICE = "cuda"
 SHAPES = {
@@ -82,24 +82,30 @@ def candidates(head_dim: int) -> dict[str, list[Config]]:
     tiles = lambda table: [config(w, s, cap, BQ=q, BK=k) for q, k, w, s, cap in table]  # noqa: E731
     if head_dim > 32:
         return {
-            "forward": rows([(1, 64, 32, 4, 2, 0), (1, 64, 64, 4, 2, 0)]),
-            "grad_kv": rows([(1, 16, 64, 4, 2, 128), (1, 32, 64, 4, 2, 168), (1, 64, 64, 4, 2, 0)]),
-            "grad_bias": tiles([(64, 64, 4, 2, 0), (64, 64, 4, 2, 168)]),
-            "grad_q": rows([(1, 64, 32, 4, 2, 0)]),
+            "forward": rows([(1, 64, 32, 4, 2, 0), (1, 64, 32, 4, 3, 0), (1, 64, 32, 4, 3, 128), (1, 64, 64, 4, 3, 0)]),
+            "grad_kv": rows([
+                (1, 16, 64, 4, 2, 128), (1, 16, 64, 4, 3, 128), (1, 32, 64, 4, 3, 168), (1, 64, 64, 4, 2, 0), (1, 64, 64, 4, 3, 0),
+            ]),
+            "grad_bias": tiles([(64, 64, 4, 2, 0), (64, 64, 4, 3, 0), (64, 64, 4, 3, 168)]),
+            "grad_q": rows([(1, 64, 32, 4, 2, 0), (1, 64, 32, 4, 3, 0)]),
             "planes": rows([
-                (1, 64, 32, 4, 2, 0), (1, 64, 32, 4, 2, 128), (1, 64, 64, 4, 2, 0), (2, 64, 32, 4, 2, 168), (2, 64, 32, 4, 2, 0),
+                (1, 64, 32, 4, 2, 0), (1, 64, 32, 4, 3, 0), (1, 64, 32, 4, 3, 128), (1, 64, 64, 4, 3, 0), (2, 64, 32, 4, 3, 168),
             ]),
         }  # fmt: skip
     return {
-        "forward": rows([(2, 64, 32, 4, 2, 128), (2, 64, 32, 4, 2, 96), (3, 64, 32, 4, 2, 168), (2, 64, 64, 4, 2, 168)]),
-        "grad_kv": rows([
-            (1, 32, 64, 4, 2, 128), (1, 64, 64, 4, 2, 168), (1, 64, 64, 4, 2, 0), (2, 32, 64, 4, 2, 168), (1, 32, 128, 8, 2, 128),
+        "forward": rows([
+            (2, 64, 32, 4, 2, 128), (2, 64, 32, 4, 3, 128), (2, 64, 32, 4, 4, 128), (1, 64, 32, 4, 3, 96), (1, 64, 32, 4, 3, 0),
+            (3, 64, 32, 4, 3, 168), (2, 64, 64, 4, 3, 168), (2, 64, 32, 4, 3, 96),
         ]),
-        "grad_bias": tiles([(64, 64, 4, 2, 168)]),
-        "grad_q": rows([(2, 64, 32, 4, 2, 128)]),
+        "grad_kv": rows([
+            (1, 32, 64, 4, 2, 128), (1, 32, 64, 4, 3, 128), (1, 32, 64, 4, 4, 128), (1, 64, 64, 4, 3, 168), (1, 64, 64, 4, 3, 0),
+            (2, 32, 64, 4, 3, 168), (1, 32, 128, 8, 3, 128),
+        ]),
+        "grad_bias": tiles([(64, 64, 4, 2, 168), (64, 64, 4, 3, 168), (64, 64, 4, 3, 0), (64, 32, 4, 3, 128)]),
+        "grad_q": rows([(2, 64, 32, 4, 2, 128), (2, 64, 32, 4, 3, 128), (1, 64, 64, 4, 3, 168)]),
         "planes": rows([
-            (2, 64, 32, 4, 2, 128), (2, 64, 32, 4, 2, 168), (3, 64, 32, 4, 2, 168), (3, 64, 16, 4, 2, 128),
-            (4, 64, 32, 4, 2, 0), (4, 64, 16, 4, 2, 168), (2, 128, 32, 8, 2, 128),
+            (2, 64, 32, 4, 2, 128), (2, 64, 32, 4, 3, 128), (2, 64, 32, 4, 3, 168), (3, 64, 32, 4, 3, 168), (4, 64, 32, 4, 3, 0),
+            (2, 64, 64, 4, 3, 0), (2, 64, 32, 4, 4, 168),
         ]),
     }  # fmt: skip
 
@@ -170,9 +176,7 @@ class Bench:
 def label(c: Config) -> str:
     """Short name of a configuration."""
     k = c.constants
-    return (
-        f"{k.get('ROWS', '-')}x{k['BQ']}x{k['BK']} w{c.num_warps} s{c.num_stages} r{c.max_registers or '-'}"
-    )
+    return f"{k.get('ROWS', '-')}x{k['BQ']}x{k['BK']} w{c.num_warps} s{k['STAGES']} r{c.max_registers or '-'}"
 
 
 def compile_share(args: tuple[int, int, list[tuple[int, int, int, int]]]) -> int:
@@ -284,7 +288,6 @@ def whole(name: str, plan: launch.Plan, rep: int) -> dict[str, float | bool]:
     """Forward and forward+backward of the public operator with a plan: ms, peak MiB, repeatability."""
     p = Problem.make(SHAPES[name])
     launch.plan_for = lambda q, precision: plan
-    forget()
     leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]
 
     def both() -> tuple[Tensor, ...]:
@@ -327,7 +330,6 @@ def accuracy(name: str, plan: launch.Plan, dtype: torch.dtype, rows: int = 24) -
     p.mask[:, 0] = False
     exact = oracle(p)
     launch.plan_for = lambda q, precision: plan
-    forget()
     found = {}
     for who, f in (("ours", attention), ("eager", reference.attention)):
         leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]

@@ -1,4 +1,4 @@
-"""One GPU call for triangle multiplication: its kernels with some tiles, with and without prefetching, and errors.
+"""One GPU call for triangle multiplication: its kernels with some tiles, errors, whole operators.
 
 python bench/triangle_lab.py --out DIR                          (under 60 s on one H200)
 python bench/triangle_lab.py --ship DIR/triangle_lab.json       puts the fastest tiles into the package
@@ -36,14 +36,14 @@ FAMILY = "triangle_multiplication"
 LENGTHS = (384, 768)
 LIMIT = 58.0
 START = time.time()
-# BM, BN, warps, depth of the pipeline, and where the kernel can: whether it prefetches its next tile into L2.
+# BM, BN, warps, depth of the pipeline: the shipped tile first.
 TILES: dict[str, list[tuple[int, ...]]] = {
-    "project_folded": [(64, 128, 4, 3)],
-    "output": [(64, 128, 4, 1, 0), (64, 128, 4, 1, 1)],
-    "output_backward": [(64, 128, 4, 1, 0), (64, 128, 4, 1, 1)],
-    "output_weight": [(64, 64, 4, 3)],
-    "input_gradient": [(64, 64, 4, 2, 0), (64, 64, 4, 2, 1)],
-    "project_weight": [(64, 64, 4, 3)],
+    "project_folded": [(64, 128, 4, 3), (32, 128, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3)],
+    "output": [(64, 128, 4, 1), (32, 128, 4, 2), (64, 128, 4, 2)],
+    "output_backward": [(64, 128, 4, 1), (64, 32, 4, 1), (128, 128, 8, 1)],
+    "output_weight": [(64, 64, 4, 3), (128, 64, 4, 3)],
+    "input_gradient": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 3)],
+    "project_weight": [(64, 64, 4, 3), (64, 64, 4, 4)],
 }
 # GEMM units of 2·N²·c·c FLOP and passes over N²·c bf16 values.
 WORK = {
@@ -61,9 +61,9 @@ JOBS: list[Job] = [(kernel, t) for kernel, ts in TILES.items() for t in ts]
 def config_of(job: Job) -> Config:
     """The configuration of a candidate; ValueError where it breaks the rule of `checked`."""
     kernel, shape = job
-    config = tile(*shape[:4])
-    more = {"TURNED": 1} if kernel == "project_weight" else dict(zip(("AHEAD",), shape[4:], strict=False))
-    config = Config(config.constants | more, config.num_warps)
+    config = tile(*shape)
+    if kernel == "project_weight":
+        config = Config(config.constants | {"TURNED": 1}, config.num_warps)
     return checked(config, f"{FAMILY}.{kernel}")
 
 

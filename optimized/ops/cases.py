@@ -83,19 +83,18 @@ def cases(arch: str) -> list[KernelCase]:
     found.append(make_case(name, folded.fold_weights_kernel, triangle.FOLD_WEIGHTS, "bf16", sizes))
     for short, full in DTYPES.items():
         dtype = getattr(torch, full)
-        ahead = short != "fp32" and arch.startswith("sm_")  # as `launching.fetching` has it
         for c, h in ((64, 128), (64, 256), (128, 512), (384, 1536)):
             if short == "fp32":  # products of the library
                 continue
             sizes = {"C": c, "H": h, "BC": triton.next_power_of_2(c), "FAST": False}
-            sizes |= {"JOINT": False, "TURNED": False, "AHEAD": ahead}
+            sizes |= {"JOINT": False, "TURNED": False}
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = transition.default(f"transition.{kernel}", c, dtype)
                 fn = getattr(transition_kernels, f"{kernel}_kernel")
                 found.append(make_case(f"transition.{short}.{c}x{h}.{kernel}", fn, config, short, sizes))
         for c in (64, 128):
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
-            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "AHEAD": ahead}
+            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False}
             for kernel, fn in TRIANGLE.items():
                 if kernel in (HALF_ONLY if short == "fp32" else FULL_ONLY):
                     continue
@@ -103,7 +102,7 @@ def cases(arch: str) -> list[KernelCase]:
                 found.append(
                     make_case(f"triangle_multiplication.{short}.{c}.{kernel}", fn, config, short, sizes)
                 )
-            sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16, "AHEAD": ahead}
+            sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16}
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = linear.default(f"layer_norm_linear.{kernel}", c, dtype)
                 fn = getattr(linear_kernels, f"{kernel}_kernel")

@@ -69,19 +69,6 @@ def fast_sigmoid(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None
 
 
-@cache
-def _fetches(dtype: torch.dtype, device: torch.device) -> bool:
-    return dtype.itemsize == 2 and device.type == "cuda" and torch.version.hip is None
-
-
-def fetching(config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, bool]:
-    """Whether a kernel prefetches its next tile, where the configuration does not say: in 16 bits on NVIDIA.
-
-    The instruction is NVIDIA's. In float32 a tile is computed for so long that its loads do not matter.
-    """
-    return {} if "AHEAD" in config.constants else {"AHEAD": _fetches(dtype, device)}
-
-
 # Kernels whose products have BN rows, or twice as many: the tile's BM positions are their columns or summed over.
 SUMMING = (
     "triangle_multiplication.output_weight",

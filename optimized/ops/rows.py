@@ -125,31 +125,6 @@ def as_memory_lies(value, pointers, inside):
 
 
 @triton.jit
-def fetch_lines(pointers):
-    """Ask NVIDIA's L2 for the 128-byte lines of these addresses; nothing waits for them, and nothing is computed.
-
-    A register comes back only because the compiler wants a result.
-    """
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def fetch_rows(ptr, first, rows, BM: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
-    """Fetch BM rows of C adjacent values from row `first` (64 bits) on; beyond the last of `rows` rows, that one."""
-    LINES: tl.constexpr = (BC * ptr.dtype.element_ty.primitive_bitwidth + 1023) // 1024
-    k = tl.arange(0, BM * LINES)
-    row = tl.minimum(first + k // LINES, rows - 1)
-    fetch_lines(ptr + row * C + tl.minimum(k % LINES * (BC // LINES), C - 1))
-
-
-@triton.jit
 def finish_rows(grad, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, again, C: tl.constexpr):
     """Layer-norm backward of a tile: dx at the offsets `tile`, and the program's shares of dγ and dβ.
 

@@ -41,14 +41,19 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-def assert_as_repeatable(plain: Result, again: Result, replayed: Result) -> None:
+FLOORS = {"fp32": 2e-5, "bf16": 2e-2, "bf16-diffusion": 2e-2}
+"""Relative distances that mean nothing. A sum by atomics that falls on the other side of a rounding to bf16 moves small
+gradients by up to 1 % (H200: 0.8 % the worst of all, where a step and its repetition were 0.2 % apart)."""
+
+
+def assert_as_repeatable(plain: Result, again: Result, replayed: Result, floor: float) -> None:
     """As near to a step without graphs as its own repetition: sums by atomics differ a little from run to run."""
     for a, b, c in zip(plain, again, replayed, strict=True):
         assert a.keys() == b.keys() == c.keys()
         far = {
             name: (distance(c[name], value), distance(b[name], value))
             for name, value in a.items()
-            if distance(c[name], value) > max(2e-5, 4 * distance(b[name], value))
+            if distance(c[name], value) > max(floor, 4 * distance(b[name], value))
         }
         assert far == {}
 
@@ -57,13 +62,14 @@ def assert_as_repeatable(plain: Result, again: Result, replayed: Result) -> None
 @pytest.mark.parametrize("variant", [PYTORCH, MEGAFOLD], ids=lambda v: v.name)
 def test_step(variant, precision):
     plain, again = (second(variant, precision=precision) for _ in range(2))
-    assert_as_repeatable(plain, again, second(variant, precision=precision, graphs=True))
+    replayed = second(variant, precision=precision, graphs=True)
+    assert_as_repeatable(plain, again, replayed, FLOORS[precision])
 
 
 def test_compiled_step():
     torch._dynamo.reset()
     plain, again = (second(INDUCTOR, precision="bf16") for _ in range(2))
-    assert_as_repeatable(plain, again, second(INDUCTOR, precision="bf16", graphs=True))
+    assert_as_repeatable(plain, again, second(INDUCTOR, precision="bf16", graphs=True), FLOORS["bf16"])
 
 
 def quadratic(weight: Tensor) -> Any:

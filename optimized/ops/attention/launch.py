@@ -69,20 +69,21 @@ def default_plan(dtype: torch.dtype, head_dim: int, arch: str, precision: str = 
             _rows(1, 64, 64),
         )
     if wide:
-        return Plan(_rows(1, 64, 32, 3), _rows(1, 32, 64, 3, cap=168), None, _rows(1, 64, 32, 3))
+        return Plan(_rows(1, 64, 32, 3), _rows(1, 32, 64, 3, cap=168), None, _rows(2, 64, 32, cap=168))
     return Plan(
         _rows(2, 64, 32, 3, cap=128), _rows(1, 32, 64, 3, cap=128), None, _rows(2, 64, 32, 3, cap=168)
     )
 
 
 def _full_plan(wide: bool, arch: str, precision: str) -> Plan:
-    """Of fp32, where nothing was timed: the tiles that issue the fewest instructions a score without many spills."""
+    """Of fp32. As three TF32 products on sm_90 the fastest of 18 on an H200, 4 samples of 768 tokens with 48 channels a head;
+    elsewhere, where nothing was timed, the tiles that issue the fewest instructions a score without many spills."""
     if precision == "ieee":
         forward = _rows(1, 32, 16 if wide else 32)
         return Plan(forward, _rows(1, 32, 32), _tile(32, 32, stages=1), _rows(1, 32, 32))
     if arch == "sm_90":
-        rows = _rows(1, 64, 32)
-        return Plan(rows, _rows(1, 16, 64, stages=1), _tile(64, 32, stages=1), rows)
+        rows = _rows(1, 64, 32, 1)
+        return Plan(rows, _rows(1, 32, 64), _tile(64, 32), rows)
     return Plan(_rows(1, 32, 32), _rows(1, 32, 32), _tile(32, 16, stages=1), _rows(1, 32, 32))
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import accumulate, as_memory_lies, fetch_rows, finish_rows, normalise_rows
+from optimized.ops.rows import accumulate, as_memory_lies, finish_rows, normalise_rows
 
 
 @triton.jit
@@ -109,7 +109,6 @@ def input_gradient_kernel(
     T: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
-    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -117,7 +116,6 @@ def input_gradient_kernel(
     """`group` tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ.
 
     One loop takes the chunks of all T maps, so that its copies never run dry between two of them.
-    AHEAD: while a tile is computed, what the next one begins with comes into L2.
     """
     dtype = w_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32
@@ -125,13 +123,7 @@ def input_gradient_kernel(
     CHUNKS: tl.constexpr = (H + BN - 1) // BN if T > 0 else 1
     c = tl.arange(0, BC)
     for step in range(group):
-        start = (tl.program_id(0).to(tl.int64) * group + step) * BM
-        m = start + tl.arange(0, BM)
-        if AHEAD:
-            after = start + (step + 1 < group).to(tl.int64) * BM
-            fetch_rows(x_ptr, after, rows, BM, C, BC)
-            if T > 0:
-                fetch_rows(dy0_ptr, after, rows, BM, H, triton.next_power_of_2(H))
+        m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
         inside = (m < rows)[:, None] & (c < C)[None, :]
         tile = m[:, None] * C + c[None, :]
         x = tl.load(x_ptr + tile, mask=inside, other=0.0)

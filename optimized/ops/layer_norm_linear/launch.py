@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, fetching, grouped, processors, product_width, tile
+from optimized.ops.launching import ceil_div, chosen, grouped, processors, product_width, tile
 from optimized.ops.layer_norm_linear import kernels
 from optimized.ops.parameters import fold, gradient_dtype
 from optimized.ops.tuning import Config
@@ -117,8 +117,7 @@ def input_gradient(
     shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)
     pointers = (*_four(grads[: widths.count], w), grads[-1], dx, n, shares)
     arguments = (x, *norm, w, *pointers, rows, group, eps)
-    sizes = widths.blocks(channels) | fetching(config, w.dtype, x.device)
-    launch(kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
+    launch(kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **widths.blocks(channels))
     return dx, n, shares
 
 

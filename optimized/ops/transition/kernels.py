@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import accumulate, as_memory_lies, fetch_rows, finish_rows, normalised, row_statistics
+from optimized.ops.rows import accumulate, as_memory_lies, finish_rows, normalised, row_statistics
 
 
 @triton.jit
@@ -192,7 +192,6 @@ def input_gradient_kernel(
     BC: tl.constexpr,
     FAST: tl.constexpr,
     JOINT: tl.constexpr,
-    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -200,38 +199,32 @@ def input_gradient_kernel(
     """`group` consecutive tiles of BM rows: dx, n / 2 for the weight gradients, and the program's share of dγ and dβ.
 
     JOINT: a and b come from one product, and their gradients go into one.
-    AHEAD: while a tile is computed, what the next one begins with comes into L2.
     """
     FULL: tl.constexpr = C == BC and H % BN == 0
     dtype = w_ptr.dtype.element_ty
     wo_ptr = w_ptr + 2 * H * C
     c = tl.arange(0, BC)
     for step in range(group):
-        start = (tl.program_id(0).to(tl.int64) * group + step) * BM
-        m = start + tl.arange(0, BM)
+        m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
         inside = (m < rows)[:, None] & (c < C)[None, :]
         tile = m[:, None] * C + c[None, :]
-        if AHEAD:
-            after = start + (step + 1 < group).to(tl.int64) * BM
-            fetch_rows(x_ptr, after, rows, BM, C, BC)
-            fetch_rows(dy_ptr, after, rows, BM, C, BC)
         n, mean, rstd = half_normal(x_ptr, gamma_ptr, beta_ptr, tile, inside, c, eps, C)
         n = n.to(dtype)
         tl.store(n_ptr + tile, n, mask=inside)
         dy = tl.load(dy_ptr + tile, mask=inside, other=0.0).to(dtype)
         acc = tl.zeros([BM, BC], tl.float32)
-        for hidden in tl.range(0, H, BN, num_stages=STAGES):
+        for start in tl.range(0, H, BN, num_stages=STAGES):
             if JOINT:
-                w = load_pair(w_ptr, hidden, c, C, H, BN, FULL)
-                wo = load_out(wo_ptr, hidden, c, C, H, BN, FULL)
+                w = load_pair(w_ptr, start, c, C, H, BN, FULL)
+                wo = load_out(wo_ptr, start, c, C, H, BN, FULL)
                 a, b = apart(tl.dot(n, tl.trans(w), input_precision="ieee"))
                 dh = tl.dot(dy, wo, input_precision="ieee")
                 _h, da, db = hidden_gradients(a, b, dh, FAST)
                 acc = accumulate(acc, together(da, db).to(dtype), w)
             else:
-                wa = load_chunk(w_ptr, hidden, c, C, H, BN, FULL)
-                wb = load_chunk(w_ptr + H * C, hidden, c, C, H, BN, FULL)
-                wo = load_out(wo_ptr, hidden, c, C, H, BN, FULL)
+                wa = load_chunk(w_ptr, start, c, C, H, BN, FULL)
+                wb = load_chunk(w_ptr + H * C, start, c, C, H, BN, FULL)
+                wo = load_out(wo_ptr, start, c, C, H, BN, FULL)
                 a = tl.dot(n, tl.trans(wa), input_precision="ieee")
                 b = tl.dot(n, tl.trans(wb), input_precision="ieee")
                 dh = tl.dot(dy, wo, input_precision="ieee")

@@ -8,7 +8,6 @@ from optimized.ops.launching import (
     ceil_div,
     chosen,
     fast_sigmoid,
-    fetching,
     grouped,
     processors,
     product_width,
@@ -86,7 +85,7 @@ def input_gradient(
     n = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
     shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)
     arguments = (x, *norm, w, dy, dx, n, shares, rows, group, eps)
-    sizes = _sizes(w, channels, x.device) | _form("JOINT", config) | fetching(config, w.dtype, x.device)
+    sizes = _sizes(w, channels, x.device) | _form("JOINT", config)
     launch(kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dx, n, shares
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import normalise_rows_backward, sigmoid
 from optimized.ops.triangle_multiplication.folded import place_rows, row_statistics
-from optimized.ops.triangle_multiplication.project import fetch_columns, fetch_pairs, keep_rows, load_weights
+from optimized.ops.triangle_multiplication.project import keep_rows, load_weights
 
 SHARE_ROWS = tl.constexpr(8)
 """Rows of the sums over positions that a program keeps: as many as four warps read at a time at 128 channels."""
@@ -62,7 +62,6 @@ def input_gradient_kernel(
     FAST: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
-    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -70,7 +69,6 @@ def input_gradient_kernel(
     """dz of `group` tiles of BM positions from the gradients of a and b `[2h, P, P]` and the gate's dn `[N·N, c]`.
 
     Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
-    AHEAD: while a tile is computed, what the next one reads comes into L2.
     """
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     dtype = w_ptr.dtype.element_ty
@@ -82,11 +80,6 @@ def input_gradient_kernel(
     d_beta = tl.zeros([SHARE_ROWS, BC], tl.float32)
     for step in range(group):
         start = (tl.program_id(0) * group + step) * BM
-        if AHEAD:
-            after = start + (step + 1 < group).to(tl.int32) * BM
-            fetch_pairs(z_ptr, after, n_tokens, padded, stride_i, stride_j, BM, C, BC)
-            fetch_columns(grad_ptr, after, area, BM, 2 * H, triton.next_power_of_2(2 * H))
-            fetch_pairs(dn_gate_ptr, after, n_tokens, padded, n_tokens * C, C, BM, C, BC)
         p = start + tl.arange(0, BM)
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
         keep = keep_rows(mask_ptr, inside, dense, MASKED)

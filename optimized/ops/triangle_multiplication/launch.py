@@ -11,7 +11,6 @@ from optimized.ops.launching import (
     ceil_div,
     chosen,
     fast_sigmoid,
-    fetching,
     grouped,
     processors,
     product_width,
@@ -205,8 +204,7 @@ def output_forward(
     programs, group = grouped(ceil_div(shape.tokens * shape.padded, config.constants["BM"]))
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, *norms, w, y, *shape.place(z), group, eps)
-    sizes = shape.blocks(w) | fetching(config, x.dtype, x.device)
-    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **sizes)
+    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
     return y
 
 
@@ -245,8 +243,7 @@ def output_backward(
     shares = torch.empty((programs, 2 * h), dtype=torch.float32, device=x.device)
     outs = (dx, dn, nx, nz, d_linear, d_gate, shares)
     arguments = (x, z, *norms, w, dy, *outs, *shape.place(z), group, eps)
-    sizes = shape.blocks(w) | fetching(config, x.dtype, x.device)
-    launch(output.backward_kernel, (programs, 1, 1), config, arguments, **sizes)
+    launch(output.backward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
     return OutputGradients(dx, dn, shares, ((d_linear, nx), (d_gate, nz)))
 
 
@@ -277,7 +274,6 @@ def input_gradient(
     pointers = (mask if mask is not None else z, grad, dn, dn, n, shares)
     arguments = (z, *norm, w, *pointers, *shape.place(z), group, eps)
     sizes = shape.inner(w) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0}
-    sizes |= fetching(config, w.dtype, w.device)
     launch(gradients.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dn, shares
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
-from optimized.ops.triangle_multiplication.project import fetch_columns, fetch_pairs, load_rows, pair_rows
+from optimized.ops.triangle_multiplication.project import load_rows, pair_rows
 
 
 @triton.jit
@@ -71,7 +71,6 @@ def forward_kernel(
     BC: tl.constexpr,
     BH: tl.constexpr,
     FAST: tl.constexpr,
-    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -79,7 +78,6 @@ def forward_kernel(
     """y `[N·N, c]` of `group` tiles of BM positions, BN output channels at a time.
 
     Where BN covers c, the program keeps the weights on the chip and the loop over tiles is pipelined.
-    AHEAD: while a tile is computed, what the next one reads comes into L2.
     """
     RESIDENT: tl.constexpr = BN >= C
     FULL: tl.constexpr = C == BC and H == BH and C % BN == 0
@@ -91,19 +89,14 @@ def forward_kernel(
     if RESIDENT:
         wo, wg = load_weights(w_ptr, tl.arange(0, BN), c, h, C, H, FULL)
     for step in tl.range(0, group, num_stages=STAGES):
-        start = (tl.program_id(0) * group + step) * BM
-        if AHEAD:
-            after = start + (step + 1 < group).to(tl.int32) * BM
-            fetch_columns(x_ptr, after, area, BM, H, BH)
-            fetch_pairs(z_ptr, after, n_tokens, padded, stride_i, stride_j, BM, C, BC)
-        p = start + tl.arange(0, BM)
+        p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
         nx, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
         nz, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
         nx = nx.to(dtype)
         nz = nz.to(dtype)
-        for channel in tl.range(0, C, BN, num_stages=STAGES):
-            t = channel + tl.arange(0, BN)
+        for start in tl.range(0, C, BN, num_stages=STAGES):
+            t = start + tl.arange(0, BN)
             if not RESIDENT:
                 wo, wg = load_weights(w_ptr, t, c, h, C, H, FULL)
             gate = sigmoid(tl.dot(nz, tl.trans(wg), input_precision="ieee"), FAST, EXACT)
@@ -140,7 +133,6 @@ def backward_kernel(
     BC: tl.constexpr,
     BH: tl.constexpr,
     FAST: tl.constexpr,
-    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -149,7 +141,6 @@ def backward_kernel(
 
     Also what the weight gradients are made of: LN(x) `[N·N, h]`, LN(z), d_linear and d_gate `[N·N, c]`.
     Where BN covers c, the program keeps the weights on the chip and the loop over tiles is pipelined.
-    AHEAD: while a tile is computed, what the next one reads comes into L2.
     """
     RESIDENT: tl.constexpr = BN >= C
     FULL: tl.constexpr = C == BC and H == BH and C % BN == 0
@@ -161,13 +152,7 @@ def backward_kernel(
     if RESIDENT:
         wo, wg = load_weights(w_ptr, tl.arange(0, BN), c, h, C, H, FULL)
     for step in tl.range(0, group, num_stages=STAGES):
-        start = (tl.program_id(0) * group + step) * BM
-        if AHEAD:
-            after = start + (step + 1 < group).to(tl.int32) * BM
-            fetch_columns(x_ptr, after, area, BM, H, BH)
-            fetch_pairs(z_ptr, after, n_tokens, padded, stride_i, stride_j, BM, C, BC)
-            fetch_pairs(dy_ptr, after, n_tokens, padded, n_tokens * C, C, BM, C, BC)
-        p = start + tl.arange(0, BM)
+        p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
         nx, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
         nz, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
@@ -178,8 +163,8 @@ def backward_kernel(
         tl.store(nz_ptr + dense[:, None] * C + c[None, :], nz, mask=real)
         dnx = tl.zeros([BM, BH], tl.float32)
         dnz = tl.zeros([BM, BC], tl.float32)
-        for channel in tl.range(0, C, BN, num_stages=STAGES):
-            t = channel + tl.arange(0, BN)
+        for start in tl.range(0, C, BN, num_stages=STAGES):
+            t = start + tl.arange(0, BN)
             if not RESIDENT:
                 wo, wg = load_weights(w_ptr, t, c, h, C, H, FULL)
             cells = dense[:, None] * C + t[None, :]

@@ -19,14 +19,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import (
-    accumulate,
-    add_share,
-    fetch_lines,
-    normalise_rows,
-    normalise_rows_backward,
-    sigmoid,
-)
+from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
 
 
 @triton.jit
@@ -38,28 +31,6 @@ def pair_rows(p, n_tokens, padded, stride_i, stride_j):
     source = i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
     dense = i.to(tl.int64) * n_tokens + j
     return inside, source, dense
-
-
-@triton.jit
-def fetch_pairs(
-    ptr, first, n_tokens, padded, stride_i, stride_j, BM: tl.constexpr, C: tl.constexpr, BC: tl.constexpr
-):
-    """Fetch the rows of C values of BM flat positions of the padded square; for padding, its nearest pair's."""
-    LINES: tl.constexpr = (BC * ptr.dtype.element_ty.primitive_bitwidth + 1023) // 1024
-    k = tl.arange(0, BM * LINES)
-    p = first + k // LINES
-    i = tl.minimum(p // padded, n_tokens - 1).to(tl.int64)
-    j = tl.minimum(p % padded, n_tokens - 1).to(tl.int64)
-    fetch_lines(ptr + i * stride_i + j * stride_j + tl.minimum(k % LINES * (BC // LINES), C - 1))
-
-
-@triton.jit
-def fetch_columns(ptr, first, area, BM: tl.constexpr, H: tl.constexpr, BH: tl.constexpr):
-    """Fetch BM positions of H channels of a channel-major tensor; beyond the last position, that one."""
-    LINES: tl.constexpr = (BM * ptr.dtype.element_ty.primitive_bitwidth + 1023) // 1024
-    k = tl.arange(0, BH * LINES)
-    p = tl.minimum(first + k % LINES * (BM // LINES), area - 1)
-    fetch_lines(ptr + tl.minimum(k // LINES, H - 1) * area + p)
 
 
 @triton.jit
