@@ -3,6 +3,9 @@
 The library's reading (NVML, AMD SMI), sampled beside the trial, is one measurement; the allocator's reserved
 peak is another; what lies outside the allocator (context, library workspaces) is read once, when the trial
 has ended. What is left over is what nobody accounts for.
+
+A request that is refused leaves a trace too. With expandable segments the allocator has its pieces mapped one after
+another until the driver has no more, and gives them back: the library may see them, the allocator never counts them.
 """
 
 from __future__ import annotations
@@ -28,11 +31,18 @@ class Account:
     used_bytes: int
     reserved_bytes: int
     outside_bytes: int
+    tried_bytes: int = 0
+    """The request that was refused, where the trial ran out of memory."""
+
+    @property
+    def refused_bytes(self) -> int:
+        """As much of the refused request as may have been mapped when the library looked."""
+        return min(self.tried_bytes, max(self.used_bytes - self.reserved_bytes - self.outside_bytes, 0))
 
     @property
     def remainder_bytes(self) -> int:
-        """What neither the allocator nor the context explains; negative where a sample missed the peak."""
-        return self.used_bytes - self.reserved_bytes - self.outside_bytes
+        """What nothing of this explains; negative where a sample missed the peak."""
+        return self.used_bytes - self.reserved_bytes - self.outside_bytes - self.refused_bytes
 
     @property
     def remainder(self) -> float:
@@ -50,13 +60,17 @@ def accounts(records: Sequence[Record]) -> list[Account]:
         if not used or reserved is None or outside is None:
             continue
         length = record["factors"]["seq_len_tokens"]
-        found.append(Account(series, length, outcome_of(record), used, reserved, outside))
+        outcome = outcome_of(record)
+        oom = record["outcome"].get("oom") or {}
+        tried = (oom.get("tried_bytes") or 0) if outcome is Outcome.OOM_DEVICE else 0
+        found.append(Account(series, length, outcome, used, reserved, outside, tried))
     return sorted(found, key=lambda account: (account.series, account.seq_len))
 
 
 def verdict(found: Sequence[Account]) -> str:
     """In sentences how much is left unexplained, and where the device's library saw too little to say."""
     missed = [account for account in found if account.remainder < -ACCEPTABLE]
+    refused = [account for account in found if account.refused_bytes > ACCEPTABLE * account.used_bytes]
     judged = [account for account in found if account not in missed]
     sentences = []
     if judged:
@@ -64,6 +78,13 @@ def verdict(found: Sequence[Account]) -> str:
         start = "All" if abs(worst.remainder) <= ACCEPTABLE else "Not all"
         sentences.append(
             f"{start} of it is explained to within {100 * ACCEPTABLE:g} %: the largest remainder is {_share(worst)}."
+        )
+    if refused:
+        most = max(refused, key=lambda account: account.refused_bytes / account.used_bytes)
+        sentences.append(
+            f"In {len(refused)} of {len(found)} trials part of this is the request that was refused, pieces of which were "
+            f"mapped as the library looked: up to {100 * most.refused_bytes / most.used_bytes:.1f} % "
+            f"({most.series} at {most.seq_len})."
         )
     if missed:
         least = min(missed, key=lambda account: account.remainder)

@@ -150,17 +150,29 @@ def _accounted(part: Part) -> Markup:
         return join([title, tag("p", "No trial has both the allocator's and the device library's reading.")])
     lead = (
         "In use: the peak that the device's library (NVML, AMD SMI) saw. Outside PyTorch: context and library "
-        "workspaces, read as the trial ended. The remainder is what neither explains."
+        "workspaces, read as the trial ended. Refused: as much of the request that ended the trial as may have been mapped "
+        "just then. The remainder is what none of these explains."
     )
     rows = [
         (
             account.series, account.outcome.value, account.seq_len, bytes_text(account.used_bytes),
             bytes_text(account.reserved_bytes), bytes_text(account.outside_bytes),
+            bytes_text(account.refused_bytes) if account.refused_bytes else DASH,
             bytes_text(account.remainder_bytes), f"{100 * account.remainder:.2f} %",
         )
         for account in found
     ]  # fmt: skip
-    headings = ("series", "outcome", "tokens", "in use", "reserved", "outside PyTorch", "remainder", "of use")
+    headings = (
+        "series",
+        "outcome",
+        "tokens",
+        "in use",
+        "reserved",
+        "outside PyTorch",
+        "refused",
+        "remainder",
+        "of use",
+    )
     told = [tag("p", lead, class_="faint"), tag("p", account_verdict(found))]
     return join([title, *told, table(headings, rows, words=2)])
 
