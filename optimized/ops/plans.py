@@ -11,6 +11,7 @@ A plan holds sizes and compiled kernels, no tensors. Every plan is forgotten whe
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
@@ -309,6 +310,9 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+)
 # A plan, or in words why there is none.
 _plans: dict[tuple, Plan | str] = {}
 _MET = "inputs of this kind were met once"
@@ -347,13 +351,10 @@ def planned(run: Callable[P, R]) -> Callable[P, R]:
     @wraps(run)
     def follow(*inputs: Any) -> Any:
         device = inputs[0].get_device()
+        casting = torch.is_autocast_enabled(inputs[0].device.type)
         if watch.recorder or hooked() or watched() or (device < 0 and interpreting()):
             return run(*inputs)  # type: ignore[call-arg]
-        kind: list[Any] = [
-            run,
-            device,
-            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-        ]
+        kind: list[Any] = [run, device, casting and torch.get_autocast_dtype(inputs[0].device.type)]
         note = kind.append
         for a in inputs:
             if a.__class__ in PLAIN:
@@ -366,7 +367,9 @@ def planned(run: Callable[P, R]) -> Callable[P, R]:
         key = tuple(kind)
         plan = _plans.get(key)
         if plan.__class__ is Plan:
-            return plan.follow(current_stream(device), *inputs)
+            # What was noted lies below autocast: its casts are statements of the plan, and what it was kept from, too.
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST) if casting else nullcontext():
+                return plan.follow(current_stream(device), *inputs)
         if any(isinstance(a, Tensor) and a.__class__ not in PLAIN for a in inputs):
             return run(*inputs)  # type: ignore[call-arg]
         if plan == _MET:

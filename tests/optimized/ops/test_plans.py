@@ -72,6 +72,24 @@ def test_the_third_call_of_a_kind_follows_the_plan(following):
     assert len(calls) == 4  # two for each scale, of which the second has no fifth call to follow
 
 
+def test_a_product_kept_from_autocast_is_kept_from_it_in_the_plan(following):
+    """As the transition's in float32 is; and casts of autocast are repeated."""
+
+    def run(x):
+        with torch.autocast("cpu", enabled=False):
+            exact = x @ x.t()
+        return exact, x @ x.t()
+
+    one, calls = counted(run)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            x = torch.randn(6, 40)
+            exact, cast = one(x)
+            assert (exact.dtype, cast.dtype) == (torch.float32, torch.bfloat16)
+            torch.testing.assert_close(exact.double(), x.double() @ x.double().t(), rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize(
     "other",
     [
