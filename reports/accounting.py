@@ -61,7 +61,7 @@ def accounts(records: Sequence[Record]) -> list[Account]:
             continue
         length = record["factors"]["seq_len_tokens"]
         outcome = outcome_of(record)
-        oom = record["outcome"].get("oom") or {}
+        oom = group(record["outcome"], "oom")
         tried = (oom.get("tried_bytes") or 0) if outcome is Outcome.OOM_DEVICE else 0
         found.append(Account(series, length, outcome, used, reserved, outside, tried))
     return sorted(found, key=lambda account: (account.series, account.seq_len))
