@@ -61,8 +61,8 @@ def accounts(records: Sequence[Record]) -> list[Account]:
             continue
         length = record["factors"]["seq_len_tokens"]
         outcome = outcome_of(record)
-        oom = group(record["outcome"], "oom")
-        tried = (oom.get("tried_bytes") or 0) if outcome is Outcome.OOM_DEVICE else 0
+        oom = record["outcome"].get("oom") if outcome is Outcome.OOM_DEVICE else None
+        tried = (oom["tried_bytes"] or 0) if oom else 0
         found.append(Account(series, length, outcome, used, reserved, outside, tried))
     return sorted(found, key=lambda account: (account.series, account.seq_len))
 
