@@ -35,7 +35,7 @@ REAL = [
         "h200-long",
         "h200-ladder",
         "h200-ladder-inductor",
-        "h200-megafold",
+        "h200-steps-megafold",
         "h200-boundary",
         "h200-boundary-40gib",
     )
