@@ -44,8 +44,8 @@ def accumulate(acc, a, b):
 
 
 @triton.jit
-def normalise_rows(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False):
-    """(x - mean) · rstd of every row of the fp32 tile `x [R, BC]`, and rstd `[R]`; C real columns.
+def row_statistics(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False):
+    """Mean and rstd `[R]` of the rows of the fp32 tile `x [R, BC]`; C real columns.
 
     EXACT, for fp32 results: rstd without the hardware's approximation.
     """
@@ -58,21 +58,7 @@ def normalise_rows(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False
         rstd = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance))
     else:
         rstd = tl.rsqrt(variance)
-    return centred * rstd[:, None], rstd
-
-
-@triton.jit
-def row_statistics(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False):
-    """Mean and rstd `[R]` of the rows of the fp32 tile `x [R, BC]`; as `normalise_rows`."""
-    mean = tl.sum(x, 1) / C
-    centred = x - mean[:, None]
-    if x.shape[1] != C:
-        centred = tl.where((columns < C)[None, :], centred, 0.0)
-    variance = tl.sum(centred * centred, 1) / C + eps
-    if EXACT:
-        return mean, tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance))
-    else:
-        return mean, tl.rsqrt(variance)
+    return mean, rstd
 
 
 @triton.jit
@@ -82,6 +68,13 @@ def normalised(x, mean, rstd, columns, C: tl.constexpr):
     if x.shape[1] != C:
         centred = tl.where((columns < C)[None, :], centred, 0.0)
     return centred * rstd[:, None]
+
+
+@triton.jit
+def normalise_rows(x, columns, eps, C: tl.constexpr, EXACT: tl.constexpr = False):
+    """(x - mean) · rstd of every row of the fp32 tile `x [R, BC]`, and rstd `[R]`."""
+    mean, rstd = row_statistics(x, columns, eps, C, EXACT)
+    return normalised(x, mean, rstd, columns, C), rstd
 
 
 @triton.jit

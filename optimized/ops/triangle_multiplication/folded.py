@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
+from optimized.ops.rows import row_statistics
 from optimized.ops.triangle_multiplication.project import keep_rows, pair_rows
 
 
@@ -46,14 +47,9 @@ def place_rows(start, n_tokens, padded, stride_i, stride_j, BM: tl.constexpr, EV
 
 
 @triton.jit
-def row_statistics(z, c, eps, C: tl.constexpr):
+def scale_and_shift(z, c, eps, C: tl.constexpr):
     """rstd and -mean·rstd of every row of a tile `[BM, BC]` whose padding columns are zero; two passes in fp32."""
-    x = z.to(tl.float32)
-    mean = tl.sum(x, 1) / C
-    centred = x - mean[:, None]
-    if x.shape[1] != C:
-        centred = tl.where((c < C)[None, :], centred, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+    mean, rstd = row_statistics(z.to(tl.float32), c, eps, C)
     return rstd, -mean * rstd
 
 
@@ -178,7 +174,7 @@ def project_kernel(
         start = (tl.program_id(0) * group + step) * BM
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
         z = tl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        rstd, shift = row_statistics(z, c, eps, C)
+        rstd, shift = scale_and_shift(z, c, eps, C)
         products = tl.dot(w, tl.trans(z))
         linear, gate = tl.split(tl.permute(tl.reshape(products, (2, BN, BM)), (1, 2, 0)))
         shift = shift[None, :]

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import normalise_rows_backward, sigmoid
-from optimized.ops.triangle_multiplication.folded import place_rows, row_statistics
+from optimized.ops.triangle_multiplication.folded import place_rows, scale_and_shift
 from optimized.ops.triangle_multiplication.project import keep_rows, load_weights
 
 SHARE_ROWS = tl.constexpr(8)
@@ -86,7 +86,7 @@ def input_gradient_kernel(
         rows = z_ptr + source[:, None] + c[None, :]
         real = inside[:, None] & (c < C)[None, :]
         z = tl.load(rows, mask=real, other=0.0)
-        rstd, shift = row_statistics(z, c, eps, C)
+        rstd, shift = scale_and_shift(z, c, eps, C)
         n = standardised_rows(z, rstd, shift, c, C) * gamma[None, :] + beta[None, :]
         if MASKED or not EVEN:
             n = tl.where(keep[:, None], n, 0.0)
