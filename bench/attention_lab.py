@@ -3,8 +3,9 @@
     python bench/attention_lab.py [--out DIR] [--budget SECONDS] [--shapes tri768,tri384,tri1024,diff384,diff768]
 
 Prints predictions first, then a compact table, and writes attention_lab.json. Kernels are compiled beforehand by
-several processes into Triton's disk cache. The whole operator runs with two plans of the fastest tiles: dbias by a
-kernel of its own, and by planes that the kernel of dq writes. A tile that fails is reported and left out.
+several processes into Triton's disk cache. The whole operator runs with plans of the fastest tiles: dbias by a kernel of
+its own, by planes that the kernel of dq writes, and all gradients by the joint kernel, with dbias or without, in several
+sizes of its workspace. A tile that fails is reported and left out.
 """
 
 import argparse
@@ -26,8 +27,15 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from optimized.ops.attention import attention, attention_backward, attention_with_lse, launch, reference
-from optimized.ops.tuning import Config
+from optimized.ops.attention import (
+    attention,
+    attention_backward,
+    attention_with_lse,
+    joint_launch,
+    launch,
+    reference,
+)
+from optimized.ops.tuning import Config, forget
 
 DEVICE = "cuda"
 SHAPES = {
@@ -64,6 +72,10 @@ def predictions() -> list[str]:
         "expect at 768 by instructions a score against those timed before: forward 1.05 (9.1), grad_kv 1.3 to 1.45 (12.7, was "
         "15.3 at 1.55 to 1.74), dq with planes of 2 rows 1.35 (13.0, was 11.2 at 1.16) and its folds 0.45, of 3 rows 1.7 and 0.3"
     )
+    lines.append(
+        "expect of the joint kernel at 768 (11.1 instructions a score for all gradients, where grad_kv and planes issue 25): 1.5 to "
+        "2.0 ms, its folds 0.45, sums of dq 0.3; without dbias 1.4 (12.4, 3 programs a multiprocessor) and the bias kernel 1.3"
+    )
     return lines
 
 
@@ -72,8 +84,12 @@ def config(warps: int, stages: int, cap: int, **constants: int) -> Config:
     return Config({**constants, "STAGES": stages}, warps, 2, cap)
 
 
-KERNELS = ("forward", "grad_kv", "grad_bias", "grad_q", "planes")
-"""What is timed: `grad_q` is dq alone, `planes` dq with dbias, its folds included."""
+KERNELS = ("forward", "grad_kv", "grad_bias", "grad_q", "planes", "joint", "joint_alone")
+"""What is timed: `grad_q` is dq alone, `planes` dq with dbias, its folds included; `joint` all gradients with the launches
+that belong to it, `joint_alone` all but dbias."""
+
+WORKSPACES = (0.75, 1.5, 3.0, 8.0)
+"""Of the joint kernel, in sizes of q."""
 
 
 def candidates(head_dim: int) -> dict[str, list[Config]]:
@@ -91,6 +107,8 @@ def candidates(head_dim: int) -> dict[str, list[Config]]:
             "planes": rows([
                 (1, 64, 32, 4, 2, 0), (1, 64, 32, 4, 3, 0), (1, 64, 32, 4, 3, 128), (1, 64, 64, 4, 3, 0), (2, 64, 32, 4, 3, 168),
             ]),
+            "joint": rows([(1, 64, 64, 4, 3, 0), (1, 64, 64, 4, 2, 0)]),
+            "joint_alone": rows([(1, 64, 64, 4, 3, 0), (1, 64, 64, 4, 2, 0), (1, 64, 64, 4, 3, 168)]),
         }  # fmt: skip
     return {
         "forward": rows([
@@ -107,6 +125,8 @@ def candidates(head_dim: int) -> dict[str, list[Config]]:
             (2, 64, 32, 4, 2, 128), (2, 64, 32, 4, 3, 128), (2, 64, 32, 4, 3, 168), (3, 64, 32, 4, 3, 168), (4, 64, 32, 4, 3, 0),
             (2, 64, 64, 4, 3, 0), (2, 64, 32, 4, 4, 168),
         ]),
+        "joint": rows([(2, 64, 64, 4, 3, 0), (2, 64, 64, 4, 2, 0), (2, 64, 128, 8, 3, 0), (1, 64, 64, 4, 3, 168)]),
+        "joint_alone": rows([(1, 64, 64, 4, 3, 168), (1, 64, 64, 4, 3, 0), (2, 64, 64, 4, 3, 0), (1, 64, 128, 4, 3, 0)]),
     }  # fmt: skip
 
 
@@ -163,6 +183,9 @@ class Bench:
             return lambda: launch.launch_grad_q(call, p.do, self.lse2, self.delta, self.dq, c)
         if kernel == "planes":
             return lambda: launch.launch_grad_q(call, p.do, self.lse2, self.delta, self.dq, c, self.dbias)
+        if kernel in ("joint", "joint_alone"):
+            gradients = self.dq, self.dk, self.dv, self.dbias if kernel == "joint" else None
+            return lambda: joint_launch.launch_joint(call, self.o, p.do, self.lse[0], None, gradients, c)
         return lambda: launch.launch_grad_bias(call, p.do, self.lse2, self.delta, self.dbias, c)
 
     def outputs(self, kernel: str) -> list[Tensor]:
@@ -170,6 +193,7 @@ class Bench:
         return {
             "forward": [self.o], "grad_kv": [self.dk, self.dv], "grad_q": [self.dq], "grad_bias": [self.dbias],
             "planes": [self.dq, self.dbias],
+            "joint": [self.dq, self.dk, self.dv, self.dbias], "joint_alone": [self.dq, self.dk, self.dv],
         }[kernel]  # fmt: skip
 
 
@@ -219,6 +243,8 @@ def check_variants(shape: tuple[int, int, int, int]) -> dict[str, float]:
         "grad_q": ["dq"],
         "grad_bias": ["dbias"],
         "planes": ["dq", "dbias"],
+        "joint": ["dq", "dk", "dv", "dbias"],
+        "joint_alone": ["dq", "dk", "dv"],
     }
     bench = Bench(p)
     errors = {}
@@ -255,7 +281,7 @@ def time_variants(shape: tuple[int, int, int, int], errors: dict[str, float], re
 
 
 def best_plans(times: dict[str, float], head_dim: int) -> dict[str, launch.Plan]:
-    """The fastest configuration of each kernel, as two plans; one is left out if none of its tiles worked."""
+    """The fastest configuration of each kernel, as plans; one is left out if none of its tiles worked."""
     best = {}
     for kernel, cs in candidates(head_dim).items():
         ranked = [
@@ -263,12 +289,20 @@ def best_plans(times: dict[str, float], head_dim: int) -> dict[str, launch.Plan]
         ]
         if ranked:
             best[kernel] = cs[min(ranked)[1]]
-    ways = {"kernel": ("grad_bias", "grad_q"), "planes": (None, "planes")}
-    return {
-        way: launch.Plan(best["forward"], best["grad_kv"], best[bias] if bias else None, best[q])
-        for way, (bias, q) in ways.items()
-        if {"forward", "grad_kv", q} <= best.keys() and (bias is None or bias in best)
+    ways = {
+        "kernel": ("grad_bias", "grad_q", None),
+        "planes": (None, "planes", None),
+        "joint": (None, "planes", "joint"),
+        "joint and kernel": ("grad_bias", "grad_q", "joint_alone"),
     }
+    found = {}
+    for way, (bias, q, joint) in ways.items():
+        kernels = {"forward", "grad_kv", q, bias or q, joint or q}
+        if kernels <= best.keys():
+            found[way] = launch.Plan(
+                best["forward"], best["grad_kv"], best[bias] if bias else None, best[q], best[joint] if joint else None
+            )  # fmt: skip
+    return found
 
 
 def fixed_costs(shape: tuple[int, int, int, int]) -> dict[str, float]:
@@ -284,10 +318,16 @@ def fixed_costs(shape: tuple[int, int, int, int]) -> dict[str, float]:
     return {name: float(do_bench(job, warmup=5, rep=20, return_mode="median")) for name, job in jobs.items()}
 
 
+def use(plan: launch.Plan) -> None:
+    """Let the operator take this plan from here on."""
+    launch.plan_for = lambda q, precision: plan
+    forget()
+
+
 def whole(name: str, plan: launch.Plan, rep: int) -> dict[str, float | bool]:
     """Forward and forward+backward of the public operator with a plan: ms, peak MiB, repeatability."""
     p = Problem.make(SHAPES[name])
-    launch.plan_for = lambda q, precision: plan
+    use(plan)
     leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]
 
     def both() -> tuple[Tensor, ...]:
@@ -329,7 +369,7 @@ def accuracy(name: str, plan: launch.Plan, dtype: torch.dtype, rows: int = 24) -
     p = Problem.make((rows, h, n, d), dtype, seed=5)
     p.mask[:, 0] = False
     exact = oracle(p)
-    launch.plan_for = lambda q, precision: plan
+    use(plan)
     found = {}
     for who, f in (("ours", attention), ("eager", reference.attention)):
         leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]
@@ -345,7 +385,7 @@ def by_kernel(name: str, plan: launch.Plan) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     p = Problem.make(SHAPES[name])
-    launch.plan_for = lambda q, precision: plan
+    use(plan)
     leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]
     torch.autograd.grad(attention(*leaves, p.mask), leaves, p.do)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -435,27 +475,32 @@ def main() -> None:
             if left() < 8:
                 print(f"{name} {way}: whole operator dropped")
                 continue
-            try:
-                line = whole(name, plan, 30)
-            except Exception as error:
-                print(f"{name} {way}: {type(error).__name__} {str(error)[:80]}")
-                continue
-            results[f"{name} {way}"] = line
-            goal = GOALS_MS.get(name, (math.nan, math.nan))
-            print(
-                f"{name} dbias by {way}: fwd {line['fwd_ms']:.3f} (goal {goal[0]})  bwd {line['bwd_ms']:.3f}  "
-                f"fwd+bwd {line['fwdbwd_ms']:.3f} (goal {goal[1]})  peak {line['peak_mib']:.0f} MiB (goal "
-                f"{GOALS_MIB.get(name, math.nan)})  host {line['host_ms']:.2f} ms  bitwise {line['bitwise']}"
-            )
+            for workspace in WORKSPACES if plan.joint else (joint_launch.WORKSPACE,):
+                joint_launch.WORKSPACE = workspace
+                label_ = f"{name} {way}" + (f" workspace {workspace}" if plan.joint else "")
+                try:
+                    line = whole(name, plan, 30)
+                except Exception as error:
+                    print(f"{label_}: {type(error).__name__} {str(error)[:80]}")
+                    continue
+                results[label_] = line
+                goal = GOALS_MS.get(name, (math.nan, math.nan))
+                print(
+                    f"{label_}: fwd {line['fwd_ms']:.3f} (goal {goal[0]})  bwd {line['bwd_ms']:.3f}  "
+                    f"fwd+bwd {line['fwdbwd_ms']:.3f} (goal {goal[1]})  peak {line['peak_mib']:.0f} MiB (goal "
+                    f"{GOALS_MIB.get(name, math.nan)})  host {line['host_ms']:.2f} ms  bitwise {line['bitwise']}"
+                )
     for name in ("tri768", "diff768"):
-        if "planes" in plans.get(name, {}) and left() > 8:
+        for way in {"planes", "joint"} & plans.get(name, {}).keys():
+            if left() < 8:
+                continue
             try:
-                spent = by_kernel(name, plans[name]["planes"])
+                spent = by_kernel(name, plans[name][way])
             except Exception as error:  # a profiler that is not allowed to look
                 print(f"{name} by kernel: {type(error).__name__} {str(error)[:80]}")
                 continue
-            results[f"{name} by kernel"] = spent
-            print(f"{name} by kernel: " + "; ".join(f"{k} {v:.3f}" for k, v in spent.items()))
+            results[f"{name} {way} by kernel"] = spent
+            print(f"{name} {way} by kernel: " + "; ".join(f"{k} {v:.3f}" for k, v in spent.items()))
     for name in ("tri384", "diff384"):
         for way, plan in plans.get(name, {}).items():
             if left() > 8:

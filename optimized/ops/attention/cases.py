@@ -5,14 +5,14 @@ from typing import Any
 import torch
 import triton
 
-from optimized.ops.attention import backward, forward, packing
-from optimized.ops.attention.launch import FOLD_BLOCK, FOLD_PLANES, MASK_KEYS, Plan, default_plan
+from optimized.ops.attention import backward, forward, joint, packing
+from optimized.ops.attention.launch import FOLD_BLOCK, FOLD_PLANES, MASK_KEYS, Plan, default_plan, joint_tile
 from optimized.ops.offline import KernelCase
 from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "MASK", "SUM")
-FLOATS = ("scale", "unit_scale")
+FLOATS = ("scale", "unit_scale", "never")
 WIDE_INTS = ("size", "s_b", "s_h", "s_q", "s_k", "keep_b")
 
 
@@ -65,6 +65,8 @@ def make_case(
         "CONTINUES": True,
         "SUMS": True,
         "FAST": dtype != "fp16",
+        "TRANSPOSED": True,
+        "WITH_PLANES": True,
         **config.constants,
         **extra,
     }
@@ -90,11 +92,25 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
     ]
     if plan.grad_bias is None:
         fold = Config(FOLD_PLANES)
-        cases.append(make_case(f"{label}.fold_planes", backward.fold_planes_kernel, fold, **options))
+        cases.append(
+            make_case(f"{label}.fold_planes", backward.fold_planes_kernel, fold, TRANSPOSED=False, **options)
+        )
     else:
         cases.append(make_case(f"{label}.grad_bias", backward.grad_bias_kernel, plan.grad_bias, **options))
         cases.append(make_case(f"{label}.fold", backward.fold_kernel, plain, **options))
     return cases
+
+
+def joint_cases(config: Config, label: str, **options: Any) -> list[KernelCase]:
+    """The kernels of the joint backward pass, with planes and without."""
+    tile, plain = Config({"BQ": config.constants["BQ"]}), Config()
+    return [
+        make_case(f"{label}.joint", joint.joint_kernel, config, **options),
+        make_case(f"{label}.joint.alone", joint.joint_kernel, config, WITH_PLANES=False, **options),
+        make_case(f"{label}.joint.columns", joint.joint_columns_kernel, plain, **options),
+        make_case(f"{label}.joint.queries", joint.joint_queries_kernel, tile, **options),
+        make_case(f"{label}.joint.fold", backward.fold_planes_kernel, Config(FOLD_PLANES), **options),
+    ]
 
 
 SHIPPED = (
@@ -115,4 +131,6 @@ def cases(arch: str) -> list[KernelCase]:
         plan = default_plan(getattr(torch, DTYPES[short]), head_dim, arch, precision)
         label = f"attention.{short}.d{head_dim}" + ("" if precision == "ieee" else f".{precision}")
         found += plan_cases(plan, label, dtype=short, head_dim=head_dim, precision=precision)
+        if arch == "sm_90" and short == "bf16":
+            found += joint_cases(joint_tile(head_dim), label, dtype=short, head_dim=head_dim)
     return found

@@ -26,7 +26,7 @@ MASK_KEYS = 1024
 # Over how many programs the bias gradient splits its rows; with 4 a core it was 18 % slower on an H200 at 768.
 PROGRAMS_PER_CORE = 8
 FOLD_PLANES = {
-    "BK": 64,
+    "BY": 64,
     "TOGETHER": 4,
 }  # 2 KiB of a plane a program; four planes in flight hide the memory's latency
 FOUR_WARPS = Config()  # of the kernels that have nothing to choose
@@ -35,12 +35,17 @@ FARTHEST = 2**31 // TILE  # token stride, in elements, up to which offsets insid
 
 @dataclass(frozen=True)
 class Plan:
-    """Launch configurations of one call. Without one for `grad_bias`, the kernel of dq writes planes of dbias."""
+    """Launch configurations of one call.
+
+    Without one for `grad_bias`, planes of dbias come from the kernel of dq. With one for `joint`, that kernel takes all
+    gradients where it applies, or all but dbias where `grad_bias` has one.
+    """
 
     forward: Config
     grad_kv: Config
     grad_bias: Config | None
     grad_q: Config
+    joint: Config | None = None
 
 
 def _rows(rows: int, bq: int, bk: int, stages: int = 2, cap: int = 0) -> Config:
@@ -87,6 +92,11 @@ def _full_plan(wide: bool, arch: str, precision: str) -> Plan:
     return Plan(_rows(1, 32, 32), _rows(1, 32, 32), _tile(32, 16, stages=1), _rows(1, 32, 32))
 
 
+def joint_tile(head_dim: int) -> Config:
+    """Of the joint kernel on sm_90: as many rows as its registers hold. Not timed yet: no default plan has it."""
+    return _rows(2 if head_dim in (16, 32) else 1, 64, 64, 3)
+
+
 def plan_for(q: Tensor, precision: str) -> Plan:
     """The plan for these inputs: measured on this device, shipped for it, or the default."""
     if device_name(q.device) == "cpu":
@@ -107,6 +117,7 @@ def _measured_plan(
         lookup("attention.grad_kv", key, device, base.grad_kv),
         base.grad_bias and lookup("attention.grad_bias", key, device, base.grad_bias),
         lookup("attention.grad_q", key, device, base.grad_q),
+        lookup("attention.joint", key, device, base.joint),
     )
 
 
@@ -312,11 +323,25 @@ def launch_grad_q(
         launch(grad_q_kernel, grid, config, arguments, **call.constants, SUMS=dbias is not None)
         if dbias is not None:
             out = dbias if start + groups * tile >= rows else total
-            grid = (ceil_div(lq, 16) * ceil_div(lk, FOLD_PLANES["BK"]) * heads * batch, 1, 1)
-            launch(
-                fold_planes_kernel, grid, FOUR_WARPS, (planes, total, out, heads, lq, lk, some),
-                CONTINUES=start > 0, TILE=TILE, **FOLD_PLANES,
-            )  # fmt: skip
+            launch_fold(planes, total, out, (heads, lq, lk, some), continues=start > 0, transposed=False)
+
+
+def launch_fold(
+    planes: Tensor,
+    total: Tensor,
+    out: Tensor,
+    sizes: tuple[int, int, int, int],
+    *,
+    continues: bool,
+    transposed: bool,
+) -> None:
+    """Add planes of dbias to `total` if it `continues`, into `out`; `sizes` are heads, rows and columns of a plane, planes."""
+    heads, lx, ly, _ = sizes
+    grid = (ceil_div(lx, 16) * ceil_div(ly, FOLD_PLANES["BY"]) * heads * planes.shape[0], 1, 1)
+    launch(
+        fold_planes_kernel, grid, FOUR_WARPS, (planes, total, out, *sizes),
+        CONTINUES=continues, TILE=TILE, TRANSPOSED=transposed, **FOLD_PLANES,
+    )  # fmt: skip
 
 
 def plane_groups(call: Call, config: Config) -> int:
