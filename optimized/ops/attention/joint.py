@@ -224,7 +224,6 @@ def joint_kernel(
         raw = load_packed(pointers, 0, BQ)
         for q0 in tl.range(0, LQ, BQ, num_stages=STAGES):
             inside = (q0 + tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
-            bias = unpacked(raw, BK, BQ, FLIPPED.dtype.element_ty) * LOG2E
             ahead = tl.minimum(q0 // BQ + 1, q_blocks // (BQ // 16) - 1)
             new_dks = ()
             new_dvs = ()
@@ -239,7 +238,12 @@ def joint_kernel(
                 new_gbs = new_gbs + (token(gbs[i], BQ, g_l),)
                 s = tl.dot(ks[i], tl.trans(q), tl.dot(of_scores[i], columns))
                 dp = tl.dot(vs[i], tl.trans(g), tl.dot(of_products[i], columns))
+                if i == 0:
+                    # Not before the products: the load has until here. Nor the next one before this one is used.
+                    bias = unpacked(raw, BK, BQ, FLIPPED.dtype.element_ty) * LOG2E
                 p = powers(s * unit_scale + bias, False)
+                if i == ROWS - 1:
+                    raw = load_packed(pointers, ahead, BQ)
                 new_dvs = new_dvs + (multiply_add(p.to(TYPE), g, dvs[i], "ieee"),)
                 ds = (p * dp).to(TYPE)
                 new_dks = new_dks + (multiply_add(ds, q, dks[i], "ieee"),)
@@ -251,7 +255,6 @@ def joint_kernel(
                 tl.store(part + 128, lower, mask=item == first_tile)
                 tl.atomic_add(part, upper, mask=item != first_tile, sem="relaxed")
                 tl.atomic_add(part + 128, lower, mask=item != first_tile, sem="relaxed")
-            raw = load_packed(pointers, ahead, BQ)  # not before: its registers are those of the bias in use
             if WITH_PLANES:
                 store_packed(targets, q0 // BQ, total, BK, BQ)
             dks = new_dks
