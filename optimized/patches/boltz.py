@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from optimized import forwards
-from optimized.forwards import TransitionWeights, keep
+from optimized.forwards import Into, TransitionWeights, keep
 from optimized.ops.triangle_attention import Orientation, TriangleAttentionWeights
 from optimized.ops.triangle_multiplication import TriangleWeights
 from optimized.recipes import Fused, Recipe, affine, first, head_size, width, without_bias
@@ -61,9 +62,14 @@ class TriangleAttention(Fused):
     mha: Any
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, chunk_size: int | None = None, use_kernels: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        chunk_size: int | None = None,
+        use_kernels: bool = False,
+        into: Into | None = None,
     ) -> Tensor:
-        """The update of x [*, N, N, c], without the residual; mask [*, N, N]."""
+        """The update of x [*, N, N, c], or with `into` that added to a residual; mask [*, N, N]."""
         mha = self.mha
         weights = TriangleAttentionWeights(
             self.layer_norm.weight, self.layer_norm.bias, mha.linear_q.weight, mha.linear_k.weight,
@@ -72,7 +78,7 @@ class TriangleAttention(Fused):
         way = Orientation(columns=not self.starting, flipped=not self.starting)
         eps, out_bias = self.layer_norm.eps, mha.linear_o.bias
         return forwards.triangle_attention(
-            x, weights, self.no_heads, way, keep(mask), eps, self.fallbacks, out_bias
+            x, weights, self.no_heads, way, keep(mask), eps, self.fallbacks, out_bias, into
         )
 
 
@@ -90,6 +96,96 @@ class Transition(Fused):
             self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
         )
         return forwards.transition(x, weights, self.norm.eps, self.fallbacks)
+
+
+class _PairUpdates(Fused):
+    """The pair track of a Pairformer layer: every update goes into z with its dropout at once."""
+
+    whole = False
+    training: bool
+    dropout: float
+    tri_mul_out: Any
+    tri_mul_in: Any
+    tri_att_start: Any
+    tri_att_end: Any
+    transition_z: Any
+
+    def _update_pairs(self, z: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
+        """z [B, N, N, c] after all updates of a layer; `options` are those that the library's modules take."""
+        for update in (self.tri_mul_out, self.tri_mul_in):
+            into = self._into(z, columns=False)
+            z = forwards.add_update(update(z, mask=mask, use_kernels=options["mul"]), into, self.fallbacks)
+        z = self._attend(self.tri_att_start, z, mask, self._into(z, columns=False), options)
+        z = self._attend(self.tri_att_end, z, mask, self._into(z, columns=True), options)
+        return z + self.transition_z(z)
+
+    def _into(self, z: Tensor, columns: bool) -> Into:
+        """z and the factors of dropout shared by rows, or by columns: float32, and drawn in evaluation too, as theirs."""
+        p = self.dropout * self.training
+        batch, rows, width, _ = z.shape
+        shape = (batch, 1, width, 1) if columns else (batch, rows, 1, 1)
+        factors = (torch.rand(shape, device=z.device) >= p) / (1.0 - p)
+        return Into(z.to(torch.promote_types(z.dtype, factors.dtype)), factors if self.training else None)
+
+    def _attend(self, update: Any, z: Tensor, mask: Tensor, into: Into, options: dict[str, Any]) -> Tensor:
+        """z and its triangle attention; hooks on that are handed the update itself, so they cost the fusion."""
+        theirs = {"mask": mask, "chunk_size": options["chunk_size"], "use_kernels": options["attention"]}
+        fused = isinstance(update, TriangleAttention) and update.mha.linear_o.bias is None
+        if fused and not update._forward_hooks:
+            return update(z, **theirs, into=into)
+        return forwards.add_update(update(z, **theirs), into, self.fallbacks)
+
+
+class PairformerLayer(_PairUpdates):
+    """A layer of the Pairformer (AF3 Algorithm 17)."""
+
+    pre_norm_s: Any
+    attention: Any
+    transition_s: Any
+    s_post_norm: Any
+
+    def forward(
+        self,
+        s: Tensor,
+        z: Tensor,
+        mask: Tensor,
+        pair_mask: Tensor,
+        chunk_size_tri_attn: int | None = None,
+        use_kernels: bool = False,
+        use_cuequiv_mul: bool = False,
+        use_cuequiv_attn: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The new s [B, N, c_s] and z [B, N, N, c_z]; mask [B, N], pair_mask [B, N, N]. Single track in float32."""
+        z = self._update_pairs(
+            z, pair_mask, _options(chunk_size_tri_attn, use_kernels, use_cuequiv_mul, use_cuequiv_attn)
+        )
+        with torch.autocast("cuda", enabled=False):
+            s = s.float()
+            normed = self.pre_norm_s(s)
+            s = s + self.attention(s=normed, z=z.float(), mask=mask.float(), k_in=normed)
+            s = self.s_post_norm(s + self.transition_s(s))
+        return s, z
+
+
+class PairformerNoSeqLayer(_PairUpdates):
+    """A layer of the Pairformer without its single track."""
+
+    def forward(
+        self,
+        z: Tensor,
+        pair_mask: Tensor,
+        chunk_size_tri_attn: int | None = None,
+        use_kernels: bool = False,
+        use_cuequiv_mul: bool = False,
+        use_cuequiv_attn: bool = False,
+    ) -> Tensor:
+        """The new z [B, N, N, c_z]; pair_mask [B, N, N]."""
+        options = _options(chunk_size_tri_attn, use_kernels, use_cuequiv_mul, use_cuequiv_attn)
+        return self._update_pairs(z, pair_mask, options)
+
+
+def _options(chunk_size: int | None, kernels: bool, mul: bool, attention: bool) -> dict[str, Any]:
+    return {"chunk_size": chunk_size, "mul": mul or kernels, "attention": attention or kernels}
 
 
 class _PairBias(Fused):
@@ -184,6 +280,18 @@ def _check_transition(m: Any) -> str:
     return first(affine(m.norm), without_bias((m.fc1, m.fc2, m.fc3)), width("transition", m.fc1.in_features))
 
 
+_PAIR_TRACK = {"tri_mul_out", "tri_mul_in", "tri_att_start", "tri_att_end", "transition_z"}
+_SINGLE_TRACK = {"pre_norm_s", "attention", "transition_s", "s_post_norm"}
+
+
+def _check_layer(m: Any) -> str:
+    """Layers of other versions that have other parts do something else with them."""
+    others = {name for name, _ in m.named_children()} ^ (_PAIR_TRACK | _SINGLE_TRACK)
+    if not others or others == _SINGLE_TRACK:
+        return ""
+    return f"a layer of other parts than Boltz 2.2's: {', '.join(sorted(others))}"
+
+
 def _check_pair_bias(m: Any) -> str:
     return head_size(m.proj_q.out_features, m.num_heads)
 
@@ -205,6 +313,8 @@ RECIPES = {
     f"{_LAYERS}attention.AttentionPairBias": Recipe(
         "attention_pair_bias", FirstAttentionPairBias, _check_pair_bias
     ),
+    f"{_LAYERS}pairformer.PairformerLayer": Recipe("gated_output", PairformerLayer, _check_layer),
+    f"{_LAYERS}pairformer.PairformerNoSeqLayer": Recipe("gated_output", PairformerNoSeqLayer, _check_layer),
 }
 WITHOUT_OPERATOR = {
     f"{_LAYERS}outer_product_mean.OuterProductMean": "outer product mean",

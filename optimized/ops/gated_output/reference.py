@@ -6,8 +6,12 @@ from torch.nn import functional as F
 
 
 def add_update_reference(residual: Tensor, update: Tensor, keep: Tensor | None = None) -> Tensor:
-    """residual + keep ⊙ update; `keep` (1 / (1 - p) or 0, one value for all of a shared axis) broadcasts."""
-    return residual + (update if keep is None else update * keep.to(update.dtype))
+    """residual + keep ⊙ update; `keep` (1 / (1 - p) or 0, one value for all of a shared axis) broadcasts.
+
+    The product has the wider dtype of its two factors, the result that of residual and update.
+    """
+    total = residual + (update if keep is None else update * keep)
+    return total.to(torch.promote_types(residual.dtype, update.dtype))
 
 
 def gated_output_reference(
