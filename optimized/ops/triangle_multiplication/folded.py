@@ -184,7 +184,7 @@ def project_kernel(
         value = gated(linear, gate, FAST)
         if MASKED or not EVEN:
             keep = keep_rows(mask_ptr, inside, dense, MASKED)
-            value = tl.where(keep[None, :], value, 0.0)
+            value *= keep.to(tl.float32)[None, :]  # as defined, and in fewer instructions than a choice
         p = start + tl.arange(0, BM)
         where = out_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
         tl.store(where, value.to(out_ptr.dtype.element_ty), mask=own[:, None] & (p < area)[None, :])
