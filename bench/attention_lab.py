@@ -88,7 +88,7 @@ KERNELS = ("forward", "grad_kv", "grad_bias", "grad_q", "planes", "joint", "join
 """What is timed: `grad_q` is dq alone, `planes` dq with dbias, its folds included; `joint` all gradients with the launches
 that belong to it, `joint_alone` all but dbias."""
 
-WORKSPACES = (0.75, 1.5, 3.0, 8.0)
+WORKSPACES = (0.5, 1.0, 2.0, 3.0, 8.0)
 """Of the joint kernel, in sizes of q."""
 
 

@@ -18,8 +18,8 @@ from optimized.ops.tuning import Config
 
 COLUMNS = 16
 NEVER = -(2.0**20)  # exponent, in powers of two, of what must vanish whatever its bias is
-WORKSPACE = 1.5  # of the bytes of q
-LEAST_WORKSPACE = 40 << 20  # fills an H200 at 384 tokens
+WORKSPACE = 1.0  # of the bytes of q
+LEAST_WORKSPACE = 24 << 20
 REGISTERS = 65536  # of a multiprocessor
 
 
