@@ -403,21 +403,18 @@ def fold_kernel(PARTS, OUT, planes, size, BLOCK: tl.constexpr):
     tl.store(OUT + x, total.to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit(
-    repr=profiled_as("attention_fold_planes"), do_not_specialize=["H", "x_length", "y_length", "groups"]
-)
-def fold_planes_kernel(
-    PLANES, SUM, OUT, H, x_length, y_length, groups,
-    CONTINUES: tl.constexpr, TILE: tl.constexpr, TRANSPOSED: tl.constexpr, BY: tl.constexpr, TOGETHER: tl.constexpr,
+@triton.jit
+def fold_planes(
+    pid, PLANES, SUM, OUT, H, x_length, y_length, groups, continues,
+    TILE: tl.constexpr, TRANSPOSED: tl.constexpr, BY: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """OUT = sum over planes of dbias in their order, in fp32, after SUM where this CONTINUES.
+    """Program `pid` of those that add planes of dbias in their order, in fp32, after SUM if this `continues`, into OUT.
 
     PLANES [B, groups, H, packed X x Y]; SUM fp32 and OUT of any dtype, contiguous, [B, H, X, Y] or, TRANSPOSED,
     [B, H, Y, X]. A program takes 16 rows and BY columns of one head's planes, and asks for TOGETHER of them before
     it adds the first.
     """
     VECTOR: tl.constexpr = 4 if PLANES.dtype.element_ty == tl.float32 else 8
-    pid = tl.program_id(0).to(tl.int64)
     y_tiles = tl.cdiv(y_length, BY)
     x_tiles = tl.cdiv(x_length, 16)
     y0 = (pid % y_tiles).to(tl.int32) * BY
@@ -452,6 +449,19 @@ def fold_planes_kernel(
     else:
         inside = (x < x_length)[:, None] & (y < y_length)[None, :]
         target += (x.to(tl.int64) * y_length)[:, None] + y[None, :]
-    if CONTINUES:
-        out += tl.load(SUM + target, mask=inside, other=0.0)
+    out += tl.load(SUM + target, mask=inside & continues, other=0.0)
     tl.store(OUT + target, out.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    repr=profiled_as("attention_fold_planes"), do_not_specialize=["H", "x_length", "y_length", "groups"]
+)
+def fold_planes_kernel(
+    PLANES, SUM, OUT, H, x_length, y_length, groups,
+    CONTINUES: tl.constexpr, TILE: tl.constexpr, BY: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """`fold_planes` alone, of the planes of `grad_q_kernel`."""
+    fold_planes(
+        tl.program_id(0).to(tl.int64), PLANES, SUM, OUT, H, x_length, y_length, groups, CONTINUES,
+        TILE, False, BY, TOGETHER,
+    )  # fmt: skip

@@ -65,7 +65,6 @@ def make_case(
         "CONTINUES": True,
         "SUMS": True,
         "FAST": dtype != "fp16",
-        "TRANSPOSED": True,
         "WITH_PLANES": True,
         **config.constants,
         **extra,
@@ -92,9 +91,7 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
     ]
     if plan.grad_bias is None:
         fold = Config(FOLD_PLANES)
-        cases.append(
-            make_case(f"{label}.fold_planes", backward.fold_planes_kernel, fold, TRANSPOSED=False, **options)
-        )
+        cases.append(make_case(f"{label}.fold_planes", backward.fold_planes_kernel, fold, **options))
     else:
         cases.append(make_case(f"{label}.grad_bias", backward.grad_bias_kernel, plan.grad_bias, **options))
         cases.append(make_case(f"{label}.fold", backward.fold_kernel, plain, **options))
@@ -103,13 +100,11 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
 
 def joint_cases(config: Config, label: str, **options: Any) -> list[KernelCase]:
     """The kernels of the joint backward pass, with planes and without."""
-    tile, plain = Config({"BQ": config.constants["BQ"]}), Config()
+    between = Config({n: config.constants[n] for n in ("ROWS", "BQ")} | FOLD_PLANES)
     return [
         make_case(f"{label}.joint", joint.joint_kernel, config, **options),
         make_case(f"{label}.joint.alone", joint.joint_kernel, config, WITH_PLANES=False, **options),
-        make_case(f"{label}.joint.columns", joint.joint_columns_kernel, plain, **options),
-        make_case(f"{label}.joint.queries", joint.joint_queries_kernel, tile, **options),
-        make_case(f"{label}.joint.fold", backward.fold_planes_kernel, Config(FOLD_PLANES), **options),
+        make_case(f"{label}.joint.between", joint.joint_between_kernel, between, **options),
     ]
 
 

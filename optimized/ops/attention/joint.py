@@ -10,15 +10,16 @@ from one p and one ds: 5 products and 1 exponential. Every sum still has one own
 - a program owns a run of key tiles of its rows and adds its part of dq, tile after tile, to sums in fp32 that no other
   program touches, PARTS [splits, B, rows, H, LQ, D]. It stores the first tile's part and adds the others: an addition
   in the L2 cache for which nobody waits, in the order in which a thread makes them, since the same thread always has
-  the same elements. `joint_queries_kernel` adds the splits in order.
-- planes of dbias are those of `backward.grad_q_kernel`, transposed, and folded by the same kernel.
+  the same elements. The splits are added in order afterwards.
+- planes of dbias are those of `backward.grad_q_kernel`, transposed, and folded in the same way.
 
 What depends on the query alone comes in through the matrix unit: EXTRA [B, rows, H, LQ, 16] holds, in three pieces of
 the operands' dtype each, what the scores and the products do v^T want added, -lse and -delta, and the constant 1, with
 which the left operands mask their keys. As vectors in registers they would take 32 of them for a row and two
 instructions a score.
 
-Rows come in chunks: the planes of a chunk, its sums and its columns are the workspace.
+Rows come in chunks: the planes of a chunk, its sums and its columns are the workspace. `joint_between_kernel` ends one
+chunk and prepares the next.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202, E741, RUF005 (Triton compiles these functions: an annotation would mean a constant,
@@ -27,7 +28,7 @@ Rows come in chunks: the planes of a chunk, its sums and its columns are the wor
 import triton
 import triton.language as tl
 
-from optimized.ops.attention.backward import COMMON, statistics_row
+from optimized.ops.attention.backward import COMMON, fold_planes, statistics_row
 from optimized.ops.attention.forward import (
     LOG2E,
     head_of,
@@ -60,18 +61,16 @@ def _pieces(x, TYPE: tl.constexpr):
     return high, middle, x - high - middle
 
 
-@triton.jit(
-    repr=profiled_as("attention_joint_columns"),
-    do_not_specialize=["R", "H", "LQ", "start", "rows", *strides_of("o", "g")],
-)
-def joint_columns_kernel(
-    O, G, LSE, DLSE, EXTRA, R, H, LQ, start, rows, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l, unit_scale, never,
+@triton.jit
+def _write_columns(
+    pid, O, G, LSE, DLSE, EXTRA, R, H, LQ, start, rows, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l, unit_scale, never,
     HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """EXTRA of `rows` rows from row `start` on: -lse over the scale and delta = sum over d of o * do, less the
-    gradient of lse. Padded queries, rows without keys and rows past the last get `never` for -lse over the scale."""
+    """Program `pid` of those that write EXTRA of `rows` rows from row `start` on: -lse over the scale, and delta = sum
+    over d of o * do, less the gradient of lse. Padded queries, rows without keys and rows past the last get `never`
+    for -lse over the scale.
+    """
     TYPE: tl.constexpr = EXTRA.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(LQ, TILE)
     q0 = (pid // H % tiles).to(tl.int32) * TILE
     qi = q0 + tl.arange(0, TILE)
@@ -275,16 +274,13 @@ def joint_kernel(
             tl.store(head_of(DV, b, row, h, dv_b, dv_r, dv_h) + dv_at, dv, mask=stored)
 
 
-@triton.jit(
-    repr=profiled_as("attention_joint_queries"),
-    do_not_specialize=["H", "LQ", "batches", "start", "rows", "room", "splits", *strides_of("dq")],
-)
-def joint_queries_kernel(
-    PARTS, DQ, H, LQ, batches, start, rows, room, splits, dq_b, dq_r, dq_h, dq_l, scale,
+@triton.jit
+def _sum_queries(
+    pid, PARTS, DQ, H, LQ, batches, start, rows, room, splits, dq_b, dq_r, dq_h, dq_l, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """dq of the `rows` rows from row `start` on: scale times the sum over splits, in order, of PARTS, which has `room` rows."""
-    pid = tl.program_id(0).to(tl.int64)
+    """Program `pid` of those that write dq of the `rows` rows from row `start` on: scale times the sum over splits, in
+    order, of PARTS, which has `room` rows."""
     tiles = tl.cdiv(LQ, BQ)
     q0 = (pid % tiles).to(tl.int32) * BQ
     h = pid // tiles % H
@@ -301,3 +297,35 @@ def joint_queries_kernel(
     inside = (q0 + tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
     base = token(head_of(DQ, b, start + local, h, dq_b, dq_r, dq_h), q0, dq_l)
     tl.store(base + tile_offsets(dq_l, d, BQ), dq.to(DQ.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    repr=profiled_as("attention_joint_between"),
+    do_not_specialize=[
+        "R", "H", "LQ", "LK", "batches", "start", "rows", "groups", "splits", "next_rows", "sums", "folds",
+        *strides_of("o", "g", "dq"),
+    ],
+)  # fmt: skip
+def joint_between_kernel(
+    O, G, LSE, DLSE, EXTRA, PARTS, DQ, PLANES, SUM, OUT, R, H, LQ, LK, batches, start, rows, groups, splits, next_rows,
+    sums, folds, o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l, dq_b, dq_r, dq_h, dq_l, scale, unit_scale, never,
+    HAS_DLSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    BQ: tl.constexpr, BY: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """What is to be done between two chunks of rows, in one launch: dq of the chunk of `rows` rows from row `start` on, by
+    `sums` programs; its planes of dbias, `groups` of them, by `folds` programs; and, by the rest, EXTRA of the
+    `next_rows` rows of the next chunk, which begins where this one has room for no more."""
+    pid = tl.program_id(0).to(tl.int64)
+    room = groups * ROWS
+    if pid < sums:
+        _sum_queries(
+            pid, PARTS, DQ, H, LQ, batches, start, rows, room, splits, dq_b, dq_r, dq_h, dq_l, scale,
+            D, BLOCK_D, TILE, BQ,
+        )  # fmt: skip
+    elif pid < sums + folds:
+        fold_planes(pid - sums, PLANES, SUM, OUT, H, LK, LQ, groups, start > 0, TILE, True, BY, TOGETHER)
+    else:
+        _write_columns(
+            pid - sums - folds, O, G, LSE, DLSE, EXTRA, R, H, LQ, start + room, next_rows,
+            o_b, o_r, o_h, o_l, g_b, g_r, g_h, g_l, unit_scale, never, HAS_DLSE, D, BLOCK_D, TILE,
+        )  # fmt: skip

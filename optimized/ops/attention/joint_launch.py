@@ -5,15 +5,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optimized.ops.attention.joint import (
-    joint_columns_kernel,
-    joint_kernel,
-    joint_queries_kernel,
-)
-from optimized.ops.attention.launch import FOUR_WARPS, Call, launch_fold, strides8
+from optimized.ops.attention.joint import joint_between_kernel, joint_kernel
+from optimized.ops.attention.launch import FOLD_PLANES, FOUR_WARPS, Call, fold_programs, strides8
 from optimized.ops.attention.packing import TILE
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, power_of_two, processors, product_width
+from optimized.ops.launching import ceil_div, processors, product_width
 from optimized.ops.tuning import Config
 
 COLUMNS = 16
@@ -57,44 +53,48 @@ def launch_joint(
     room = groups * at_once
     columns = torch.empty((batch, room, heads, padded, COLUMNS), dtype=call.q.dtype, device=device)
     parts = torch.empty((splits, batch, room, heads, padded, wide), dtype=torch.float32, device=device)
-    planes = total = call.q  # stand for nothing
+    planes = total = out = call.q  # stand for nothing
+    folds = 0
     if dbias is not None:
         planes = torch.empty((batch, groups, heads, plane), dtype=call.q.dtype, device=device)
-        total = dbias
+        total = out = dbias
+        folds = fold_programs(lk, lq) * heads * batch
         if room < rows and dbias.dtype != torch.float32:
             total = torch.empty(dbias.shape, dtype=torch.float32, device=device)
     d = call.q.shape[-1]
     never = NEVER / call.unit_scale
-    for start in range(0, rows, room):
+    strides = (
+        *strides8(call.q),
+        *strides8(call.k),
+        *strides8(call.v),
+        *strides8(do),
+        *strides8(dk),
+        *strides8(dv),
+    )
+    sizes = {n: v for n, v in call.constants.items() if n != "PRECISION"} | {"WITH_PLANES": dbias is not None}
+    between = {
+        "HAS_DLSE": dlse is not None, "D": d, "BLOCK_D": wide, "TILE": TILE, "ROWS": at_once, "BQ": bq, **FOLD_PLANES,
+    }  # fmt: skip
+    for start in range(-room, rows, room):
         some = min(groups, ceil_div(rows - start, at_once))
-        arguments = (
-            o, do, lse, lse if dlse is None else dlse, columns, rows, heads, lq, start, some * at_once,
-            *strides8(o), *strides8(do), call.unit_scale, never,
-        )  # fmt: skip
-        launch(
-            joint_columns_kernel, (padded // TILE * some * at_once * heads * batch, 1, 1), FOUR_WARPS, arguments,
-            HAS_DLSE=dlse is not None, D=d, BLOCK_D=power_of_two(d), TILE=TILE,
-        )  # fmt: skip
-        arguments = (
-            call.q, call.k, call.v, do, call.flipped, call.mask, columns, parts, dk, dv, planes, *call.sizes,
-            batch, start, some, share, splits,
-            *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dk), *strides8(dv),
-            *call.mask_strides, call.scale, call.unit_scale, never,
-        )  # fmt: skip
-        constants = {n: v for n, v in call.constants.items() if n != "PRECISION"}
-        grid = (some * heads * batch * splits, 1, 1)
-        launch(joint_kernel, grid, config, arguments, **constants, WITH_PLANES=dbias is not None)
         real = min(some * at_once, rows - start)
+        last = start + room >= rows
+        if start >= 0:
+            arguments = (
+                call.q, call.k, call.v, do, call.flipped, call.mask, columns, parts, dk, dv, planes, *call.sizes,
+                batch, start, some, share, splits, *strides, *call.mask_strides, call.scale, call.unit_scale, never,
+            )  # fmt: skip
+            launch(joint_kernel, (some * heads * batch * splits, 1, 1), config, arguments, **sizes)
+        sums = ceil_div(lq, bq) * heads * real * batch if start >= 0 else 0
+        next_rows = 0 if last else min(groups, ceil_div(rows - start - room, at_once)) * at_once
+        ahead = padded // TILE * next_rows * heads * batch
         arguments = (
-            parts, dq, heads, lq, batch, start, real, some * at_once, splits, *strides8(dq), call.scale,
+            o, do, lse, lse if dlse is None else dlse, columns, parts, dq, planes, total, out if last else total,
+            rows, heads, lq, lk, batch, start, real, some, splits, next_rows, sums, folds if start >= 0 else 0,
+            *strides8(o), *strides8(do), *strides8(dq), call.scale, call.unit_scale, never,
         )  # fmt: skip
-        launch(
-            joint_queries_kernel, (ceil_div(lq, bq) * heads * real * batch, 1, 1), FOUR_WARPS, arguments,
-            D=d, BLOCK_D=wide, TILE=TILE, BQ=bq,
-        )  # fmt: skip
-        if dbias is not None:
-            out = dbias if start + room >= rows else total
-            launch_fold(planes, total, out, (heads, lk, lq, some), continues=start > 0, transposed=True)
+        grid = (sums + (folds if start >= 0 else 0) + ahead, 1, 1)
+        launch(joint_between_kernel, grid, FOUR_WARPS, arguments, **between)
 
 
 def resident(config: Config) -> int:

@@ -323,25 +323,16 @@ def launch_grad_q(
         launch(grad_q_kernel, grid, config, arguments, **call.constants, SUMS=dbias is not None)
         if dbias is not None:
             out = dbias if start + groups * tile >= rows else total
-            launch_fold(planes, total, out, (heads, lq, lk, some), continues=start > 0, transposed=False)
+            grid = (fold_programs(lq, lk) * heads * batch, 1, 1)
+            launch(
+                fold_planes_kernel, grid, FOUR_WARPS, (planes, total, out, heads, lq, lk, some),
+                CONTINUES=start > 0, TILE=TILE, **FOLD_PLANES,
+            )  # fmt: skip
 
 
-def launch_fold(
-    planes: Tensor,
-    total: Tensor,
-    out: Tensor,
-    sizes: tuple[int, int, int, int],
-    *,
-    continues: bool,
-    transposed: bool,
-) -> None:
-    """Add planes of dbias to `total` if it `continues`, into `out`; `sizes` are heads, rows and columns of a plane, planes."""
-    heads, lx, ly, _ = sizes
-    grid = (ceil_div(lx, 16) * ceil_div(ly, FOLD_PLANES["BY"]) * heads * planes.shape[0], 1, 1)
-    launch(
-        fold_planes_kernel, grid, FOUR_WARPS, (planes, total, out, *sizes),
-        CONTINUES=continues, TILE=TILE, TRANSPOSED=transposed, **FOLD_PLANES,
-    )  # fmt: skip
+def fold_programs(rows: int, columns: int) -> int:
+    """Programs of `fold_planes` for one head of a plane."""
+    return ceil_div(rows, 16) * ceil_div(columns, FOLD_PLANES["BY"])
 
 
 def plane_groups(call: Call, config: Config) -> int:

@@ -132,7 +132,7 @@ def test_no_bias_gradient_where_none_is_asked_for(joint, monkeypatch):
     joint(2, 16, 16)
     case = make(BF16)
     whole = with_grads(attention, case, BF16)
-    monkeypatch.setattr(launch, "fold_planes_kernel", None)  # calling it would fail
+    monkeypatch.setattr(joint_launch, "fold_programs", None)  # calling it would fail
     leaves = [x.detach().requires_grad_() for x in case.leaves[:3]]
     grads = torch.autograd.grad(attention(*leaves, case.leaves[3], case.mask), leaves, case.do)
     for a, b in zip(grads, whole[1:4], strict=True):
