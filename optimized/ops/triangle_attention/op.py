@@ -171,12 +171,15 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     z, mask, residual, keep, *rest = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, mask, keep, *rest[:8], *output[1:])
     ctx.settings = tuple(rest[8:12])
     ctx.residual = None if residual is None else residual.dtype
 
 
-def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 17
     saved = ctx.saved_tensors
     parameters = saved[3:10]
     backward = same_way(ctx, _backward, torch.ops.megafold_bench.triangle_attention_backward)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from fused_checks import check_against_definition, check_bitwise, gradients, parameters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimized.ops.triangle_attention import (
     Orientation,
@@ -96,6 +97,30 @@ def test_little_is_kept_for_the_backward_pass():
         triangle_attention(leaves[0], TriangleAttentionWeights(*leaves[1:]), 2, ROWS)
     sizes = sorted(t.numel() for t in kept if t.numel() > 16 * 16)
     assert sizes == [leaves[0].numel(), leaves[0].numel()]  # z, and the attention's output of the same size
+
+
+class _Zeros(TorchDispatchMode):
+    """The sizes of tensors of zeros that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "zeros" in str(func):
+            self.sizes.append(out.numel())
+        return out
+
+
+def test_backward_makes_no_zeros_for_what_nobody_differentiates():
+    """The attention's output and its log-sum-exp are results of the operator too, without gradients."""
+    tensors, grads = problem((), 8, 16, 2, 8, FULL, FULL)
+    leaves = [t.requires_grad_() for t in tensors]
+    with _Zeros() as seen:
+        y = triangle_attention(leaves[0], TriangleAttentionWeights(*leaves[1:]), 2, ROWS)
+        torch.autograd.grad(y, leaves, grads)
+    assert not seen.sizes
 
 
 def test_fake_tensors_and_registration():
