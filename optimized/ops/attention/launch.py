@@ -294,10 +294,11 @@ def launch_grad_q(
     dq: Tensor,
     config: Config,
     dbias: Tensor | None = None,
+    room: int = 2,
 ) -> None:
     """Fill dq [B, R, H, Q, D] and, where given, dbias, contiguous [B, 1, H, Q, K].
 
-    Workspace for dbias: its planes, see `plane_groups`, and, where they come in several chunks and dbias has 16 bits,
+    Workspace for dbias: its planes, in `room` times the memory of k, see `plane_groups`, and, where they come in several chunks and dbias has 16 bits,
     one in fp32.
     """
     rows, heads, lq, lk = call.sizes
@@ -305,7 +306,7 @@ def launch_grad_q(
     groups = ceil_div(rows, tile)
     planes = total = call.q  # stand for nothing
     if dbias is not None:
-        groups = plane_groups(call, config)
+        groups = plane_groups(call, config, room)
         size = ceil_div(lq, TILE) * ceil_div(lk, TILE) * TILE * TILE
         planes = torch.empty((batch, groups, heads, size), dtype=call.q.dtype, device=call.q.device)
         total = dbias
@@ -335,11 +336,11 @@ def fold_programs(rows: int, columns: int) -> int:
     return ceil_div(rows, 16) * ceil_div(columns, FOLD_PLANES["BY"])
 
 
-def plane_groups(call: Call, config: Config) -> int:
+def plane_groups(call: Call, config: Config, room: int) -> int:
     """Groups of ROWS rows whose planes of dbias are held at a time.
 
-    As many as take no more memory than dk and dv, which come later, together; but enough to fill the device. All
-    chunks are about equally large.
+    As many as take no more memory than `room` tensors like k, two of which dk and dv take later if they take any; but
+    enough to fill the device. All chunks are about equally large.
     """
     rows, heads, lq, lk = call.sizes
     groups = ceil_div(rows, config.constants["ROWS"])
@@ -348,7 +349,7 @@ def plane_groups(call: Call, config: Config) -> int:
         PROGRAMS_PER_CORE * processors(call.q.device),
         ceil_div(lq, config.constants["BQ"]) * heads * call.q.shape[0],
     )
-    chunks = ceil_div(groups, max(1, 2 * call.k.numel() // plane, filling))
+    chunks = ceil_div(groups, max(1, room * call.k.numel() // plane, filling))
     return ceil_div(groups, chunks)
 
 

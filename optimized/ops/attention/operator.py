@@ -87,8 +87,13 @@ def _rounding_like(q: Tensor) -> Tensor:
 def run_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
     o: Tensor, lse: Tensor, rounding: Tensor | None, scale: float, precision: str, with_dbias: bool = True,
+    spent: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv and dbias (empty if not asked for) by the kernels, unchecked."""
+    """dq, dk, dv and dbias (empty if not asked for) by the kernels, unchecked.
+
+    `spent`: q, k and v are not needed any more, and gradients may take their place in memory. A program has read the
+    keys whose gradients it writes, and nobody else reads them.
+    """
     from optimized.ops.attention import joint_launch, launch
 
     if rounding is not None and rounding.numel():
@@ -108,15 +113,17 @@ def run_backward(
         lse2, delta = launch.launch_statistics(call, o5, do5, lse, dlse)
     if with_dbias and plan.grad_bias is not None:
         launch.launch_grad_bias(call, do5, lse2, delta, _five(dbias), plan.grad_bias)
-    dq = torch.empty_like(q)
+    dq = q if spent and joint is not None else torch.empty_like(q)
     if joint is not None:
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        dk, dv = (k, v) if spent else (torch.empty_like(k), torch.empty_like(v))
         gradients = _five(dq), _five(dk), _five(dv), _five(dbias) if planes else None
         joint_launch.launch_joint(call, o5, do5, lse, dlse, gradients, joint)
         return dq, dk, dv, dbias
-    launch.launch_grad_q(call, do5, lse2, delta, _five(dq), plan.grad_q, _five(dbias) if planes else None)
+    launch.launch_grad_q(
+        call, do5, lse2, delta, _five(dq), plan.grad_q, _five(dbias) if planes else None, 1 if spent else 2
+    )
     # Only now: until here their place in memory was taken by planes of dbias.
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    dk, dv = (k, v) if spent else (torch.empty_like(k), torch.empty_like(v))
     launch.launch_grad_kv(call, do5, lse2, delta, _five(dk), _five(dv), plan.grad_kv)
     return dq, dk, dv, dbias
 

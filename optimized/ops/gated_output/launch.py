@@ -129,9 +129,14 @@ def backward(
     return dx, dg, shares.sum(0)
 
 
-def library_backward(du: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backward`, from the gradient of the product: two library products around one elementwise kernel."""
-    dx, dg, gated = gate_backward(x, g, side_by_side_backward(du, [weight]))
+def library_backward(
+    du: Tensor, x: Tensor, g: Tensor, weight: Tensor, spent: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backward`, from the gradient of the product: two library products around one elementwise kernel.
+
+    `spent`: g is not needed any more, and dg takes its place in memory.
+    """
+    dx, dg, gated = gate_backward(x, g, side_by_side_backward(du, [weight]), spent)
     return dx, dg, weight_product(du, gated)
 
 
@@ -143,9 +148,14 @@ def gate(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def gate_backward(x: Tensor, g: Tensor, dgated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dg and σ(g) ⊙ x in the dtype of its gradient."""
-    dx, dg, gated = torch.empty_like(x), torch.empty_like(g), torch.empty_like(dgated)
+def gate_backward(x: Tensor, g: Tensor, dgated: Tensor, spent: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dg and σ(g) ⊙ x in the dtype of its gradient.
+
+    `spent`: g and `dgated` are not needed any more; dg takes the place of g, and dx that of `dgated` where it fits.
+    Every thread reads its values before it writes them.
+    """
+    dg, gated = g if spent else torch.empty_like(g), torch.empty_like(dgated)
+    dx = dgated if spent and dgated.dtype == x.dtype else torch.empty_like(x)
     rows, width = x.shape
     arguments = (x, g, dgated, dx, dg, gated, rows)
     launch(kernels.gate_backward_kernel, (ceil_div(x.numel(), BLOCK), 1, 1), FLAT, arguments, H=width)

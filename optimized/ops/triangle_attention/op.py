@@ -137,11 +137,11 @@ def _backward(
     qs, ks, vs, gate, pairs = projections.run_forward(z, parameters, MAPS, eps, o.dtype, w)
     qs, ks, vs, x = (to_rows(t, heads, columns) for t in (qs, ks, vs, o))
     du = launch.add(None, as_rows(dy), keep, dy.shape, o.dtype)
-    do, dg, d_out = launch.library_backward(du, as_rows(o), as_rows(gate), out)
+    do, dg, d_out = launch.library_backward(du, as_rows(o), as_rows(gate), out, spent=True)
     del du, gate
     dx, keys = to_rows(do.view(o.shape), heads, columns), _keys(mask, columns)
     dq, dk, dv, d_pairs = attention.run_backward(
-        dx, None, qs, ks, vs, bias_of_rows(pairs, flipped), keys, x, lse, rounding, scale, "ieee"
+        dx, None, qs, ks, vs, bias_of_rows(pairs, flipped), keys, x, lse, rounding, scale, "ieee", True, True
     )
     del do, dx, qs, ks, vs, pairs
     grads = [from_rows(t, columns) for t in (dq, dk, dv)] + [dg, bias_from_rows(d_pairs, flipped)]

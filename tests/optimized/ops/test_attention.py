@@ -14,7 +14,16 @@ from optimized.ops.attention import (
     supported,
 )
 from optimized.ops.tuning import Config
-from tests.optimized.ops.attention_checks import DTYPES, NAMES, Case, check, make, relative, with_grads
+from tests.optimized.ops.attention_checks import (
+    DTYPES,
+    NAMES,
+    Case,
+    check,
+    check_in_place,
+    make,
+    relative,
+    with_grads,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,7 +134,7 @@ def planes(monkeypatch):
         other = Config({"ROWS": 1, "BQ": 32, "BK": 32, "STAGES": 1})
         monkeypatch.setattr(launch, "plan_for", lambda q, precision: launch.Plan(other, other, None, row))
         if groups is not None:
-            monkeypatch.setattr(launch, "plane_groups", lambda call, config: groups)
+            monkeypatch.setattr(launch, "plane_groups", lambda call, config, room: groups)
 
     return choose
 
@@ -159,7 +168,7 @@ def test_planes_take_the_place_of_dk_and_dv(monkeypatch):
     def groups(rows, heads, length, dim):
         x = torch.empty((1, rows, heads, length, dim), device="meta")
         call = launch.Call(x, x, x, x, x, x, x, 1.0, "ieee")
-        return launch.plane_groups(call, config)
+        return launch.plane_groups(call, config, 2)
 
     assert groups(768, 4, 768, 32) == 64
     assert groups(384, 4, 384, 32) == 64
@@ -167,6 +176,13 @@ def test_planes_take_the_place_of_dk_and_dv(monkeypatch):
         groups(90, 4, 768, 32) == 15
     )  # of 45; 7 are as large as dk and dv, 22 fill the device: three chunks
     assert groups(1, 16, 384, 24) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_in_place_of_keys_and_values(dtype, planes):
+    """The last group of rows is not full: its stand-ins read what the program writes."""
+    planes(3, 16, 32, 1)
+    check_in_place(make(dtype, rows=4, heads=2, queries=19, keys=45, batch=(2,)), 2)
 
 
 def test_no_bias_gradient_where_none_is_asked_for(planes, monkeypatch):

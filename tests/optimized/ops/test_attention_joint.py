@@ -12,7 +12,15 @@ from optimized.ops.attention import (
     reference,
 )
 from optimized.ops.tuning import Config
-from tests.optimized.ops.attention_checks import NAMES, Case, check, make, relative, with_grads
+from tests.optimized.ops.attention_checks import (
+    NAMES,
+    Case,
+    check,
+    check_in_place,
+    make,
+    relative,
+    with_grads,
+)
 
 BF16 = torch.bfloat16
 OTHER = Config({"ROWS": 1, "BQ": 32, "BK": 32, "STAGES": 1})
@@ -58,6 +66,13 @@ def test_chunks_of_rows_and_splits_of_keys(groups, share, joint):
     check(case, BF16)
     for name, a, b in zip(NAMES, with_grads(attention, case, BF16), whole, strict=True):
         assert torch.equal(a, b) or (name == "dq" and relative(a, b.double()) < 2e-3), name
+
+
+@pytest.mark.parametrize("bias_alone", [False, True])
+def test_gradients_in_place_of_queries_keys_and_values(bias_alone, joint):
+    """In chunks, with keys split over programs; the last group of rows is not full."""
+    joint(2, 16, 16, 1, 2, bias_alone)
+    check_in_place(make(BF16, rows=3, heads=2, queries=19, keys=45, batch=(2,)), 3)
 
 
 def test_bias_gradient_by_its_own_kernel(joint):
