@@ -5,8 +5,9 @@ the order of memory, and what is computed from them goes to the next product in 
 transposed reading of shared memory. Statistics are kept from the first normalisation to the last, and sums over
 positions stay in registers from tile to tile, until the program's end. For products in 16 bits only.
 
-One GEMM unit is 2·N²·c·h FLOP: 8 units, as its namesake in `project`, which has float32. It reads z twice (the second
-time from L2), the gradients of a and b and the gate's share of dn, and writes dz and LN(z).
+One GEMM unit is 2·N²·c·h FLOP: 8 units, as its namesake in `project`, which has float32, and one more where the gate's
+share of dn comes as what it is a product of. It reads z twice (the second time from L2), the gradients of a and b and
+the gate's share, and writes dz and LN(z).
 """
 
 # ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
@@ -62,12 +63,14 @@ def input_gradient_kernel(
     FAST: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
+    GATE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dz of `group` tiles of BM positions from the gradients of a and b `[2h, P, P]` and the gate's dn `[N·N, c]`.
 
+    GATE: in place of dn, rstd · d of the gate, `[c, P, P]`, as `folded_output` leaves it; the product is made here.
     Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
     """
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
@@ -94,6 +97,15 @@ def input_gradient_kernel(
         within = (p < area)[:, None] & (c < C)[None, :]
         tl.store(n_ptr + p.to(tl.int64)[:, None] * C + c[None, :], n, mask=within)
         dn = tl.zeros([BM, BC], tl.float32)
+        if GATE:
+            for channel in tl.range(0, C, BN, num_stages=STAGES):
+                t = channel + tl.arange(0, BN)
+                where = dn_gate_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
+                d_gate = tl.load(where, mask=(t < C)[:, None] & (p < area)[None, :], other=0.0)
+                cells = w_ptr + 5 * H * C + t[:, None] * C + c[None, :]
+                wg = tl.load(cells, mask=(t < C)[:, None] & (c < C)[None, :], other=0.0)
+                dn = tl.dot(tl.trans(d_gate), wg, dn)
+            dn *= (1.0 / rstd)[:, None]
         for channel in tl.range(0, 2 * H, BN, num_stages=STAGES):
             t = channel + tl.arange(0, BN)
             wp, wg = load_weights(w_ptr, t, c, H, C, FULL)
@@ -106,7 +118,8 @@ def input_gradient_kernel(
             dn = tl.dot(tl.trans(d_linear.to(dtype)), wp, dn)
             dn = tl.dot(tl.trans(d_gate.to(dtype)), wg, dn)
         cells = dense[:, None] * C + c[None, :]
-        dn += tl.load(dn_gate_ptr + cells, mask=real, other=0.0).to(tl.float32)
+        if not GATE:
+            dn += tl.load(dn_gate_ptr + cells, mask=real, other=0.0).to(tl.float32)
         # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
         normal = standardised_rows(tl.load(rows, mask=real, other=0.0), rstd, shift, c, C)
         d_beta += some_rows(dn, SHARE_ROWS)
