@@ -99,7 +99,7 @@ def cases(arch: str) -> list[KernelCase]:
         for c in (64, 128):
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
             folds = short == "bf16" and arch == "sm_90"
-            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "KEEP": folds, "GATE": folds}
+            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "KEEP": folds, "KEPT": folds}
             for kernel, fn in TRIANGLE.items():
                 if kernel in (HALF_ONLY if short == "fp32" else FULL_ONLY):
                     continue

@@ -16,7 +16,8 @@ is computed between them leaves as memory lies, and sums over positions are sums
 For bfloat16: in float16 rstd · d could leave the range in which gradients were scaled to lie.
 
 One GEMM unit is 2·N²·c·h FLOP: `backward` 3 units, `weight` 2. Bytes: `backward` reads x, z, dy and writes dx and the two
-d, `weight` reads these, x and z. The gate's gradient to LN(z) is a product of its d too: see `gradients`.
+d, `weight` reads these, x and z. The gate's gradient to LN(z) is a product of its d and its weights for the library: with
+the weights as they are beside the folded ones, two programs would not fit on a multiprocessor.
 """
 
 # ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
@@ -82,19 +83,21 @@ def backward_kernel(
     bias = tl.load(sums + C, mask=own, other=0.0)
     gate_sum = tl.load(sums + 2 * C, mask=own, other=0.0)
     gate_bias = tl.load(sums + 3 * C, mask=own, other=0.0)
+    # Rows of a tile, to which the loop adds a number that is one for all threads.
+    k = tl.arange(0, BM)
+    x_rows = h.to(tl.int64)[:, None] * area + k[None, :]
+    d_rows = t.to(tl.int64)[:, None] * area + k[None, :]
     first = tl.program_id(0) * group
     last = tl.minimum(first + group, (padded * padded + BM - 1) // BM)
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BM
         p = start + tl.arange(0, BM)
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
-        x_cells = h.to(tl.int64)[:, None] * area + p[None, :]
-        d_cells = t.to(tl.int64)[:, None] * area + p[None, :]
         z_cells = source[:, None] + c[None, :]
         dy_cells = dense[:, None] * C + t[None, :]
         stats = stats_ptr + p
         if EVEN and FULL:
-            x = tl.load(x_ptr + x_cells)
+            x = tl.load(x_ptr + start + x_rows)
             z = tl.load(z_ptr + z_cells)
             dy = tl.load(dy_ptr + dy_cells)
             rstd = tl.load(stats)
@@ -102,7 +105,7 @@ def backward_kernel(
             rstd_z = tl.load(stats + 2 * area)
             shift_z = tl.load(stats + 3 * area)
         else:
-            x = tl.load(x_ptr + x_cells, mask=(h < H)[:, None] & (p < area)[None, :], other=0.0)
+            x = tl.load(x_ptr + start + x_rows, mask=(h < H)[:, None] & (p < area)[None, :], other=0.0)
             z = tl.load(z_ptr + z_cells, mask=inside[:, None] & (c < C)[None, :], other=0.0)
             dy = tl.load(dy_ptr + dy_cells, mask=inside[:, None] & own[None, :], other=0.0)
             rstd = tl.load(stats, mask=inside, other=0.0)
@@ -125,20 +128,20 @@ def backward_kernel(
         d_linear = (d_linear * rstd[None, :]).to(dtype)
         d_gate = (d_gate * rstd_z[None, :]).to(dtype)
         if EVEN and FULL:
-            tl.store(d_linear_ptr + d_cells, d_linear)
-            tl.store(d_gate_ptr + d_cells, d_gate)
+            tl.store(d_linear_ptr + start + d_rows, d_linear)
+            tl.store(d_gate_ptr + start + d_rows, d_gate)
         else:
             real = own[:, None] & (p < area)[None, :]
-            tl.store(d_linear_ptr + d_cells, d_linear, mask=real)
-            tl.store(d_gate_ptr + d_cells, d_gate, mask=real)
+            tl.store(d_linear_ptr + start + d_rows, d_linear, mask=real)
+            tl.store(d_gate_ptr + start + d_rows, d_gate, mask=real)
         second = tl.sum(d_linear.to(tl.float32) * linear, 0) / H
         dx = tl.dot(tl.trans(wo), d_linear)
         normal = x.to(tl.float32) * rstd[None, :] + shift[None, :]
         dx = (dx - normal * second[None, :]).to(dtype)
         if EVEN and FULL:
-            tl.store(dx_ptr + x_cells, dx)
+            tl.store(dx_ptr + start + x_rows, dx)
         else:
-            tl.store(dx_ptr + x_cells, dx, mask=(h < H)[:, None] & (p < area)[None, :])
+            tl.store(dx_ptr + start + x_rows, dx, mask=(h < H)[:, None] & (p < area)[None, :])
 
 
 @triton.jit
@@ -228,7 +231,7 @@ def weight_kernel(
 ):
     """Partial gradients of BN rows of out `[c, h]` or g `[c, c]`, and with the former shares of the output norm's dγ, dβ.
 
-    The input norm's share of the gate is in the gradient to LN(z), which `gradients` sums.
+    The gate's share of the input norm's is in the gradient to LN(z), which `gradients` sums.
     """
     tl.assume(n_tokens > 0)
     tl.assume(padded > 0)

@@ -325,6 +325,12 @@ def output_weight_folded(
     return partial, shares
 
 
+def gate_gradient(d_gate: Tensor, w: Tensor, shape: Shape) -> Tensor:
+    """rstd · dn, the gate's gradient to LN(z), `[P·P, c]` from d_gate of `output_backward_folded`; by the library."""
+    c = shape.channels
+    return torch.mm(d_gate.view(c, -1).t(), w[5 * c * shape.hidden :].view(c, c))
+
+
 def input_gradient(
     z: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -336,17 +342,25 @@ def input_gradient(
     shape: Shape,
     eps: float,
     config: Config | None = None,
-    gate: bool = False,
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `project_input_gradient`. With `gate`, `dn` is d_gate of `output_backward_folded`, and dz a tensor of its own."""
+    """As `project_input_gradient`. With statistics, `dn` is that of `gate_gradient`."""
     config = config or _config("input_gradient", shape, w)
     rows = config.constants["BM"]
     programs, group = spread(ceil_div(shape.padded**2, rows), 1, 4, z.device)
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
-    dz = torch.empty((*z.shape,), dtype=z.dtype, device=z.device) if gate else dn
+    square = (shape.tokens, shape.tokens, shape.channels)
+    if stats is not None and shape.tokens != shape.padded:
+        dz = torch.empty(square, dtype=z.dtype, device=z.device)
+    else:
+        dz = dn.view(square)
     pointers = (mask if mask is not None else z, grad, dn, dz, n, shares)
-    arguments = (z, *norm, w, *pointers, *shape.place(z), group, eps)
-    sizes = shape.inner(w) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0, "GATE": gate}
+    arguments = (z, stats if stats is not None else shares, *norm, w, *pointers, *shape.place(z), group, eps)
+    sizes = shape.inner(w) | {
+        "MASKED": mask is not None,
+        "EVEN": shape.tokens % rows == 0,
+        "KEPT": stats is not None,
+    }
     launch(gradients.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dz, shares
 
@@ -446,9 +460,10 @@ def backward(
     of_folded, packed = weights
     kept = stats.numel() > 0
     if kept and of_folded is not None:
-        dx, d_linear, dn = output_backward_folded(x, z, stats, of_folded, dy, shape)
-        d_ends, shares_out = output_weight_folded(d_linear, dn, x, z, stats, norms, packed, shape)
-        del d_linear
+        dx, d_linear, d_gate = output_backward_folded(x, z, stats, of_folded, dy, shape)
+        d_ends, shares_out = output_weight_folded(d_linear, d_gate, x, z, stats, norms, packed, shape)
+        dn = gate_gradient(d_gate, packed, shape)
+        del d_linear, d_gate
     else:
         dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
         d_ends = output_weight_gradient(pairs, shape)
@@ -460,7 +475,8 @@ def backward(
     size = shape.padded**2 * shape.channels
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
     if x.dtype.itemsize == 2:
-        dz, shares_in = input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps, gate=kept)
+        of = stats if kept else None
+        dz, shares_in = input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps, stats=of)
     else:
         dz, shares_in = project_input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps)
     d_project = project_weight_gradient(n, grad, packed, shape)

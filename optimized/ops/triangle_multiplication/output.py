@@ -91,6 +91,12 @@ def forward_kernel(
     KEEP: also rstd and -mean·rstd of x and of z, `[4, P, P]` in fp32, for the backward pass of `folded_output`.
     Where BN covers c, the program keeps the weights on the chip and the loop over tiles is pipelined.
     """
+    # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
+    tl.assume(n_tokens > 0)
+    tl.assume(padded > 0)
+    tl.assume(stride_i >= 0)
+    tl.assume(stride_j >= 0)
+    tl.assume(group > 0)
     RESIDENT: tl.constexpr = BN >= C
     FULL: tl.constexpr = C == BC and H == BH and C % BN == 0
     dtype = w_ptr.dtype.element_ty
@@ -100,7 +106,8 @@ def forward_kernel(
     area = padded.to(tl.int64) * padded
     if RESIDENT:
         wo, wg = load_weights(w_ptr, tl.arange(0, BN), c, h, C, H, FULL)
-    for step in tl.range(0, group, num_stages=STAGES):
+    # With statistics to store, what does not change from tile to tile is computed again: it would be spilled.
+    for step in tl.range(0, group, num_stages=STAGES, disable_licm=KEEP):
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
         nx, _, mean_x, rstd_x, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
