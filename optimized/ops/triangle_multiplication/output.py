@@ -106,18 +106,16 @@ def forward_kernel(
     area = padded.to(tl.int64) * padded
     if RESIDENT:
         wo, wg = load_weights(w_ptr, tl.arange(0, BN), c, h, C, H, FULL)
-    # With statistics to store, what does not change from tile to tile is computed again: it would be spilled.
-    for step in tl.range(0, group, num_stages=STAGES, disable_licm=KEEP):
+    for step in tl.range(0, group, num_stages=STAGES):
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
         nx, _, mean_x, rstd_x, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
         nz, _, mean_z, rstd_z, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
         if KEEP:
-            kept = stats_ptr + p
-            tl.store(kept, rstd_x, mask=inside)
-            tl.store(kept + area, -mean_x * rstd_x, mask=inside)
-            tl.store(kept + 2 * area, rstd_z, mask=inside)
-            tl.store(kept + 3 * area, -mean_z * rstd_z, mask=inside)
+            # In pairs: each store costs barriers, since threads hold other positions than they write.
+            kept = stats_ptr + p[:, None] + tl.arange(0, 2)[None, :] * area
+            tl.store(kept, tl.join(rstd_x, -mean_x * rstd_x), mask=inside[:, None])
+            tl.store(kept + 2 * area, tl.join(rstd_z, -mean_z * rstd_z), mask=inside[:, None])
         nx = nx.to(dtype)
         nz = nz.to(dtype)
         for start in tl.range(0, C, BN, num_stages=STAGES):
