@@ -64,6 +64,7 @@ def backward_kernel(
     The padding is zero in all three. The folded weights of all c channels, for which BN rows are enough, stay on the
     chip; the next tiles are on their way meanwhile. EVEN: as in `folded`; nothing is masked then.
     """
+    tl.static_assert(BN >= C, "a tile holds all output channels")
     # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
     tl.assume(n_tokens > 0)
     tl.assume(padded > 0)
