@@ -11,7 +11,7 @@ from optimized.ops.layer_norm_linear import launch as linear
 from optimized.ops.offline import KernelCase
 from optimized.ops.transition import kernels as transition_kernels
 from optimized.ops.transition import launch as transition
-from optimized.ops.triangle_multiplication import folded, gradients, output, project
+from optimized.ops.triangle_multiplication import folded, folded_output, gradients, output, project
 from optimized.ops.triangle_multiplication import launch as triangle
 from optimized.ops.tuning import Config
 
@@ -25,9 +25,13 @@ TRIANGLE = {
     "output_weight": outer_products.products_kernel,
     "project_folded": folded.project_kernel,
     "input_gradient": gradients.input_gradient_kernel,
+    "output_backward_folded": folded_output.backward_kernel,
+    "output_weight_folded": folded_output.weight_kernel,
 }
 HALF_ONLY = ("project_folded", "input_gradient")
 FULL_ONLY = ("project_input",)
+BF16_ON_HOPPER = ("output_backward_folded", "output_weight_folded")
+"""As `launch.folds_output` says."""
 
 
 def make_case(
@@ -48,7 +52,7 @@ def make_case(
     for argument in (n for n in kernel.arg_names if n not in constants):
         if argument == "mask_ptr":
             signature[argument] = "*i1"
-        elif argument.startswith(("gamma", "beta", "lse", "dw_ptr")) or "partial" in argument:
+        elif argument.startswith(("gamma", "beta", "lse", "dw_ptr", "stats")) or "partial" in argument:
             signature[argument] = "*fp32"
         elif argument.endswith("_ptr"):
             signature[argument] = f"*{dtype}"
@@ -94,9 +98,12 @@ def cases(arch: str) -> list[KernelCase]:
                 found.append(make_case(f"transition.{short}.{c}x{h}.{kernel}", fn, config, short, sizes))
         for c in (64, 128):
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
-            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False}
+            folds = short == "bf16" and arch == "sm_90"
+            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "KEEP": folds, "KEPT": folds}
             for kernel, fn in TRIANGLE.items():
                 if kernel in (HALF_ONLY if short == "fp32" else FULL_ONLY):
+                    continue
+                if kernel in BF16_ON_HOPPER and not folds:
                     continue
                 config = triangle.default(f"triangle_multiplication.{kernel}", c, dtype)
                 found.append(

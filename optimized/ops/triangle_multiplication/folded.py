@@ -9,8 +9,9 @@ for its statistics only. Channels are the rows of the products, so that nothing 
 It needs z in the compute dtype, 16 bits wide: `project` has the kernel for everything else.
 
 The sigmoid's own factor is folded into the weights too: 1/2 for linear part and gate where it is the hardware's tanh,
--log2(e) for the gate where it is an exponential. `folded` holds the four matrices as `pack_weights` orders them;
-`sums` `[2, 4h]` holds Σw' and β·w of every row, in fp32.
+-log2(e) for the gate where it is an exponential. `folded` holds the four matrices as `pack_weights` orders them, then
+those of the output side for `folded_output`: its gate likewise, and the output projection less its rows' means, which
+LN takes off anyway; `sums` holds Σw' and β·w of every row, in fp32.
 
 One GEMM unit is 2·N²·c·h FLOP: 4 units. Bytes: those of the kernel it stands for. Statistics, once per BN channels:
 some 5 operations a value.
@@ -75,6 +76,8 @@ def fold_weights_kernel(
     g_ptr,
     gamma_ptr,
     beta_ptr,
+    gamma_out_ptr,
+    beta_out_ptr,
     plain_ptr,
     folded_ptr,
     sums_partial_ptr,
@@ -84,7 +87,7 @@ def fold_weights_kernel(
     FAST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ROWS rows of matrix `program_id(1)` as they are; of the input projections also folded, with their two sums."""
+    """ROWS rows of matrix `program_id(1)` as they are, and folded, with their two sums."""
     which = tl.program_id(1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK)
@@ -107,22 +110,35 @@ def fold_weights_kernel(
         source = out_ptr
         rows = C
         width = H
+        factor = tl.full([], 1.0, tl.float32)
     elif which == 5:
         source = g_ptr
         rows = C
+        factor = tl.full([], GATE, tl.float32)
     real = (r < rows)[:, None] & (k < width)[None, :]
     w = tl.load(source + r[:, None] * width + k[None, :], mask=real, other=0.0).to(tl.float32)
     place = cells + r[:, None] * width + k[None, :]
     tl.store(plain_ptr + place, w.to(plain_ptr.dtype.element_ty), mask=real)
-    if which < 4:
+    if which == 4:
+        gamma = tl.load(gamma_out_ptr + k, mask=k < H, other=0.0).to(tl.float32)
+        beta = tl.load(beta_out_ptr + k, mask=k < H, other=0.0).to(tl.float32)
+    else:
         gamma = tl.load(gamma_ptr + k, mask=k < C, other=0.0).to(tl.float32)
         beta = tl.load(beta_ptr + k, mask=k < C, other=0.0).to(tl.float32)
-        w *= factor
-        folded = (w * gamma[None, :]).to(folded_ptr.dtype.element_ty)
-        tl.store(folded_ptr + place, folded, mask=real)
-        sums = sums_partial_ptr + which * H + r
-        tl.store(sums, tl.sum(folded.to(tl.float32), 1), mask=r < H)
-        tl.store(sums + 4 * H, tl.sum(w * beta[None, :], 1), mask=r < H)
+    w *= factor
+    folded = w * gamma[None, :]
+    if which == 4:
+        folded = tl.where(real, folded - (tl.sum(folded, 1) / H)[:, None], 0.0)
+    folded = folded.to(folded_ptr.dtype.element_ty)
+    tl.store(folded_ptr + place, folded, mask=real)
+    # The input projections' sums of folded rows, then of β times rows; then both of the output projection, of the gate.
+    sums = sums_partial_ptr + which * H + r
+    other = 4 * H
+    if which >= 4:
+        sums = sums_partial_ptr + 8 * H + (which - 4) * (2 * C) + r
+        other = C
+    tl.store(sums, tl.sum(folded.to(tl.float32), 1), mask=r < rows)
+    tl.store(sums + other, tl.sum(w * beta[None, :], 1), mask=r < rows)
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_project_folded"), do_not_specialize=["group"])

@@ -41,6 +41,7 @@ def some_rows(x, ROWS: tl.constexpr):
 @triton.jit(repr=profiled_as("triangle_multiplication_input_gradient"), do_not_specialize=["group"])
 def input_gradient_kernel(
     z_ptr,
+    stats_ptr,
     gamma_ptr,
     beta_ptr,
     w_ptr,
@@ -62,14 +63,22 @@ def input_gradient_kernel(
     FAST: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
+    KEPT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dz of `group` tiles of BM positions from the gradients of a and b `[2h, P, P]` and the gate's dn `[N·N, c]`.
 
+    KEPT: statistics are those that the forward pass kept for `folded_output`, and the gate's dn is rstd · dn `[P·P, c]`.
     Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
     """
+    # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
+    tl.assume(n_tokens > 0)
+    tl.assume(padded > 0)
+    tl.assume(stride_i >= 0)
+    tl.assume(stride_j >= 0)
+    tl.assume(group > 0)
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     dtype = w_ptr.dtype.element_ty
     c = tl.arange(0, BC)
@@ -78,7 +87,8 @@ def input_gradient_kernel(
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     d_gamma = tl.zeros([SHARE_ROWS, BC], tl.float32)
     d_beta = tl.zeros([SHARE_ROWS, BC], tl.float32)
-    for step in range(group):
+    # What does not change from tile to tile is computed again in each: it would be spilled beside the loop inside.
+    for step in tl.range(0, group, disable_licm=True):
         start = (tl.program_id(0) * group + step) * BM
         p = start + tl.arange(0, BM)
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
@@ -86,7 +96,12 @@ def input_gradient_kernel(
         rows = z_ptr + source[:, None] + c[None, :]
         real = inside[:, None] & (c < C)[None, :]
         z = tl.load(rows, mask=real, other=0.0)
-        rstd, shift = scale_and_shift(z, c, eps, C)
+        if KEPT:
+            stats = stats_ptr + 2 * area + p
+            rstd = tl.load(stats, mask=inside, other=1.0)
+            shift = tl.load(stats + area, mask=inside, other=0.0)
+        else:
+            rstd, shift = scale_and_shift(z, c, eps, C)
         n = standardised_rows(z, rstd, shift, c, C) * gamma[None, :] + beta[None, :]
         if MASKED or not EVEN:
             n = tl.where(keep[:, None], n, 0.0)
@@ -98,15 +113,27 @@ def input_gradient_kernel(
             t = channel + tl.arange(0, BN)
             wp, wg = load_weights(w_ptr, t, c, H, C, FULL)
             where = grad_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
-            grad = tl.load(where, mask=keep[None, :] & (t < 2 * H)[:, None], other=0.0).to(tl.float32)
+            if EVEN and FULL:
+                grad = tl.load(where, mask=inside[None, :], other=0.0).to(tl.float32)
+            else:
+                grad = tl.load(where, mask=(p < area)[None, :] & (t < 2 * H)[:, None], other=0.0).to(
+                    tl.float32
+                )
             linear = tl.dot(wp, tl.trans(n))
             gate = sigmoid(tl.dot(wg, tl.trans(n)), FAST)
             d_linear = grad * gate
             d_gate = d_linear * linear * (1.0 - gate)
             dn = tl.dot(tl.trans(d_linear.to(dtype)), wp, dn)
             dn = tl.dot(tl.trans(d_gate.to(dtype)), wg, dn)
+        if MASKED or not EVEN:
+            # Not of the gradients as they are read: a mask of their positions would make that 2 bytes at a time.
+            dn = tl.where(keep[:, None], dn, 0.0)
         cells = dense[:, None] * C + c[None, :]
-        dn += tl.load(dn_gate_ptr + cells, mask=real, other=0.0).to(tl.float32)
+        if KEPT:
+            square = p.to(tl.int64)[:, None] * C + c[None, :]
+            dn += tl.load(dn_gate_ptr + square, mask=real, other=0.0).to(tl.float32) * (1.0 / rstd)[:, None]
+        else:
+            dn += tl.load(dn_gate_ptr + cells, mask=real, other=0.0).to(tl.float32)
         # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
         normal = standardised_rows(tl.load(rows, mask=real, other=0.0), rstd, shift, c, C)
         d_beta += some_rows(dn, SHARE_ROWS)

@@ -1,6 +1,7 @@
 """Launches of the triangle multiplication kernels: tile shapes, grids, workspaces and the contraction."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from optimized.ops.launching import (
 )
 from optimized.ops.outer_products import products
 from optimized.ops.parameters import fold, gradient_dtype, pack
-from optimized.ops.triangle_multiplication import folded, gradients, output, project
+from optimized.ops.triangle_multiplication import folded, folded_output, gradients, output, project
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
-from optimized.ops.tuning import Config
+from optimized.ops.tuning import Config, architecture, forget_with, has_entry
 
 ALIGNMENT = 16
 
@@ -40,6 +41,9 @@ HALF = {
     # (64, 128, 4, 1) is faster still on an H200, whose own file has it; it needs 176 KiB on an A100.
     "output_backward": tile(64, 32, 4, 1),
     "output_weight": tile(64, 64, 4, 3),
+    # Chosen by what the compiler makes of them, not timed: 16 warps a multiprocessor. See `folds_output`.
+    "output_backward_folded": tile(32, 128, 8, 2, 128),
+    "output_weight_folded": tile(64, 64, 4, 3),
     "project_folded": tile(64, 64, 4, 2),
     "input_gradient": tile(64, 64, 4, 2),
 }
@@ -50,6 +54,8 @@ HALF_NARROW = {
     "output": tile(64, 32, 4, 1),
     "output_backward": tile(64, 32, 4, 2),
     "output_weight": tile(64, 64, 4, 3),
+    "output_backward_folded": tile(32, 64, 4, 2),
+    "output_weight_folded": tile(64, 64, 4, 3),
     "project_folded": tile(64, 64, 4, 2),
     "input_gradient": tile(64, 64, 4, 2),
 }
@@ -90,6 +96,10 @@ class Shape:
         blocks = {"C": c, "H": h, "BC": product_width(c), "BH": product_width(h)}
         return blocks | {"FAST": fast_sigmoid(w.dtype, w.device)}
 
+    def statistics(self, keep: bool) -> tuple[int, int, int]:
+        """Shape of the statistics that the forward pass keeps, or does not."""
+        return (4, self.padded, self.padded) if keep else (0, 0, 0)
+
     def inner(self, w: Tensor) -> dict[str, int]:
         """The same for kernels that do not see the contraction."""
         blocks = self.blocks(w)
@@ -107,12 +117,12 @@ def pack_weights(w: TriangleWeights, dtype: torch.dtype) -> Tensor:
 
 
 class Folded(NamedTuple):
-    """The input projections' weights with γ, β and the sigmoid's factor folded into them: see `folded`."""
+    """The weights with γ, β and the sigmoid's factor folded into them: see `folded`."""
 
     weights: Tensor
-    """The first four of `pack_weights`."""
+    """As `pack_weights` orders them."""
     sums: Tensor
-    """`[2, 4h]` in fp32: of the folded rows, and of β times the rows."""
+    """In fp32, of the folded rows and of β times the rows: both of the input projections, of out, of g."""
 
 
 def folds(z: Tensor, dtype: torch.dtype) -> bool:
@@ -120,16 +130,43 @@ def folds(z: Tensor, dtype: torch.dtype) -> bool:
     return z.dtype == dtype and dtype.itemsize == 2
 
 
+MOST_RESIDENT = 128
+"""Channels up to which a program holds both matrices of the output side in shared memory."""
+
+
+def folds_output(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether the output side's backward pass is that of `folded_output`, so that its forward pass keeps statistics.
+
+    Where a tile of it was timed, and only where the matrix unit reads both operands from shared memory: elsewhere the
+    weights would fill the registers.
+    """
+    if dtype != torch.bfloat16 or not folds(z, dtype) or max(z.shape[2], hidden) > MOST_RESIDENT:
+        return False
+    return z.device.type == "cpu" or _timed(z.shape[2], z.device)
+
+
+@cache
+def _timed(channels: int, device: torch.device) -> bool:
+    key = ("bfloat16", channels)
+    return architecture(device) == "sm_90" and has_entry(
+        "triangle_multiplication.output_backward_folded", key, device
+    )
+
+
+forget_with(_timed.cache_clear)
+
+
 def fold_weights(w: TriangleWeights, dtype: torch.dtype) -> tuple[Folded, Tensor]:
-    """The input projections folded, and all weights as `pack_weights` has them, in one launch."""
+    """The weights folded, and as `pack_weights` has them, in one launch."""
     c, h = w.out.shape
     if len({t.dtype for t in w}) > 1 or not all(t.is_contiguous() for t in w):
         w = TriangleWeights(*(t.float().contiguous() for t in w))
     matrices = (w.a_p, w.b_p, w.a_g, w.b_g, w.out, w.g)
     plain = torch.empty(5 * h * c + c * c, dtype=dtype, device=w.out.device)
-    weights = torch.empty(4 * h * c, dtype=dtype, device=w.out.device)
-    sums = torch.empty((2, 4 * h), dtype=torch.float32, device=w.out.device)
-    arguments = (*matrices, w.norm_in_weight, w.norm_in_bias, plain, weights, sums)
+    weights = torch.empty_like(plain)
+    sums = torch.empty(8 * h + 4 * c, dtype=torch.float32, device=w.out.device)
+    norms = (w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias)
+    arguments = (*matrices, *norms, plain, weights, sums)
     sizes = {"C": c, "H": h, "BLOCK": product_width(max(c, h)), "FAST": fast_sigmoid(dtype, weights.device)}
     grid = (ceil_div(max(c, h), FOLD_WEIGHTS.constants["ROWS"]), len(matrices), 1)
     launch(folded.fold_weights_kernel, grid, FOLD_WEIGHTS, arguments, **sizes)
@@ -198,14 +235,19 @@ def output_forward(
     shape: Shape,
     eps: float,
     config: Config | None = None,
-) -> Tensor:
-    """y `[N, N, c]`; `norms` is γ, β of the output norm and of the input norm; `w` is all the packed weights."""
+    keep: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """y `[N, N, c]`, and with `keep` the statistics of x and z for `output_backward_folded`, else nothing.
+
+    `norms` is γ, β of the output norm and of the input norm; `w` is all the packed weights.
+    """
     config = config or _config("output", shape, x)
     programs, group = grouped(ceil_div(shape.tokens * shape.padded, config.constants["BM"]))
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
-    arguments = (x, z, *norms, w, y, *shape.place(z), group, eps)
-    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
-    return y
+    stats = torch.empty(shape.statistics(keep), dtype=torch.float32, device=x.device)
+    arguments = (x, z, *norms, w, y, stats, *shape.place(z), group, eps)
+    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w), KEEP=keep)
+    return y, stats
 
 
 class OutputGradients(NamedTuple):
@@ -254,6 +296,54 @@ def output_weight_gradient(
     return products(pairs, config or _config("output_weight", shape, pairs[0][0]))
 
 
+def output_backward_folded(
+    x: Tensor, z: Tensor, stats: Tensor, w: Folded, dy: Tensor, shape: Shape, config: Config | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx `[h, P, P]`, and rstd · d of output projection and gate, `[c, P, P]` each: see `folded_output`."""
+    config = config or _config("output_backward_folded", shape, x)
+    rows = config.constants["BM"]
+    programs, group = spread(ceil_div(shape.padded**2, rows), 1, 2, z.device)
+    square = (shape.channels, shape.padded, shape.padded)
+    dx = torch.empty_like(x)
+    d_linear, d_gate = (torch.empty(square, dtype=x.dtype, device=x.device) for _ in range(2))
+    arguments = (x, z, stats, *w, dy, dx, d_linear, d_gate, *shape.place(z), group)
+    sizes = shape.blocks(w.weights) | {"EVEN": shape.tokens % rows == 0}
+    launch(folded_output.backward_kernel, (programs, 1, 1), config, arguments, **sizes)
+    return dx, d_linear, d_gate
+
+
+def output_weight_folded(
+    d_linear: Tensor,
+    d_gate: Tensor,
+    x: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    norms: tuple[Tensor, ...],
+    w: Tensor,
+    shape: Shape,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Partial gradients of out and g, `[splits, c·h + c·c]`, and of the output norm, `[splits · chunks, 2h]`, in fp32."""
+    config = config or _config("output_weight_folded", shape, x)
+    rows = config.constants["BM"]
+    c, h = shape.channels, shape.hidden
+    chunks = ceil_div(c, config.constants["BN"])
+    splits = max(1, min(processors(x.device) // chunks, ceil_div(shape.padded**2, rows)))
+    partial = torch.empty((splits, c * h + c * c), dtype=torch.float32, device=x.device)
+    shares = torch.empty((splits * chunks, 2 * h), dtype=torch.float32, device=x.device)
+    arguments = (d_linear, d_gate, x, z, stats, *norms, w, partial, shares, *shape.place(z), splits)
+    sizes = shape.blocks(w) | {"EVEN": shape.tokens % rows == 0}
+    del sizes["FAST"]
+    launch(folded_output.weight_kernel, (2 * chunks, splits, 1), config, arguments, **sizes)
+    return partial, shares
+
+
+def gate_gradient(d_gate: Tensor, w: Tensor, shape: Shape) -> Tensor:
+    """rstd · dn, the gate's gradient to LN(z), `[P·P, c]` from d_gate of `output_backward_folded`; by the library."""
+    c = shape.channels
+    return torch.mm(d_gate.view(c, -1).t(), w[5 * c * shape.hidden :].view(c, c))
+
+
 def input_gradient(
     z: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -265,17 +355,27 @@ def input_gradient(
     shape: Shape,
     eps: float,
     config: Config | None = None,
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `project_input_gradient`."""
+    """As `project_input_gradient`. With statistics, `dn` is that of `gate_gradient`."""
     config = config or _config("input_gradient", shape, w)
     rows = config.constants["BM"]
     programs, group = spread(ceil_div(shape.padded**2, rows), 1, 4, z.device)
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
-    pointers = (mask if mask is not None else z, grad, dn, dn, n, shares)
-    arguments = (z, *norm, w, *pointers, *shape.place(z), group, eps)
-    sizes = shape.inner(w) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0}
+    square = (shape.tokens, shape.tokens, shape.channels)
+    if stats is not None and shape.tokens != shape.padded:
+        dz = torch.empty(square, dtype=z.dtype, device=z.device)
+    else:
+        dz = dn.view(square)
+    pointers = (mask if mask is not None else z, grad, dn, dz, n, shares)
+    arguments = (z, stats if stats is not None else shares, *norm, w, *pointers, *shape.place(z), group, eps)
+    sizes = shape.inner(w) | {
+        "MASKED": mask is not None,
+        "EVEN": shape.tokens % rows == 0,
+        "KEPT": stats is not None,
+    }
     launch(gradients.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
-    return dn, shares
+    return dz, shares
 
 
 def project_input_gradient(
@@ -341,18 +441,26 @@ def project_in(
 
 def forward(
     z: Tensor, w: TriangleWeights, mask: Tensor | None, outgoing: bool, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """y `[N, N, c]` and the contraction `[h, P, P]`, which is kept for the backward pass."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y `[N, N, c]`; the contraction `[h, P, P]` and statistics, which are kept for the backward pass."""
     shape = Shape.of(z, w.a_p.shape[0])
     norm_in = (w.norm_in_weight, w.norm_in_bias)
     weights = packed_weights(w, z, dtype)
     x = contract(project_in(z, norm_in, weights, mask, shape, eps), outgoing)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
-    return output_forward(x, z, norms, weights[1], shape, eps), x
+    y, stats = output_forward(x, z, norms, weights[1], shape, eps, keep=folds_output(z, shape.hidden, dtype))
+    return y, x, stats
 
 
 def backward(
-    dy: Tensor, x: Tensor, z: Tensor, w: TriangleWeights, mask: Tensor | None, outgoing: bool, eps: float
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    z: Tensor,
+    w: TriangleWeights,
+    mask: Tensor | None,
+    outgoing: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """dz, and the parameter gradients one after another in one vector; a and b are recomputed.
 
@@ -362,17 +470,27 @@ def backward(
     norm_in = (w.norm_in_weight, w.norm_in_bias)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
     weights = packed_weights(w, z, x.dtype)
-    packed = weights[1]
-    dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
-    d_ends = output_weight_gradient(pairs, shape)
-    del pairs
+    of_folded, packed = weights
+    kept = stats.numel() > 0
+    if kept and of_folded is not None:
+        dx, d_linear, d_gate = output_backward_folded(x, z, stats, of_folded, dy, shape)
+        d_ends, shares_out = output_weight_folded(d_linear, d_gate, x, z, stats, norms, packed, shape)
+        dn = gate_gradient(d_gate, packed, shape)
+        del d_linear, d_gate
+    else:
+        dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
+        d_ends = output_weight_gradient(pairs, shape)
+        del pairs
     ab = project_in(z, norm_in, weights, mask, shape, eps)
     grad = contract_backward(dx, ab, outgoing)
     del dx
     # a and b are spent: their memory takes LN(z) where it is large enough.
     size = shape.padded**2 * shape.channels
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
-    of_input = input_gradient if x.dtype.itemsize == 2 else project_input_gradient
-    dz, shares_in = of_input(z, norm_in, packed, mask, grad, dn, n, shape, eps)
+    if x.dtype.itemsize == 2:
+        of = stats if kept else None
+        dz, shares_in = input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps, stats=of)
+    else:
+        dz, shares_in = project_input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps)
     d_project = project_weight_gradient(n, grad, packed, shape)
     return dz, fold([shares_in, shares_out], [d_project, d_ends], gradient_dtype(w))

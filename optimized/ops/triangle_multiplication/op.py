@@ -42,8 +42,8 @@ def triangle_multiplication(
 
     z `[N, N, c]`, its last dimension contiguous, otherwise any strides; mask `[N, N]` boolean, True = keep. The
     products run in autocast's dtype where autocast is on and in z's dtype otherwise, and so is the result;
-    parameters may have another dtype. z and the contraction (N²·h values) are kept for the backward pass. Where
-    the kernels do not apply (`supported` says why) the definition runs.
+    parameters may have another dtype. z, the contraction (N²·h values) and, in bfloat16, four statistics of every pair
+    are kept for the backward pass. Where the kernels do not apply (`supported` says why) the definition runs.
     """
     dtype = compute_dtype(z)
     if not supported(z, weights, mask).ok:
@@ -81,7 +81,7 @@ def _forward(
     outgoing: bool,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     weights = TriangleWeights(
         norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g
     )
@@ -109,15 +109,18 @@ def _(
     outgoing: bool,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    padded = -(-z.shape[0] // launch.ALIGNMENT) * launch.ALIGNMENT
-    return z.new_empty(z.shape, dtype=dtype), z.new_empty((a_p.shape[0], padded, padded), dtype=dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = launch.Shape.of(z, a_p.shape[0])
+    x = z.new_empty((shape.hidden, shape.padded, shape.padded), dtype=dtype)
+    keep = launch.folds_output(z, shape.hidden, dtype)
+    return z.new_empty(z.shape, dtype=dtype), x, z.new_empty(shape.statistics(keep), dtype=torch.float32)
 
 
 @planned
 def _backward(
     dy: Tensor,
     x: Tensor,
+    stats: Tensor,
     z: Tensor,
     norm_in_weight: Tensor,
     norm_in_bias: Tensor,
@@ -137,7 +140,7 @@ def _backward(
         norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g
     )
     z, mask = _plain(z, mask)
-    return launch.backward(dy.contiguous(), x, z, weights, mask, outgoing, eps)
+    return launch.backward(dy.contiguous(), x, stats, z, weights, mask, outgoing, eps)
 
 
 _backward_op = torch.library.custom_op("megafold_bench::triangle_multiplication_backward", mutates_args=())(
@@ -149,6 +152,7 @@ _backward_op = torch.library.custom_op("megafold_bench::triangle_multiplication_
 def _(
     dy: Tensor,
     x: Tensor,
+    stats: Tensor,
     z: Tensor,
     norm_in_weight: Tensor,
     norm_in_bias: Tensor,
@@ -169,19 +173,19 @@ def _(
     return z.new_empty(z.shape), z.new_empty(size, dtype=gradient_dtype(parameters))
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *inputs[:12])
+    ctx.save_for_backward(*output[1:], *inputs[:12])
     ctx.settings = inputs[12:14]
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 15
     saved = ctx.saved_tensors
     backward = same_way(ctx, _backward, torch.ops.megafold_bench.triangle_multiplication_backward)
     dz, flat = backward(dy, *saved, *ctx.settings)
-    return (dz, *_in_order(flat, TriangleWeights(*saved[2:12])), None, None, None, None)
+    return (dz, *_in_order(flat, TriangleWeights(*saved[3:13])), None, None, None, None)
 
 
 _op.register_autograd(_differentiate, setup_context=_keep)

@@ -14,19 +14,28 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
+from optimized.ops.rows import (
+    accumulate,
+    add_share,
+    normalise_rows_backward,
+    normalised,
+    row_statistics,
+    sigmoid,
+)
 from optimized.ops.triangle_multiplication.project import load_rows, pair_rows
 
 
 @triton.jit
 def load_columns(x_ptr, gamma_ptr, beta_ptr, p, h, area, eps, H: tl.constexpr, EXACT: tl.constexpr):
-    """Layer-normed tile `[BM, BH]` of the channel-major x (fp32), its normalised values, rstd and γ."""
+    """Layer-normed tile `[BM, BH]` of the channel-major x (fp32), its normalised values, mean, rstd and γ."""
     where = x_ptr + h.to(tl.int64)[None, :] * area + p[:, None]
     x = tl.load(where, mask=(p < area)[:, None] & (h < H)[None, :], other=0.0)
     gamma = tl.load(gamma_ptr + h, mask=h < H, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-    normal, rstd = normalise_rows(x.to(tl.float32), h, eps, H, EXACT)
-    return normal * gamma[None, :] + beta[None, :], normal, rstd, gamma
+    x = x.to(tl.float32)
+    mean, rstd = row_statistics(x, h, eps, H, EXACT)
+    normal = normalised(x, mean, rstd, h, H)
+    return normal * gamma[None, :] + beta[None, :], normal, mean, rstd, gamma
 
 
 @triton.jit
@@ -60,6 +69,7 @@ def forward_kernel(
     beta_z_ptr,
     w_ptr,
     out_ptr,
+    stats_ptr,
     n_tokens,
     padded,
     stride_i,
@@ -71,14 +81,22 @@ def forward_kernel(
     BC: tl.constexpr,
     BH: tl.constexpr,
     FAST: tl.constexpr,
+    KEEP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y `[N·N, c]` of `group` tiles of BM positions, BN output channels at a time.
 
+    KEEP: also rstd and -mean·rstd of x and of z, `[4, P, P]` in fp32, for the backward pass of `folded_output`.
     Where BN covers c, the program keeps the weights on the chip and the loop over tiles is pipelined.
     """
+    # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
+    tl.assume(n_tokens > 0)
+    tl.assume(padded > 0)
+    tl.assume(stride_i >= 0)
+    tl.assume(stride_j >= 0)
+    tl.assume(group > 0)
     RESIDENT: tl.constexpr = BN >= C
     FULL: tl.constexpr = C == BC and H == BH and C % BN == 0
     dtype = w_ptr.dtype.element_ty
@@ -91,8 +109,13 @@ def forward_kernel(
     for step in tl.range(0, group, num_stages=STAGES):
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
-        nx, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
-        nz, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
+        nx, _, mean_x, rstd_x, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
+        nz, _, mean_z, rstd_z, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
+        if KEEP:
+            # In pairs: each store costs barriers, since threads hold other positions than they write.
+            kept = stats_ptr + p[:, None] + tl.arange(0, 2)[None, :] * area
+            tl.store(kept, tl.join(rstd_x, -mean_x * rstd_x), mask=inside[:, None])
+            tl.store(kept + 2 * area, tl.join(rstd_z, -mean_z * rstd_z), mask=inside[:, None])
         nx = nx.to(dtype)
         nz = nz.to(dtype)
         for start in tl.range(0, C, BN, num_stages=STAGES):
@@ -154,8 +177,8 @@ def backward_kernel(
     for step in tl.range(0, group, num_stages=STAGES):
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
-        nx, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
-        nz, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
+        nx, _, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
+        nz, _, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
         nx = nx.to(dtype)
         nz = nz.to(dtype)
         real = inside[:, None] & (c < C)[None, :]
@@ -181,7 +204,7 @@ def backward_kernel(
             dnz = accumulate(dnz, d_gate, wg)
         tl.store(dn_ptr + dense[:, None] * C + c[None, :], dnz.to(dn_ptr.dtype.element_ty), mask=real)
         # x is read again (from L2): keeping the tile would cost BM·BH registers.
-        _, normal, rstd, gamma = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
+        _, normal, _, rstd, gamma = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
         dx = normalise_rows_backward(dnx, normal, gamma, rstd, H)
         where = dx_ptr + h.to(tl.int64)[None, :] * area + p[:, None]
         tl.store(where, dx.to(dx_ptr.dtype.element_ty), mask=(p < area)[:, None] & (h < H)[None, :])

@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import accumulate, add_share, normalise_rows, normalise_rows_backward, sigmoid
+from optimized.ops.rows import (
+    accumulate,
+    add_share,
+    normalise_rows,
+    normalise_rows_backward,
+    normalised,
+    row_statistics,
+    sigmoid,
+)
 
 
 @triton.jit
@@ -35,12 +43,14 @@ def pair_rows(p, n_tokens, padded, stride_i, stride_j):
 
 @triton.jit
 def load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C: tl.constexpr, EXACT: tl.constexpr):
-    """Layer-normed rows of z (fp32), their normalised values, rstd and γ."""
+    """Layer-normed rows of z (fp32), their normalised values, mean, rstd and γ."""
     z = tl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normal, rstd = normalise_rows(z.to(tl.float32), c, eps, C, EXACT)
-    return normal * gamma[None, :] + beta[None, :], normal, rstd, gamma
+    z = z.to(tl.float32)
+    mean, rstd = row_statistics(z, c, eps, C, EXACT)
+    normal = normalised(z, mean, rstd, c, C)
+    return normal * gamma[None, :] + beta[None, :], normal, mean, rstd, gamma
 
 
 @triton.jit
@@ -162,7 +172,7 @@ def input_gradient_kernel(
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
         keep = keep_rows(mask_ptr, inside, dense, MASKED)
-        n, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C, EXACT)
+        n, _, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C, EXACT)
         n = tl.where(keep[:, None], n, 0.0).to(dtype)
         square = (p < area)[:, None]
         tl.store(n_ptr + p.to(tl.int64)[:, None] * C + c[None, :], n, mask=square & (c < C)[None, :])
@@ -182,7 +192,7 @@ def input_gradient_kernel(
         valid = inside[:, None] & (c < C)[None, :]
         acc += tl.load(dn_gate_ptr + tile, mask=valid, other=0.0).to(tl.float32)
         # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
-        _, normal, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C, EXACT)
+        _, normal, _, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C, EXACT)
         dz = normalise_rows_backward(acc, normal, gamma, rstd, C)
         tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=valid)
         share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C

@@ -16,6 +16,7 @@ from optimized.ops.transition import transition
 from optimized.ops.triangle_multiplication import (
     TriangleWeights,
     folded,
+    folded_output,
     gradients,
     output,
     project,
@@ -38,6 +39,11 @@ KERNELS = (
         gradients.input_gradient_kernel: "triangle_multiplication.input_gradient",
     }
 )
+UNMEASURED = {
+    folded_output.backward_kernel: "triangle_multiplication.output_backward_folded",
+    folded_output.weight_kernel: "triangle_multiplication.output_weight_folded",
+}
+"""Launched with the tiles of the source until a device's file has them; in bfloat16 only."""
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def launched(monkeypatch, tmp_path):
         # The interpreter passes over names that a kernel does not have; a GPU does not.
         assert {*config.constants, *sizes} == {*kernel.arg_names[len(arguments) :]}
         if kernel is not folded.fold_weights_kernel:  # the same everywhere
-            seen.setdefault(KERNELS[kernel], []).append(config)
+            seen.setdefault((KERNELS | UNMEASURED)[kernel], []).append(config)
 
     monkeypatch.setenv("MEGAFOLD_BENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "device_name", lambda device: "nvidia-h200")
@@ -85,7 +91,11 @@ def test_operators_launch_the_shipped_tiles(launched, dtype):
         lambda x, *p: layer_norm_linear(x, p[0], p[1], list(p[2:])), [(C,), (C,), *[square] * 4], dtype
     )
     shipped = json.loads((tuning.SHIPPED / "nvidia-h200.json").read_text())
-    assert set(launched) == set(KERNELS.values())
+    unmeasured = {*UNMEASURED.values()} if dtype == torch.bfloat16 else set()
+    assert set(launched) == {*KERNELS.values()} | unmeasured
     for kernel, configs in launched.items():
+        if kernel in unmeasured:
+            assert all(config == triangle.default(kernel, C, dtype) for config in configs), kernel
+            continue
         entry = shipped[f"{kernel}/{str(dtype).removeprefix('torch.')}/{C}"]
         assert all(config == tuning.Config.from_json(entry) for config in configs), kernel

@@ -83,6 +83,24 @@ def test_inputs_in_another_dtype_than_the_products():
     assert y.dtype == BF and ((y.double() - exact).norm() / exact.norm()).item() < 0.02
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_statistics_the_backward_pass_takes_them_itself(monkeypatch, masked):
+    """As on every GPU but Hopper's."""
+    monkeypatch.setattr(launches, "folds_output", lambda z, hidden, dtype: False)
+    tensors, grads, mask = problem(17, 24, 32, BF, FULL, masked)
+    check_against_definition(*pair(True, mask), tensors, grads)
+
+
+def test_kept_statistics_are_those_of_the_rows():
+    tensors, _, mask = problem(13, 24, 16, BF, FULL, True)
+    _, x, stats = launches.forward(tensors[0], TriangleWeights(*tensors[1:]), mask, True, 1e-5, BF)
+    for kept, rows in ((stats[:2], x.permute(1, 2, 0)), (stats[2:], tensors[0])):
+        rows = rows[:13, :13].double()
+        rstd = (rows.var(-1, correction=0) + 1e-5).rsqrt()
+        torch.testing.assert_close(kept[0, :13, :13].double(), rstd, rtol=1e-5, atol=0)
+        torch.testing.assert_close(kept[1, :13, :13].double(), -rows.mean(-1) * rstd, rtol=1e-5, atol=1e-5)
+
+
 def weights64(weights):
     return TriangleWeights(*(w.double() for w in weights))
 
@@ -117,10 +135,10 @@ def test_fake_tensors_and_registration():
     tensors, _, mask = problem(7, 16, 16, BF, FULL, True)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in tensors]
-        y, _ = torch.ops.megafold_bench.triangle_multiplication(
+        y, _, stats = torch.ops.megafold_bench.triangle_multiplication(
             *fakes, mode.from_tensor(mask), True, 1e-5, BF
         )
-    assert y.shape == (7, 7, 16) and y.dtype == BF
+    assert y.shape == (7, 7, 16) and y.dtype == BF and stats.shape == (4, 16, 16)
     leaves = [t.clone().requires_grad_() for t in tensors]
     torch.library.opcheck(
         torch.ops.megafold_bench.triangle_multiplication.default,
