@@ -6,6 +6,8 @@ Float32 parameters and inputs, dropout active, no activation checkpointing, TF32
 initial zeros. `kernels` are cuEquivariance's, which Boltz calls where they are installed. One process a mode and
 length; medians of `do_bench` over all gradients, the rise of memory over one pass, seconds of the first two passes.
 Writes `boltz.jsonl` with all samples.
+
+python bench/boltz_lab.py --predict 768      the peak of `apply`, from what PyTorch would allocate: without a GPU
 """
 
 import argparse
@@ -80,18 +82,48 @@ def measure(mode: str, n: int, repeat_ms: int) -> dict[str, Any]:
     return {"first_s": first, "times_ms": times, "peak_mib": peak, "report": report}
 
 
+def predict(n: int) -> None:
+    """Print what a pass of `apply` holds at its peak beyond its inputs, in MiB and by place."""
+    import os
+
+    os.environ["TRITON_INTERPRET"] = "1"  # the operators choose their kernels, which nothing here runs
+    import step_memory
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    step_memory.inside_operators()
+    live, stack = step_memory.Live(), build("cpu")
+    apply(stack)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        s, z = (
+            torch.empty(1, *shape, requires_grad=True) for shape in ((n, TOKEN_WIDTH), (n, n, PAIR_WIDTH))
+        )
+        ones, pairs = torch.ones(1, n), torch.ones(1, n, n)
+        grads = [torch.empty_like(s), torch.empty_like(z)]
+        with live:
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = stack(s, z, ones, pairs)
+            torch.autograd.grad(outputs, [s, z, *stack.parameters()], grads)
+    print(f"{live.peak / 2**20:.0f} MiB at the peak")
+    for place, size in live.parts.most_common(12):
+        print(f"  {size / 2**20:7.0f}  {place}")
+
+
 def main() -> None:
     """Each mode and length in a process of its own; a failure is a row."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--predict", type=int, metavar="N")
     parser.add_argument("--n", default="384,768")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--rep", type=int, default=1000, help="milliseconds of repeats")
     parser.add_argument("--timeout", type=float, default=200)
     parser.add_argument("--one", nargs=2, metavar=("MODE", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.predict:
+        predict(args.predict)
+        return
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]), args.rep)))
         return

@@ -3,12 +3,15 @@
 python bench/step_memory.py --seq-len 768 [--ops all]      (half a minute)
 
 The `af3` model runs on fake tensors, part after part as `baselines.training` runs them: trunk, conditioning, confidence
-head, one diffusion chunk, and their backward passes. Counted is what PyTorch would allocate, without the optimiser's
-two moments, the workspaces inside the operators and the allocator's rounding; losses and rollout are left out.
+head, one diffusion chunk, and their backward passes. Counted is what PyTorch would allocate, what operators need inside
+included, without the optimiser's two moments and the allocator's rounding; losses and rollout are left out. (Two blocks
+of Boltz-2's Pairformer at 768 tokens: predicted 5897 MiB at `f95949d`, measured 5919.)
 """
 
 import argparse
+import importlib
 import os
+import pkgutil
 import sys
 import traceback
 import weakref
@@ -85,6 +88,33 @@ class Live(TorchDispatchMode):
         return out
 
 
+def inside_operators() -> None:
+    """Operators make the tensors that they make on an H200: passes run as written, kernels and long sums do nothing."""
+    import triton.runtime.interpreter as interpreter
+
+    import optimized.ops
+    from optimized.ops.attention import launch
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    kernel: Any = interpreter.InterpretedFunction
+    kernel.__getitem__ = lambda self, grid: nothing
+    stand_ins: dict[str, Any] = {
+        "direct": lambda tensors: True,
+        "launch": nothing,
+        "processors": lambda device: 132,
+        "weight_product": lambda dy, x: torch.empty(dy.shape[1], x.shape[1]),
+    }
+    for found in pkgutil.walk_packages(optimized.ops.__path__, "optimized.ops."):
+        module = importlib.import_module(found.name)
+        for name, stand_in in stand_ins.items():
+            if callable(getattr(module, name, None)):
+                setattr(module, name, stand_in)
+    launch.aligned = lambda x: x
+    launch.plan_for = lambda q, precision: launch.default_plan(q.dtype, q.shape[-1], "sm_90", precision)
+
+
 def materialise(model: nn.Module) -> None:
     """Fake parameters and buffers in place of meta ones."""
     for part in model.modules():
@@ -110,6 +140,7 @@ def main() -> None:
     parser.add_argument("--ops", default=None, help="as the option of the variant; its default if not given")
     parser.add_argument("--rows", type=int, default=16)
     args = parser.parse_args()
+    inside_operators()
     factors = MEGAFOLD.resolve(
         {"preset": "af3", "precision": "bf16", "ops": args.ops, "cycles": 1}, args.seq_len
     )

@@ -43,9 +43,9 @@ class Keep(NamedTuple):
         columns = shape[-2] if len(shape) > 1 else 1
         if keep is None:
             return Keep(other, 0, 0, columns)
+        if keep.shape[-1] == 1 or keep.stride(-1) != 1:  # before the shared axis is spread out
+            keep = keep.expand(*keep.shape[:-1], shape[-1]).contiguous()
         rows = keep.expand(shape).reshape(-1, columns, shape[-1])
-        if rows.stride(-1) != 1:
-            rows = rows.contiguous()
         return Keep(rows, rows.stride(0), rows.stride(1), columns)
 
 

@@ -14,6 +14,7 @@ from optimized.ops.gated_output import (
     supported,
     update_supported,
 )
+from optimized.ops.gated_output.launch import Keep
 
 BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -157,3 +158,13 @@ def test_definition_runs_where_the_kernels_do_not():
     assert "a residual [16]" in supported(*tensors[:3], tensors[3][0, 0]).reason
     y = gated_output(tensors[0], tensors[1][:, :1], tensors[2])
     torch.testing.assert_close(y, gated_output_reference(tensors[0], tensors[1][:, :1], tensors[2]))
+
+
+@pytest.mark.parametrize("shared", [-2, -3])
+def test_factors_without_channels_are_not_spread_out(shared):
+    """As Boltz draws them: one for all channels, in float32. A copy for every position would be as large as the update."""
+    shape = torch.Size((1, 6, 9, 32))
+    keep = factors((*shape[:-1], 1), shared, FULL)
+    assert Keep.of(keep, shape, keep).values.untyped_storage().nbytes() <= 4 * 9 * 32
+    z, u = torch.randn(shape), torch.randn(shape).to(BF)
+    torch.testing.assert_close(add_update(z, u, keep), z + keep * u)
