@@ -182,6 +182,10 @@ def triangle_multiplication(
     if not lead:
         fallbacks.check("triangle_multiplication", multiplication_op.supported(z, weights, mask))
         return multiplication_op.triangle_multiplication(z, weights, outgoing, mask, eps)
+    if math.prod(lead) == 1:  # a view, whose gradient is one too: that of unbinding is a copy
+        mask = None if mask is None else mask.reshape(mask.shape[-2:])
+        flat = z.reshape(z.shape[-3:])
+        return triangle_multiplication(flat, weights, outgoing, mask, eps, fallbacks).view(z.shape)
     structures = z.flatten(0, len(lead) - 1).unbind(0)
     masks: tuple[Tensor | None, ...] = (None,) * len(structures)
     if mask is not None:
@@ -190,8 +194,7 @@ def triangle_multiplication(
         triangle_multiplication(one, weights, outgoing, m, eps, fallbacks)
         for one, m in zip(structures, masks, strict=True)
     ]
-    together = updates[0].unsqueeze(0) if len(updates) == 1 else torch.stack(updates)
-    return together.unflatten(0, lead)
+    return torch.stack(updates).unflatten(0, lead)
 
 
 class TransitionWeights(NamedTuple):
