@@ -1,6 +1,6 @@
 """Two blocks of Boltz-2's Pairformer, forward and backward under bf16 autocast: its own ways to run, and `apply`.
 
-python bench/boltz_lab.py --out DIR [--n 384,768] [--modes eager,compile,kernels,compile+kernels,apply,apply+compile]
+python bench/boltz_lab.py --out DIR [--n 384,768] [--modes eager,compile,kernels,compile+kernels,apply,apply+compile] [--profile]
 
 Float32 parameters and inputs, dropout active, no activation checkpointing, TF32 off, every weight away from its
 initial zeros. `kernels` are cuEquivariance's, which Boltz calls where they are installed. One process a mode and
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def build(device: str) -> nn.Module:
     return stack.to(device).train()
 
 
-def measure(mode: str, n: int, repeat_ms: int) -> dict[str, Any]:
-    """Times in ms, memory in MiB, and what `apply` replaced, of one mode at one length."""
+def measure(mode: str, n: int, repeat_ms: int, profiled: bool) -> dict[str, Any]:
+    """Times in ms, memory in MiB, and what `apply` replaced, of one mode at one length; `profiled`: kernel by kernel too."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = False
     parts = mode.split("+")
@@ -79,7 +80,19 @@ def measure(mode: str, n: int, repeat_ms: int) -> dict[str, Any]:
     from triton.testing import do_bench
 
     times = do_bench(both, warmup=100, rep=repeat_ms, return_mode="all")
-    return {"first_s": first, "times_ms": times, "peak_mib": peak, "report": report}
+    row = {"first_s": first, "times_ms": times, "peak_mib": peak, "report": report}
+    return row | {"kernels_ms": by_kernel(both)} if profiled else row
+
+
+def by_kernel(both: Callable[[], object]) -> dict[str, list[float]]:
+    """Milliseconds and launches of every kernel of one pass, the longest first, as PyTorch's profiler saw them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        both()
+        torch.cuda.synchronize()
+    rows = sorted(seen.key_averages(), key=lambda row: -row.device_time_total)
+    return {row.key: [row.device_time_total / 1e3, row.count] for row in rows if row.device_time_total}
 
 
 def predict(n: int) -> None:
@@ -118,6 +131,7 @@ def main() -> None:
     parser.add_argument("--n", default="384,768")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--rep", type=int, default=1000, help="milliseconds of repeats")
+    parser.add_argument("--profile", action="store_true", help="time every kernel of one pass too")
     parser.add_argument("--timeout", type=float, default=200)
     parser.add_argument("--one", nargs=2, metavar=("MODE", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -125,7 +139,7 @@ def main() -> None:
         predict(args.predict)
         return
     if args.one:
-        print(json.dumps(measure(args.one[0], int(args.one[1]), args.rep)))
+        print(json.dumps(measure(args.one[0], int(args.one[1]), args.rep, args.profile)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     for n in args.n.split(","):
@@ -140,6 +154,7 @@ def main() -> None:
                 "--one",
                 mode,
                 n,
+                *(["--profile"] if args.profile else []),
             ]
             row: dict[str, Any] = {"mode": mode, "tokens": int(n)}
             try:
