@@ -170,7 +170,11 @@ def joint_kernel(
     q_offsets = tile_offsets(q_l, d, BQ)
     g_offsets = tile_offsets(g_l, d, BQ)
     c_offsets = (tl.arange(0, BQ) * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
-    quads = (tl.arange(0, BQ // 16 * (BLOCK_D // 16)) * 256)[:, None] + tl.arange(0, 128)[None, :]
+    squares = tl.arange(0, BQ // 16 * (BLOCK_D // 16))
+    quads = (squares * 256)[:, None] + tl.arange(0, 128)[None, :]
+    wide = (squares < BQ // 16 * ((D + 15) // 16))[
+        :, None
+    ]  # of 48 channels the last of four columns is padding
     for item in tl.range(first_tile, end_tile, disable_licm=True):
         tile = item % tiles
         line = item // tiles
@@ -250,10 +254,10 @@ def joint_kernel(
                     total = ds if i == 0 else total + ds
                 upper, lower = _quads(tl.dot(tl.trans(ds), ks[i]), BQ, BLOCK_D)
                 part = parts_at + i * (row_size * BLOCK_D) + quads
-                tl.store(part, upper, mask=item == first_tile)
-                tl.store(part + 128, lower, mask=item == first_tile)
-                tl.atomic_add(part, upper, mask=item != first_tile, sem="relaxed")
-                tl.atomic_add(part + 128, lower, mask=item != first_tile, sem="relaxed")
+                tl.store(part, upper, mask=wide & (item == first_tile))
+                tl.store(part + 128, lower, mask=wide & (item == first_tile))
+                tl.atomic_add(part, upper, mask=wide & (item != first_tile), sem="relaxed")
+                tl.atomic_add(part + 128, lower, mask=wide & (item != first_tile), sem="relaxed")
             if WITH_PLANES:
                 store_packed(targets, q0 // BQ, total, BK, BQ)
             dks = new_dks
@@ -290,7 +294,7 @@ def _sum_queries(
     total = tl.zeros((BQ * BLOCK_D,), tl.float32)
     for split in range(splits):
         line = statistics_row(split * batches + b, local, h, room, H, LQ, TILE) + q0
-        total += tl.load(PARTS + line * BLOCK_D + values)
+        total += tl.load(PARTS + line * BLOCK_D + values, mask=values < BQ * ((D + 15) // 16 * 16), other=0.0)
     x = tl.reshape(total, (BLOCK_D // 16, BQ // 16, 2, 8, 4, 2, 2))
     dq = tl.reshape(tl.permute(x, (1, 2, 3, 0, 5, 4, 6)), (BQ, BLOCK_D)) * scale
     d = tl.arange(0, BLOCK_D)
