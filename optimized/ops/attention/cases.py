@@ -66,6 +66,7 @@ def make_case(
         "SUMS": True,
         "FAST": dtype != "fp16",
         "WITH_PLANES": True,
+        "BY_PRODUCT": False,
         **config.constants,
         **extra,
     }

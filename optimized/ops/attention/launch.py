@@ -253,7 +253,10 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(o), *call.mask_strides, call.unit_scale,
     )  # fmt: skip
     grid = programs(call, call.sizes[2], config.constants["BQ"], config)
-    launch(forward_kernel, grid, config, arguments, **call.constants, FAST=call.q.dtype != torch.float16)
+    form = {} if "BY_PRODUCT" in config.constants else {"BY_PRODUCT": False}
+    launch(
+        forward_kernel, grid, config, arguments, **call.constants, **form, FAST=call.q.dtype != torch.float16
+    )
 
 
 def launch_statistics(

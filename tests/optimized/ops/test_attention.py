@@ -318,3 +318,18 @@ def value_and_gradients(function, leaves, grads, dtype):
     tensors = [t.to(dtype).requires_grad_() for t in leaves]
     value = function(*tensors)
     return [value.detach(), *torch.autograd.grad(value, tensors, grads[0].to(dtype))]
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 32), (2, 16)])
+def test_sums_of_exponentials_by_product(rows, keys, monkeypatch):
+    """As near to fp64 as eager; the log-sum-exp to a rounding of bf16, and rows without keys as ever."""
+    tile = Config({"ROWS": rows, "BQ": 16, "BK": keys, "STAGES": 1, "BY_PRODUCT": 1})
+    other = Config({"ROWS": 1, "BQ": 32, "BK": 32, "STAGES": 1})
+    plan = launch.Plan(tile, other, None, other)
+    monkeypatch.setattr(launch, "plan_for", lambda q, precision: plan)
+    case = make(torch.bfloat16, rows=3, heads=2, queries=19, keys=45, dim=32)
+    check(case, torch.bfloat16)
+    o, lse = attention_with_lse(*case.leaves, case.mask)
+    exact = reference.attention_with_lse(*(x.double() for x in case.leaves), case.mask)[1]
+    assert torch.equal(lse[:, 0], exact[:, 0].float()) and bool((o[:, 0] == 0).all())
+    assert (lse[:, 1:] - exact[:, 1:]).abs().max() < 2.0**-8
