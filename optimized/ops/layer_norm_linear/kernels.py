@@ -233,9 +233,12 @@ def weight_gradient_kernel(
     j = (tl.program_id(0) % chunks) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
     acc = tl.zeros([BN, BC], tl.float32)
-    # Sums of dy by the matrix unit, which reads it from shared memory: nothing else brings it into registers.
-    ones = tl.full([BM, COLUMNS], 1.0, tl.float32).to(normal_ptr.dtype.element_ty)
-    total = tl.zeros([BN, COLUMNS], tl.float32)
+    dtype = normal_ptr.dtype.element_ty
+    # Tall tiles of dy are summed by the matrix unit, which reads them from shared memory: nothing else brings them into
+    # registers. Of others the positions are added up, and the rows of a tile at the end.
+    MULTIPLY: tl.constexpr = BN >= 64 and dtype != tl.float32
+    ones = tl.full([BM, COLUMNS], 1.0, tl.float32).to(dtype)
+    total = tl.zeros([BN, COLUMNS] if MULTIPLY else [BN, BM], tl.float32)
     for start in tl.range(split * BM, rows, splits * BM, num_stages=STAGES):
         m = tl.arange(0, BM).to(tl.int64) + start
         real = (m < rows)[:, None] & (c < C)[None, :]
@@ -243,12 +246,17 @@ def weight_gradient_kernel(
         where = dy_ptr + m[:, None] * stride_row + j.to(tl.int64)[None, :] * stride_column
         dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(normal.dtype)
         acc = accumulate(acc, tl.trans(dy), normal)
-        total = accumulate(total, tl.trans(dy), ones)
+        if MULTIPLY:
+            total = accumulate(total, tl.trans(dy), ones)
+        else:
+            total += tl.trans(dy).to(tl.float32)
     own = (j < H)[:, None] & (c < C)[None, :]
     cells = t * (H * C) + j[:, None] * C + c[None, :]
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    sums = (tl.sum(total, 1) / COLUMNS)[:, None]  # the columns are the same
+    sums = tl.sum(total, 1)[:, None]
+    if MULTIPLY:
+        sums /= COLUMNS  # which are all the same
     partial_ptr = dw_partial_ptr + split.to(tl.int64) * (T * H * C)
     tl.store(partial_ptr + cells, acc * gamma[None, :] + sums * beta[None, :], mask=own)
     w = tl.load(w_ptr + cells, mask=own, other=0.0).to(tl.float32)
