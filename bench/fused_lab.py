@@ -54,7 +54,13 @@ TILES: dict[str, list[tuple[int, ...]]] = {
     "tr.weight_gradient": [(128, 64, 8, 2)],
     "tr.weight_gradient'": [(32, 64, 4, 3), (32, 64, 4, 4), (32, 128, 8, 3)],
     "ln.forward": [(64, 64, 4, 2), (64, 128, 4, 2)],
-    "ln.input_gradient": [(64, 64, 4, 4), (64, 64, 4, 3), (64, 32, 4, 4)],
+    "ln.input_gradient": [
+        (128, 64, 8, 3, 128),
+        (128, 32, 8, 5, 128),
+        (64, 64, 4, 4, 128),
+        (64, 64, 4, 3, 128),
+        (64, 32, 4, 4, 128),
+    ],
     "ln.weight_gradient": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 3)],
 }
 FORMS = {"tr.forward": "JOINT", "tr.input_gradient": "JOINT", "tr.weight_gradient": "TURNED"}
@@ -258,12 +264,16 @@ class Bench:
             "tr.input_gradient": lambda: tr.input_gradient(rows, self.norm, self.tw, dy, EPS, t),
             "tr.weight_gradient": lambda: tr.weight_gradient(self.n, self.tw, dy, t),
             "ln.forward": lambda: ln.forward(rows, self.norm, self.lw, self.widths, EPS, t),
-            "ln.input_gradient": lambda: ln.input_gradient(
-                rows, self.norm, self.lw, self.widths, grads, EPS, t
-            ),
-            "ln.weight_gradient": lambda: ln.weight_gradient(self.n, self.dys, t),
+            "ln.input_gradient": lambda: ln.input_gradient(rows, self.lw, self.widths, grads, EPS, t),
+            "ln.weight_gradient": lambda: self.linear_weights(t),
         }
         return calls[plain(name)]
+
+    def linear_weights(self, t: Config) -> Tensor:
+        """The weight gradients of LayerNorm + Linear."""
+        sums = ln.Sums.of(self.n, self.dys, t)
+        shares = torch.empty((sums.programs * sums.splits, 2 * C), device="cuda")
+        return ln.weight_gradient(self.n, self.norm, self.lw, self.dys, sums, shares)
 
 
 def bare_group() -> Iterator[tuple[str, dict[str, Any]]]:

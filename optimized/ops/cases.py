@@ -85,6 +85,8 @@ def cases(arch: str) -> list[KernelCase]:
     sizes = {"C": 128, "H": 128, "BLOCK": 128, "FAST": False}
     name = "parameters.bf16.fold_weights"
     found.append(make_case(name, folded.fold_weights_kernel, triangle.FOLD_WEIGHTS, "bf16", sizes))
+    name, sizes = "parameters.bf16.fold_linear_weights", {"C": 128, "BC": 128}
+    found.append(make_case(name, linear_kernels.fold_weights_kernel, linear.FOLD, "bf16", sizes))
     for short, full in DTYPES.items():
         dtype = getattr(torch, full)
         for c, h in ((64, 128), (64, 256), (128, 512), (384, 1536)):
@@ -109,13 +111,15 @@ def cases(arch: str) -> list[KernelCase]:
                 found.append(
                     make_case(f"triangle_multiplication.{short}.{c}.{kernel}", fn, config, short, sizes)
                 )
-            sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16}
+            sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16, "SHORT": False}
+            sizes |= {"stride_column": 1}  # which a launch makes a constant
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = linear.default(f"layer_norm_linear.{kernel}", c, dtype)
                 fn = getattr(linear_kernels, f"{kernel}_kernel")
                 found.append(make_case(f"layer_norm_linear.{short}.{c}.{kernel}", fn, config, short, sizes))
+            del sizes["stride_column"]
             alone = {**sizes, "H": 0, "T": 0, "HEADS": 16}  # the bias of token attention
-            one = {**sizes, "H": 16, "T": 1}
+            one = {**sizes, "H": 16, "T": 1, "stride_row": 1}
             for kernel, fn, sizes in (
                 ("forward", linear_kernels.forward_kernel, alone),
                 ("bias_gradient", linear_kernels.input_gradient_kernel, alone),

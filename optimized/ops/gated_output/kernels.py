@@ -19,9 +19,11 @@ from optimized.ops.rows import accumulate, sigmoid
 
 
 @triton.jit
-def load_keep(keep_ptr, m, j, columns, keep_row, keep_column, inside):
+def load_keep(keep_ptr, m, j, rows, columns, keep_row, keep_column, inside):
     """keep of rows m = (i, j) and channels j; zero strides along shared axes."""
-    where = (m // columns) * keep_row + (m % columns) * keep_column
+    # In the width of the number of rows: a division of 64-bit numbers is a call of a subroutine.
+    m = m.to(rows.dtype)
+    where = (m // columns).to(tl.int64) * keep_row + (m % columns).to(tl.int64) * keep_column
     return tl.load(keep_ptr + where[:, None] + j[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
@@ -47,6 +49,11 @@ def forward_kernel(
     STAGES: tl.constexpr,
 ):
     """All C channels of BM rows; the gated input stays on the chip."""
+    tl.assume(rows > 0)
+    tl.assume(columns > 0)
+    tl.assume(keep_row >= 0)
+    tl.assume(keep_column >= 0)
+    tl.assume(tl.program_id(0) >= 0)
     EXACT: tl.constexpr = w_ptr.dtype.element_ty == tl.float32
     dtype = w_ptr.dtype.element_ty
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -62,7 +69,7 @@ def forward_kernel(
         inside = (m < rows)[:, None] & (j < C)[None, :]
         tile = m[:, None] * C + j[None, :]
         if KEEP:
-            out *= load_keep(keep_ptr, m, j, columns, keep_row, keep_column, inside)
+            out *= load_keep(keep_ptr, m, j, rows, columns, keep_row, keep_column, inside)
         if RESIDUAL:
             out += tl.load(residual_ptr + tile, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + tile, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -92,6 +99,12 @@ def backward_kernel(
     STAGES: tl.constexpr,
 ):
     """dx and dg of BN columns on every `splits`-th tile of rows, and that share of dW `[C, H]`."""
+    tl.assume(rows > 0)
+    tl.assume(columns > 0)
+    tl.assume(keep_row >= 0)
+    tl.assume(keep_column >= 0)
+    tl.assume(splits > 0)
+    tl.assume(tl.program_id(1) >= 0)
     EXACT: tl.constexpr = w_ptr.dtype.element_ty == tl.float32
     dtype = w_ptr.dtype.element_ty
     split = tl.program_id(1)
@@ -105,7 +118,7 @@ def backward_kernel(
         outer = (m < rows)[:, None] & (c < C)[None, :]
         du = tl.load(dout_ptr + m[:, None] * C + c[None, :], mask=outer, other=0.0)
         if KEEP:
-            du = du.to(tl.float32) * load_keep(keep_ptr, m, c, columns, keep_row, keep_column, outer)
+            du = du.to(tl.float32) * load_keep(keep_ptr, m, c, rows, columns, keep_row, keep_column, outer)
         du = du.to(dtype)
         inside = (m < rows)[:, None] & (k < H)[None, :]
         tile = m[:, None] * H + k[None, :]
@@ -167,13 +180,18 @@ def residual_kernel(
     BN: tl.constexpr,
 ):
     """residual + keep ⊙ update on a tile of BM rows by BN channels; its own backward without the residual."""
+    tl.assume(rows > 0)
+    tl.assume(columns > 0)
+    tl.assume(keep_row >= 0)
+    tl.assume(keep_column >= 0)
+    tl.assume(tl.program_id(0) >= 0)
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (m < rows)[:, None] & (j < C)[None, :]
     tile = m[:, None] * C + j[None, :]
     out = tl.load(update_ptr + tile, mask=inside, other=0.0).to(tl.float32)
     if KEEP:
-        out *= load_keep(keep_ptr, m, j, columns, keep_row, keep_column, inside)
+        out *= load_keep(keep_ptr, m, j, rows, columns, keep_row, keep_column, inside)
     if RESIDUAL:
         out += tl.load(residual_ptr + tile, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + tile, out.to(out_ptr.dtype.element_ty), mask=inside)

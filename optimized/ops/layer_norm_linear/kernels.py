@@ -1,10 +1,16 @@
 """LayerNorm and up to four linear maps of one width, plus a narrow one: one read of the input.
 
-With n = LN(x):  y_t = n·w_tᵀ `[rows, h]` for t < T ≤ 4, and s = head·nᵀ `[heads, rows]`.
-Backward: dn = Σ_t dy_t·w_t + dsᵀ·head, then the layer-norm backward; dw_t = dy_tᵀ·n, d_head = ds·n.
+With x̂ = (x - mean) · rstd and n = LN(x) = γ ⊙ x̂ + β:  y_t = n·w_tᵀ `[rows, h]` for t < T ≤ 4, and s = head·nᵀ
+`[heads, rows]`. Backward, with the head among the maps, d for a gradient's column and w for its weights:
+
+- dx = rstd · (g - x̂ · Σ_c g x̂ / c), where g = Σ d·w' and w' = γ ⊙ w less its mean over c, rounded to the compute dtype:
+  the mean of g that layer norm takes off is taken off the weights.
+- dw = γ ⊙ m + β · Σ d, dγ = Σ w ⊙ m and dβ = Σ w · Σ d, where m = Σ d · x̂ and the sums without index are over rows,
+  those of dγ and dβ over all rows of all weights: the norm's gradients are read off those of the weights.
 
 FLOP: 2·rows·c·(T·h + heads) forward, twice that backward. Bytes: forward reads x and writes the results;
-`input_gradient` reads x and the gradients and writes dx and n; `weight_gradient` reads one gradient and n.
+`input_gradient` reads x and the gradients, writes dx and x̂ and reads x̂ again (from L2); `weight_gradient` reads one
+gradient and x̂ for every BN outputs.
 """
 
 # ruff: noqa: ANN001, ANN201, SIM116 (Triton compiles these functions: an annotation would mean a compile-time constant)
@@ -13,7 +19,10 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import accumulate, as_memory_lies, finish_rows, normalise_rows
+from optimized.ops.rows import accumulate, normalise_rows
+
+COLUMNS = tl.constexpr(16)
+"""The fewest that a matrix product has on every GPU."""
 
 
 @triton.jit
@@ -86,22 +95,33 @@ def forward_kernel(
         tl.store(where, s, mask=(m < rows)[:, None] & (k < HEADS)[None, :])
 
 
-@triton.jit(repr=profiled_as("layer_norm_linear_input_gradient"), do_not_specialize=["group"])
+@triton.jit(repr=profiled_as("layer_norm_linear_fold_weights"))
+def fold_weights_kernel(
+    w_ptr, gamma_ptr, folded_ptr, rows, C: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr
+):
+    """w' = γ ⊙ w less its mean over c, of ROWS rows of the packed weights."""
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BC)
+    real = (t < rows)[:, None] & (c < C)[None, :]
+    cells = t[:, None] * C + c[None, :]
+    w = tl.load(w_ptr + cells, mask=real, other=0.0).to(tl.float32)
+    w = w * tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    w -= (tl.sum(w, 1) / C)[:, None]
+    tl.store(folded_ptr + cells, w.to(folded_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit(repr=profiled_as("layer_norm_linear_input_gradient"))
 def input_gradient_kernel(
     x_ptr,
-    gamma_ptr,
-    beta_ptr,
-    w_ptr,
+    folded_ptr,
     dy0_ptr,
     dy1_ptr,
     dy2_ptr,
     dy3_ptr,
     ds_ptr,
     dx_ptr,
-    n_ptr,
-    norm_partial_ptr,
+    normal_ptr,
     rows,
-    group,
     eps,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -109,66 +129,78 @@ def input_gradient_kernel(
     T: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
+    SHORT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`group` tiles of BM rows: dx, n for the weight gradients, and the program's share of dγ and dβ.
+    """dx and x̂ of BM rows.
 
-    One loop takes the chunks of all T maps, so that its copies never run dry between two of them.
+    The last tile ends with the last row, so that none is masked: what it shares with the one before is computed twice,
+    to the same bits. SHORT: fewer rows than a tile has, which are.
     """
-    dtype = w_ptr.dtype.element_ty
+    # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
+    tl.assume(rows > 0)
+    tl.assume(tl.program_id(0) >= 0)
+    dtype = folded_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32
-    FULL: tl.constexpr = C == BC and H % BN == 0
+    FULL: tl.constexpr = C == BC and H % BN == 0 and not SHORT
     CHUNKS: tl.constexpr = (H + BN - 1) // BN if T > 0 else 1
     c = tl.arange(0, BC)
-    for step in range(group):
-        m = (tl.program_id(0).to(tl.int64) * group + step) * BM + tl.arange(0, BM)
-        inside = (m < rows)[:, None] & (c < C)[None, :]
-        tile = m[:, None] * C + c[None, :]
-        x = tl.load(x_ptr + tile, mask=inside, other=0.0)
-        if HEADS > 0:
-            k = tl.arange(0, BS)
-            real_head = (k < HEADS)[:, None] & (c < C)[None, :]
-            real_ds = (m < rows)[:, None] & (k < HEADS)[None, :]
-            head = tl.load(w_ptr + (T * H + k)[:, None] * C + c[None, :], mask=real_head)
-            ds = tl.load(ds_ptr + k.to(tl.int64)[None, :] * rows + m[:, None], mask=real_ds)
-        acc = tl.zeros([BM, BC], tl.float32)
-        for chunk in tl.range(0, T * CHUNKS, num_stages=STAGES):
-            t = chunk // CHUNKS
-            j = (chunk % CHUNKS) * BN + tl.arange(0, BN)
-            dy_ptr = tl.where(t == 0, dy0_ptr, tl.where(t == 1, dy1_ptr, tl.where(t == 2, dy2_ptr, dy3_ptr)))
-            cells = w_ptr + (t * H + j)[:, None] * C + c[None, :]
-            where = dy_ptr + m[:, None] * H + j[None, :]
-            if FULL:
-                w = tl.load(cells)
-                dy = tl.load(where, mask=(m < rows)[:, None], other=0.0).to(dtype)
-            else:
-                w = tl.load(cells, mask=(j < H)[:, None] & (c < C)[None, :], other=0.0)
-                dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(dtype)
-            acc = accumulate(acc, dy, w)
-        if HEADS > 0:
-            # What is masked is set to zero only here: the compiler would wait for both before the loop to store them.
-            ds = tl.where(real_ds, ds, 0.0).to(dtype)
-            acc = accumulate(acc, ds, tl.where(real_head, head, 0.0).to(dtype))
-        gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        dn = as_memory_lies(acc, dx_ptr + tile, inside)
-        normal, rstd = normalise_rows(x.to(tl.float32), c, eps, C, EXACT)
-        n = normal * gamma[None, :] + beta[None, :]
-        tl.store(n_ptr + tile, n.to(dtype), mask=inside)
-        share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
-        finish_rows(dn, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, step > 0, C)
+    r = tl.arange(0, BM)
+    k = tl.arange(0, BS)
+    real = (r < rows) | (not SHORT)
+    inside = real[:, None] & (c < C)[None, :]
+    cells = r[:, None] * C + c[None, :]
+    first = tl.program_id(0).to(tl.int64) * BM
+    if not SHORT:
+        first = tl.minimum(first, rows - BM)
+    x = tl.load(x_ptr + first * C + cells, mask=inside, other=0.0)
+    normal, rstd = normalise_rows(x.to(tl.float32), c, eps, C, EXACT)
+    tl.store(normal_ptr + first * C + cells, normal.to(dtype), mask=inside)
+    acc = tl.zeros([BM, BC], tl.float32)
+    if HEADS > 0:
+        head_cells = folded_ptr + (T * H + k)[:, None] * C + c[None, :]
+        head = tl.load(head_cells, mask=(k < HEADS)[:, None] & (c < C)[None, :], other=0.0)
+        ds_cells = ds_ptr + first + k.to(tl.int64)[None, :] * rows + r[:, None]
+        ds = tl.load(ds_cells, mask=real[:, None] & (k < HEADS)[None, :], other=0.0)
+        acc = accumulate(acc, ds.to(dtype), head)
+    # One loop takes the chunks of all T maps, so that its copies never run dry between two of them.
+    for chunk in tl.range(0, T * CHUNKS, num_stages=STAGES):
+        t = chunk // CHUNKS
+        start = (chunk % CHUNKS) * BN
+        j = tl.arange(0, BN)
+        dy_ptr = tl.where(t == 0, dy0_ptr, tl.where(t == 1, dy1_ptr, tl.where(t == 2, dy2_ptr, dy3_ptr)))
+        w_cells = folded_ptr + (t * H + start) * C + (j[:, None] * C + c[None, :])
+        where = dy_ptr + (first * H + start) + (r[:, None] * H + j[None, :])
+        if FULL:
+            w = tl.load(w_cells)
+            dy = tl.load(where).to(dtype)
+        else:
+            own = start + j < H
+            w = tl.load(w_cells, mask=own[:, None] & (c < C)[None, :], other=0.0)
+            dy = tl.load(where, mask=real[:, None] & own[None, :], other=0.0).to(dtype)
+        acc = accumulate(acc, dy, w)
+    # x̂ is read again: kept through the loop it would cost BM·BC registers.
+    tl.debug_barrier()
+    normal = tl.load(normal_ptr + first * C + cells, mask=inside, other=0.0).to(tl.float32)
+    second = tl.sum(acc * normal, 1) / C
+    dx = (acc - normal * second[:, None]) * rstd[:, None]
+    tl.store(dx_ptr + first * C + cells, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(repr=profiled_as("layer_norm_linear_weight_gradient"), do_not_specialize=["splits"])
 def weight_gradient_kernel(
-    n_ptr,
+    normal_ptr,
+    gamma_ptr,
+    beta_ptr,
+    w_ptr,
     dy0_ptr,
     dy1_ptr,
     dy2_ptr,
     dy3_ptr,
-    partial_ptr,
+    dw_partial_ptr,
+    norm_partial_ptr,
     rows,
     splits,
     stride_row,
@@ -181,7 +213,13 @@ def weight_gradient_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Partial dw `[T, H, C]`: BN outputs of one of the T maps over every `splits`-th tile of rows."""
+    """Partial dw `[T, H, C]`, BN outputs of one of the T maps over every `splits`-th tile of rows; shares of dγ and dβ."""
+    tl.assume(rows > 0)
+    tl.assume(splits > 0)
+    tl.assume(stride_row > 0)
+    tl.assume(stride_column > 0)
+    tl.assume(tl.program_id(0) >= 0)
+    tl.assume(tl.program_id(1) >= 0)
     chunks: tl.constexpr = (H + BN - 1) // BN
     t = tl.program_id(0) // chunks
     split = tl.program_id(1)
@@ -195,13 +233,33 @@ def weight_gradient_kernel(
     j = (tl.program_id(0) % chunks) * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
     acc = tl.zeros([BN, BC], tl.float32)
+    dtype = normal_ptr.dtype.element_ty
+    # Tall tiles of dy are summed by the matrix unit, which reads them from shared memory: nothing else brings them into
+    # registers. Of others the positions are added up, and the rows of a tile at the end.
+    MULTIPLY: tl.constexpr = BN >= 64 and dtype != tl.float32
+    ones = tl.full([BM, COLUMNS], 1.0, tl.float32).to(dtype)
+    total = tl.zeros([BN, COLUMNS] if MULTIPLY else [BN, BM], tl.float32)
     for start in tl.range(split * BM, rows, splits * BM, num_stages=STAGES):
         m = tl.arange(0, BM).to(tl.int64) + start
-        n = tl.load(
-            n_ptr + m[:, None] * C + c[None, :], mask=(m < rows)[:, None] & (c < C)[None, :], other=0.0
-        )
+        real = (m < rows)[:, None] & (c < C)[None, :]
+        normal = tl.load(normal_ptr + m[:, None] * C + c[None, :], mask=real, other=0.0)
         where = dy_ptr + m[:, None] * stride_row + j.to(tl.int64)[None, :] * stride_column
-        dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(n.dtype)
-        acc = accumulate(acc, tl.trans(dy), n)
-    share = partial_ptr + (split.to(tl.int64) * T + t) * H * C
-    tl.store(share + j[:, None] * C + c[None, :], acc, mask=(j < H)[:, None] & (c < C)[None, :])
+        dy = tl.load(where, mask=(m < rows)[:, None] & (j < H)[None, :], other=0.0).to(normal.dtype)
+        acc = accumulate(acc, tl.trans(dy), normal)
+        if MULTIPLY:
+            total = accumulate(total, tl.trans(dy), ones)
+        else:
+            total += tl.trans(dy).to(tl.float32)
+    own = (j < H)[:, None] & (c < C)[None, :]
+    cells = t * (H * C) + j[:, None] * C + c[None, :]
+    gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    sums = tl.sum(total, 1)[:, None]
+    if MULTIPLY:
+        sums /= COLUMNS  # which are all the same
+    partial_ptr = dw_partial_ptr + split.to(tl.int64) * (T * H * C)
+    tl.store(partial_ptr + cells, acc * gamma[None, :] + sums * beta[None, :], mask=own)
+    w = tl.load(w_ptr + cells, mask=own, other=0.0).to(tl.float32)
+    share_ptr = norm_partial_ptr + (split * (T * chunks) + tl.program_id(0)).to(tl.int64) * (2 * C)
+    tl.store(share_ptr + c, tl.sum(w * acc, 0), mask=c < C)
+    tl.store(share_ptr + C + c, tl.sum(w * sums, 0), mask=c < C)

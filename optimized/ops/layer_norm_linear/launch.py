@@ -8,20 +8,24 @@ import torch
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, grouped, processors, product_width, tile
+from optimized.ops.launching import ceil_div, chosen, processors, product_width, tile
 from optimized.ops.layer_norm_linear import kernels
 from optimized.ops.parameters import fold, gradient_dtype
 from optimized.ops.tuning import Config
 
 HALF = {
     "forward": tile(64, 64, 4, 2),
-    "input_gradient": tile(64, 64, 4, 3),
+    "input_gradient": tile(128, 64, 8, 3, 128),
     "weight_gradient": tile(64, 64, 4, 4),
     "bias_gradient": tile(32, 64, 4, 1),
 }
-"""`bias_gradient` is the input gradient of a head weight alone: it waits for memory, and larger tiles spill."""
+"""`bias_gradient` is the input gradient of a head weight alone, which waits for memory.
+
+The input gradient reads the weights once for every BM rows: at 64 they are twice as many bytes (from L2) as one gradient.
+"""
 HALF_WIDE = dict.fromkeys(HALF, tile(32, 32, 8, 1))
 FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1)) | {"bias_gradient": tile(16, 16, 8, 1)}
+FOLD = Config({"ROWS": 8})
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
@@ -99,42 +103,76 @@ def forward(
     return outs + narrow
 
 
+def fold_weights(w: Tensor, gamma: Tensor) -> Tensor:
+    """γ ⊙ w less its mean, row by row, of packed weights: what `input_gradient` multiplies by."""
+    channels = gamma.numel()
+    rows = w.numel() // channels
+    folded = torch.empty_like(w)
+    blocks = {"C": channels, "BC": product_width(channels)}
+    grid = (ceil_div(rows, FOLD.constants["ROWS"]), 1, 1)
+    launch(kernels.fold_weights_kernel, grid, FOLD, (w, gamma, folded, rows), **blocks)
+    return folded
+
+
 def input_gradient(
     x: Tensor,
-    norm: tuple[Tensor, Tensor],
-    w: Tensor,
+    folded: Tensor,
     widths: Widths,
     grads: list[Tensor],
     eps: float,
     config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, n = LN(x) in the weights' dtype, and partial sums of dγ and dβ `[programs, 2c]`."""
+) -> tuple[Tensor, Tensor]:
+    """dx, and x̂, which is LN(x) without γ and β, in the weights' dtype."""
     rows, channels = x.shape
-    config = config or _config("input_gradient" if widths.count else "bias_gradient", x, w.dtype)
-    programs, group = grouped(ceil_div(rows, config.constants["BM"]))
+    config = config or _config("input_gradient" if widths.count else "bias_gradient", x, folded.dtype)
     dx = torch.empty_like(x)
-    n = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
-    shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)
-    pointers = (*_four(grads[: widths.count], w), grads[-1], dx, n, shares)
-    arguments = (x, *norm, w, *pointers, rows, group, eps)
-    launch(kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **widths.blocks(channels))
-    return dx, n, shares
+    normal = torch.empty((rows, channels), dtype=folded.dtype, device=x.device)
+    pointers = (*_four(grads[: widths.count], folded), grads[-1], dx, normal)
+    arguments = (x, folded, *pointers, rows, eps)
+    blocks = widths.blocks(channels) | {"SHORT": rows < config.constants["BM"]}
+    grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
+    launch(kernels.input_gradient_kernel, grid, config, arguments, **blocks)
+    return dx, normal
 
 
-def weight_gradient(n: Tensor, grads: list[Tensor], config: Config | None = None) -> Tensor:
-    """Partial weight gradients `[splits, T·h·c]` in fp32 of T maps from their gradients `[rows, h]` (equal strides)."""
-    rows, channels = n.shape
+@dataclass(frozen=True)
+class Sums:
+    """How the weight gradients of T ≤ 4 maps are summed: tile, programs for all outputs, and shares of the rows."""
+
+    config: Config
+    programs: int
+    splits: int
+
+    @staticmethod
+    def of(normal: Tensor, grads: list[Tensor], config: Config | None = None) -> "Sums":
+        """For these gradients `[rows, h]`."""
+        hidden = grads[0].shape[1]
+        config = config or _config("weight_gradient", normal, normal.dtype)
+        if config.constants["BN"] > product_width(hidden):
+            config = narrowed(config, product_width(hidden))
+        programs = len(grads) * ceil_div(hidden, config.constants["BN"])
+        steps = ceil_div(normal.shape[0], config.constants["BM"])
+        return Sums(config, programs, max(1, min(2 * processors(normal.device) // programs, steps)))
+
+
+def weight_gradient(
+    normal: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, grads: list[Tensor], sums: Sums, shares: Tensor
+) -> Tensor:
+    """Partial weight gradients `[splits, T·h·c]` in fp32 of T maps from their gradients `[rows, h]` (equal strides).
+
+    `w`: their weights, packed. The norm's gradients through them go to `shares` `[programs · splits, 2c]`.
+    """
+    rows, channels = normal.shape
     hidden = grads[0].shape[1]
-    config = config or _config("weight_gradient", n, n.dtype)
-    if config.constants["BN"] > product_width(hidden):
-        config = narrowed(config, product_width(hidden))
-    programs = len(grads) * ceil_div(hidden, config.constants["BN"])
-    steps = ceil_div(rows, config.constants["BM"])
-    splits = max(1, min(2 * processors(n.device) // programs, steps))
-    partial = torch.empty((splits, len(grads) * hidden * channels), dtype=torch.float32, device=n.device)
-    arguments = (n, *_four(grads, n), partial, rows, splits, grads[0].stride(0), grads[0].stride(1))
+    shape = (sums.splits, len(grads) * hidden * channels)
+    partial = torch.empty(shape, dtype=torch.float32, device=normal.device)
+    strides = (grads[0].stride(0), grads[0].stride(1))
+    arguments = (
+        normal, *norm, w, *_four(grads, normal), partial, shares, rows, sums.splits, *strides,
+    )  # fmt: skip
     blocks = {"C": channels, "H": hidden, "T": len(grads), "BC": product_width(channels)}
-    launch(kernels.weight_gradient_kernel, (programs, splits, 1), config, arguments, **blocks)
+    grid = (sums.programs, sums.splits, 1)
+    launch(kernels.weight_gradient_kernel, grid, sums.config, arguments, **blocks)
     return partial
 
 
@@ -150,8 +188,16 @@ def backward(
     """dx, and the gradients of γ, β, the weights and the head weight one after another in one vector; `w` as forward."""
     widths = Widths.of(weights, head)
     matrices = [*weights, head] if head is not None else weights
-    dx, n, shares = input_gradient(x, norm, w, widths, grads, eps)
-    partials = [weight_gradient(n, grads[: widths.count])] if weights else []
+    dx, normal = input_gradient(x, fold_weights(w, norm[0]), widths, grads, eps)
+    end = widths.count * widths.hidden * x.shape[1]
+    parts = [(grads[: widths.count], w[:end])] if weights else []
     if head is not None:
-        partials.append(weight_gradient(n, [grads[-1].t()]))
+        parts.append(([grads[-1].t()], w[end:]))
+    sums = [Sums.of(normal, part) for part, _ in parts]
+    counts = [s.programs * s.splits for s in sums]
+    shares = torch.empty((sum(counts), 2 * x.shape[1]), dtype=torch.float32, device=x.device)
+    partials = [
+        weight_gradient(normal, norm, own, part, s, share)
+        for (part, own), s, share in zip(parts, sums, shares.split(counts), strict=True)
+    ]
     return dx, fold([shares], partials, gradient_dtype((*norm, *matrices)))

@@ -32,6 +32,8 @@ def split(fn, count):
         ((5, 7), 16, 16, 4, 4, FULL, FULL),
         ((5, 7), 24, 32, 3, 0, BF, FULL),
         ((9, 9), 128, 128, 4, 4, BF, FULL),
+        ((9, 17), 128, 64, 2, 4, BF, FULL),  # more than a tile of rows, and no whole number of them
+        ((5, 31), 24, 40, 3, 2, FULL, FULL),
         ((65,), 32, 48, 1, 3, HALF, HALF),
         ((5, 9), 32, 0, 0, 4, BF, FULL),
         ((2, 33), 64, 40, 2, 16, BF, BF),
