@@ -13,7 +13,7 @@ FLOP: 2·rows·c·(T·h + heads) forward, twice that backward. Bytes: forward re
 gradient and x̂ for every BN outputs.
 """
 
-# ruff: noqa: ANN001, ANN201, SIM116 (Triton compiles these functions: an annotation would mean a compile-time constant)
+# ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
 # mypy: disable-error-code="no-untyped-def, no-redef, assignment, operator"
 import triton
 import triton.language as tl
@@ -23,19 +23,6 @@ from optimized.ops.rows import accumulate, normalise_rows
 
 COLUMNS = tl.constexpr(16)
 """The fewest that a matrix product has on every GPU."""
-
-
-@triton.jit
-def pick(t: tl.constexpr, first, second, third, fourth):
-    """The t-th of four pointers."""
-    if t == 0:
-        return first
-    elif t == 1:
-        return second
-    elif t == 2:
-        return third
-    else:
-        return fourth
 
 
 @triton.jit(repr=profiled_as("layer_norm_linear_forward"))
@@ -57,42 +44,58 @@ def forward_kernel(
     T: tl.constexpr,
     BC: tl.constexpr,
     BS: tl.constexpr,
+    SHORT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """All results of BM rows; the weights `[T·H, C]` and the narrow one `[HEADS, C]` are packed."""
+    """All results of BM rows; the weights `[T·H, C]` and the narrow one `[HEADS, C]` are packed.
+
+    Tiles as of `input_gradient_kernel`: the last ends with the last row, SHORT says that there are fewer rows than one has.
+    """
+    # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
+    tl.assume(rows > 0)
+    tl.assume(tl.program_id(0) >= 0)
     dtype = w_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    FULL: tl.constexpr = C == BC and H % BN == 0 and not SHORT
+    CHUNKS: tl.constexpr = (H + BN - 1) // BN if T > 0 else 1
     c = tl.arange(0, BC)
-    inside = (m < rows)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    r = tl.arange(0, BM)
+    real = (r < rows) | (not SHORT)
+    first = tl.program_id(0).to(tl.int64) * BM
+    if not SHORT:
+        first = tl.minimum(first, rows - BM)
+    cells = r[:, None] * C + c[None, :]
+    x = tl.load(x_ptr + first * C + cells, mask=real[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     normal, _ = normalise_rows(x, c, eps, C, EXACT)
     n = (normal * gamma[None, :] + beta[None, :]).to(dtype)
-    for t in tl.static_range(T):
-        y_ptr = pick(t, y0_ptr, y1_ptr, y2_ptr, y3_ptr)
-        for start in tl.range(0, H, BN, num_stages=STAGES):
-            j = start + tl.arange(0, BN)
-            w = tl.load(
-                w_ptr + (t * H + j)[:, None] * C + c[None, :],
-                mask=(j < H)[:, None] & (c < C)[None, :],
-                other=0.0,
-            )
-            y = tl.dot(n, tl.trans(w), input_precision="ieee").to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + m[:, None] * H + j[None, :], y, mask=(m < rows)[:, None] & (j < H)[None, :])
+    # One loop takes the chunks of all T maps, so that its copies never run dry between two of them.
+    for chunk in tl.range(0, T * CHUNKS, num_stages=STAGES):
+        t = chunk // CHUNKS
+        start = (chunk % CHUNKS) * BN
+        j = tl.arange(0, BN)
+        y_ptr = tl.where(t == 0, y0_ptr, tl.where(t == 1, y1_ptr, tl.where(t == 2, y2_ptr, y3_ptr)))
+        w_cells = w_ptr + (t * H + start) * C + (j[:, None] * C + c[None, :])
+        where = y_ptr + (first * H + start) + (r[:, None] * H + j[None, :])
+        if FULL:
+            w = tl.load(w_cells)
+            y = tl.dot(n, tl.trans(w), input_precision="ieee")
+            tl.store(where, y.to(y_ptr.dtype.element_ty))
+        else:
+            own = start + j < H
+            w = tl.load(w_cells, mask=own[:, None] & (c < C)[None, :], other=0.0)
+            y = tl.dot(n, tl.trans(w), input_precision="ieee")
+            tl.store(where, y.to(y_ptr.dtype.element_ty), mask=real[:, None] & own[None, :])
     if HEADS > 0:
         k = tl.arange(0, BS)
-        head = tl.load(
-            w_ptr + (T * H + k)[:, None] * C + c[None, :],
-            mask=(k < HEADS)[:, None] & (c < C)[None, :],
-            other=0.0,
-        )
+        head_cells = w_ptr + (T * H + k)[:, None] * C + c[None, :]
+        head = tl.load(head_cells, mask=(k < HEADS)[:, None] & (c < C)[None, :], other=0.0)
         s = tl.dot(n, tl.trans(head), input_precision="ieee").to(s_ptr.dtype.element_ty)
-        where = s_ptr + k.to(tl.int64)[None, :] * rows + m[:, None]
-        tl.store(where, s, mask=(m < rows)[:, None] & (k < HEADS)[None, :])
+        where = s_ptr + first + k.to(tl.int64)[None, :] * rows + r[:, None]
+        tl.store(where, s, mask=real[:, None] & (k < HEADS)[None, :])
 
 
 @triton.jit(repr=profiled_as("layer_norm_linear_fold_weights"))

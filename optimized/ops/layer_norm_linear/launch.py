@@ -99,7 +99,8 @@ def forward(
     narrow = [torch.empty((widths.heads, rows), dtype=w.dtype, device=x.device)] if widths.heads else []
     arguments = (x, *norm, w, *_four(outs, w), *(narrow or [w]), rows, eps)
     grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
-    launch(kernels.forward_kernel, grid, config, arguments, **widths.blocks(channels))
+    blocks = widths.blocks(channels) | {"SHORT": rows < config.constants["BM"]}
+    launch(kernels.forward_kernel, grid, config, arguments, **blocks)
     return outs + narrow
 
 
