@@ -12,7 +12,7 @@ from optimized.ops.offline import KernelCase
 from optimized.ops.transition import kernels as transition_kernels
 from optimized.ops.transition import launch as transition
 from optimized.ops.triangle_multiplication import folded, folded_output, gradients, output, project
-from optimized.ops.triangle_multiplication import launch as triangle
+from optimized.ops.triangle_multiplication import layout as triangle
 from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -31,7 +31,7 @@ TRIANGLE = {
 HALF_ONLY = ("project_folded", "input_gradient")
 FULL_ONLY = ("project_input",)
 BF16_ON_HOPPER = ("output_backward_folded", "output_weight_folded")
-"""As `launch.folds_output` says."""
+"""As `layout.folds_output` says."""
 
 
 def make_case(

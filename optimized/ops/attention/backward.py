@@ -8,7 +8,7 @@ Kernels rebuild p from q, k, bias and lse:
 
 - `grad_kv_kernel` owns a key tile of ROWS rows and runs over queries (4 products per tile, 1 exponential);
 - `grad_q_kernel` owns a query tile of ROWS rows and runs over keys (3 products, 1 exponential). It can also write the
-  sum of ds over its rows, one plane of dbias for every group of ROWS rows, which `fold_planes_kernel` adds in order;
+  sum of ds over its rows, one plane of dbias for every group of ROWS rows, which `folding` adds in order;
 - `grad_bias_kernel` owns a (query, key) tile of one head and runs over rows, so that the bias tile and the sum
   over rows stay in registers (2 products, 1 exponential). It serves where planes are not written.
 
@@ -45,8 +45,8 @@ from optimized.ops.attention.packing import (
     load_bits,
     load_columns,
     load_packed,
+    packed_head,
     packed_pointers,
-    plain_order,
     spread,
     store_packed,
     unpacked,
@@ -61,12 +61,6 @@ COMMON = (*LENGTHS, *strides_of("q", "k", "v", "g"))
 def statistics_row(b, row, h, R, H, LQ, TILE: tl.constexpr):
     """Start of one row and head in LSE2 and DELTA, [B, R, H, LQ rounded up to TILE]."""
     return ((b * R + row) * H + h) * (tl.cdiv(LQ, TILE) * TILE)
-
-
-@triton.jit
-def bias_head(BIAS, b, h, H, LX, LY, TILE: tl.constexpr):
-    """Start of one head of a packed bias with rows LX and columns LY."""
-    return BIAS + (b * H + h) * (tl.cdiv(LX, TILE) * (TILE // 16)) * (tl.cdiv(LY, TILE) * (TILE // 16)) * 256
 
 
 @triton.jit(
@@ -138,7 +132,7 @@ def grad_kv_kernel(
     q_offsets = tile_offsets(q_l, d, BQ)
     g_offsets = tile_offsets(g_l, d, BQ)
     q_blocks = tl.cdiv(LQ, TILE) * (TILE // 16)
-    pointers = packed_pointers(bias_head(FLIPPED, b, h, H, LK, LQ, TILE), k0 // BK, q_blocks, BK)
+    pointers = packed_pointers(packed_head(FLIPPED, b, h, H, LK, LQ, TILE), k0 // BK, q_blocks, BK)
 
     ks = ()
     vs = ()
@@ -249,9 +243,9 @@ def grad_q_kernel(
     k_offsets = tile_offsets(k_l, d, BK)
     v_offsets = tile_offsets(v_l, d, BK)
     k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
-    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ)
+    pointers = packed_pointers(packed_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ)
     if SUMS:
-        plane = bias_head(PLANES, b * groups + group, h, H, LQ, LK, TILE)
+        plane = packed_head(PLANES, b * groups + group, h, H, LQ, LK, TILE)
         targets = value_pointers(plane, q0 // BQ, k_blocks, BQ)
 
     qs = ()
@@ -358,7 +352,7 @@ def grad_bias_kernel(
     v_offsets = tile_offsets(v_l, d, BK)
     g_offsets = tile_offsets(g_l, d, BQ)
     k_blocks = tl.cdiv(LK, TILE) * (TILE // 16)
-    pointers = packed_pointers(bias_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ)
+    pointers = packed_pointers(packed_head(BIAS, b, h, H, LQ, LK, TILE), q0 // BQ, k_blocks, BQ)
     bias = in_units(unpacked(load_packed(pointers, k0 // BK, BK), BQ, BK, TYPE), EXACT)
     total = tl.zeros((BQ, BK), tl.float32)
     share = tl.cdiv(R, splits)
@@ -389,79 +383,3 @@ def grad_bias_kernel(
     plane = DBIAS + (((split * batches + b) * H + h) * LQ + q0) * LK
     target = plane + (tl.arange(0, BQ).to(tl.int64) * LK)[:, None] + ki[None, :]
     tl.store(target, total, mask=(qi < LQ)[:, None] & (ki < LK)[None, :])
-
-
-@triton.jit(repr=profiled_as("attention_fold"), do_not_specialize=["planes", "size"])
-def fold_kernel(PARTS, OUT, planes, size, BLOCK: tl.constexpr):
-    """OUT[x] = sum over planes p, in order, of PARTS[p, x] in fp32; PARTS [planes, size], OUT [size]."""
-    x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = x < size
-    wide_size = tl.full((), 0, tl.int64) + size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for p in range(planes):
-        total += tl.load(PARTS + p * wide_size + x, mask=inside, other=0.0).to(tl.float32)
-    tl.store(OUT + x, total.to(OUT.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def fold_planes(
-    pid, PLANES, SUM, OUT, H, x_length, y_length, groups, continues,
-    TILE: tl.constexpr, TRANSPOSED: tl.constexpr, BY: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """Program `pid` of those that add planes of dbias in their order, in fp32, after SUM if this `continues`, into OUT.
-
-    PLANES [B, groups, H, packed X x Y]; SUM fp32 and OUT of any dtype, contiguous, [B, H, X, Y] or, TRANSPOSED,
-    [B, H, Y, X]. A program takes 16 rows and BY columns of one head's planes, and asks for TOGETHER of them before
-    it adds the first.
-    """
-    VECTOR: tl.constexpr = 4 if PLANES.dtype.element_ty == tl.float32 else 8
-    y_tiles = tl.cdiv(y_length, BY)
-    x_tiles = tl.cdiv(x_length, 16)
-    y0 = (pid % y_tiles).to(tl.int32) * BY
-    x0 = (pid // y_tiles % x_tiles).to(tl.int32) * 16
-    h = pid // y_tiles // x_tiles % H
-    b = pid // y_tiles // x_tiles // H
-    y_blocks = tl.cdiv(y_length, TILE) * (TILE // 16)
-    size = H * y_blocks * (tl.cdiv(x_length, TILE) * (TILE // 16)).to(tl.int64) * 256
-    first = bias_head(PLANES, b * groups, h, H, x_length, y_length, TILE)
-    first += ((x0 // 16).to(tl.int64) * y_blocks + y0 // 16) * 256
-    values = first + ((tl.arange(0, BY // 16) * 256)[:, None] + tl.arange(0, 256)[None, :])
-    total = tl.zeros((BY // 16, 256), tl.float32)
-    whole = groups // TOGETHER * TOGETHER
-    for _ in range(0, whole, TOGETHER):
-        parts = ()
-        for i in tl.static_range(TOGETHER):
-            parts = parts + (tl.load(values + i * size),)
-        for i in tl.static_range(TOGETHER):
-            total += parts[i].to(tl.float32)
-        values += TOGETHER * size
-    for _ in range(whole, groups):
-        total += tl.load(values).to(tl.float32)
-        values += size
-    x = x0 + tl.arange(0, 16)
-    y = y0 + tl.arange(0, BY)
-    out = plain_order(total, BY, VECTOR)
-    target = (b * H + h) * x_length * y_length
-    if TRANSPOSED:
-        out = tl.trans(out)
-        inside = (y < y_length)[:, None] & (x < x_length)[None, :]
-        target += (y.to(tl.int64) * x_length)[:, None] + x[None, :]
-    else:
-        inside = (x < x_length)[:, None] & (y < y_length)[None, :]
-        target += (x.to(tl.int64) * y_length)[:, None] + y[None, :]
-    out += tl.load(SUM + target, mask=inside & continues, other=0.0)
-    tl.store(OUT + target, out.to(OUT.dtype.element_ty), mask=inside)
-
-
-@triton.jit(
-    repr=profiled_as("attention_fold_planes"), do_not_specialize=["H", "x_length", "y_length", "groups"]
-)
-def fold_planes_kernel(
-    PLANES, SUM, OUT, H, x_length, y_length, groups,
-    CONTINUES: tl.constexpr, TILE: tl.constexpr, BY: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """`fold_planes` alone, of the planes of `grad_q_kernel`."""
-    fold_planes(
-        tl.program_id(0).to(tl.int64), PLANES, SUM, OUT, H, x_length, y_length, groups, CONTINUES,
-        TILE, False, BY, TOGETHER,
-    )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import triton
 
-from optimized.ops.attention import backward, forward, joint, packing
+from optimized.ops.attention import backward, folding, forward, joint, packing
 from optimized.ops.attention.launch import FOLD_BLOCK, FOLD_PLANES, MASK_KEYS, Plan, default_plan, joint_tile
 from optimized.ops.offline import KernelCase
 from optimized.ops.tuning import Config
@@ -92,10 +92,10 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
     ]
     if plan.grad_bias is None:
         fold = Config(FOLD_PLANES)
-        cases.append(make_case(f"{label}.fold_planes", backward.fold_planes_kernel, fold, **options))
+        cases.append(make_case(f"{label}.fold_planes", folding.fold_planes_kernel, fold, **options))
     else:
         cases.append(make_case(f"{label}.grad_bias", backward.grad_bias_kernel, plan.grad_bias, **options))
-        cases.append(make_case(f"{label}.fold", backward.fold_kernel, plain, **options))
+        cases.append(make_case(f"{label}.fold", folding.fold_kernel, plain, **options))
     return cases
 
 

@@ -28,7 +28,8 @@ chunk and prepares the next.
 import triton
 import triton.language as tl
 
-from optimized.ops.attention.backward import COMMON, fold_planes, statistics_row
+from optimized.ops.attention.backward import COMMON, statistics_row
+from optimized.ops.attention.folding import fold_planes
 from optimized.ops.attention.forward import (
     LOG2E,
     head_of,

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from optimized.ops.attention.backward import (
-    fold_kernel,
-    fold_planes_kernel,
     grad_bias_kernel,
     grad_kv_kernel,
     grad_q_kernel,
     statistics_kernel,
 )
+from optimized.ops.attention.folding import fold_kernel, fold_planes_kernel
 from optimized.ops.attention.forward import forward_kernel
 from optimized.ops.attention.packing import PACK, TILE, prepare_kernel
 from optimized.ops.launcher import launch

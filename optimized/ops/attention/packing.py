@@ -30,6 +30,13 @@ PACK = 64  # tile of the packing kernel
 
 
 @triton.jit
+def packed_head(base, b, h, H, x_length, y_length, TILE: tl.constexpr):
+    """Start of one head of packed values, [B, H, x_length, y_length]."""
+    squares_x = tl.cdiv(x_length, TILE) * (TILE // 16)
+    return base + (b * H + h) * squares_x * (tl.cdiv(y_length, TILE) * (TILE // 16)) * 256
+
+
+@triton.jit
 def packed_pointers(base, x_tile, y_blocks, BX: tl.constexpr):
     """Pointers [BX/16, W] of the first 16 columns of row tile `x_tile` of one head; `y_blocks` blocks a row.
 

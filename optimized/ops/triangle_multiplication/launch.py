@@ -1,7 +1,5 @@
-"""Launches of the triangle multiplication kernels: tile shapes, grids, workspaces and the contraction."""
+"""Launches of the triangle multiplication kernels: grids, workspaces, the contraction and the passes."""
 
-from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -10,176 +8,31 @@ from torch import Tensor
 from optimized.ops.launcher import launch
 from optimized.ops.launching import (
     ceil_div,
-    chosen,
-    fast_sigmoid,
     grouped,
     processors,
-    product_width,
     spread,
-    tile,
 )
 from optimized.ops.outer_products import products
-from optimized.ops.parameters import fold, gradient_dtype, pack
+from optimized.ops.parameters import fold, gradient_dtype
 from optimized.ops.triangle_multiplication import folded, folded_output, gradients, output, project
+from optimized.ops.triangle_multiplication.layout import (
+    Folded,
+    Shape,
+    config_of,
+    fold_weights,
+    folds,
+    folds_output,
+    pack_weights,
+)
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
-from optimized.ops.tuning import Config, architecture, forget_with, has_entry
-
-ALIGNMENT = 16
-
-
-def turned(rows: int, width: int, warps: int, stages: int) -> Config:
-    """A tile of the projections' weight gradient in the form whose products have channels as rows."""
-    config = tile(rows, width, warps, stages)
-    return Config(config.constants | {"TURNED": 1}, warps)
-
-
-# The fastest of the tiles measured on an H200 at 384 and 768 tokens; channels are the rows of the weight gradient.
-HALF = {
-    "project": tile(64, 128, 4, 2),
-    "project_weight": turned(64, 64, 4, 3),
-    "output": tile(64, 128, 4, 1),
-    # (64, 128, 4, 1) is faster still on an H200, whose own file has it; it needs 176 KiB on an A100.
-    "output_backward": tile(64, 32, 4, 1),
-    "output_weight": tile(64, 64, 4, 3),
-    # Chosen by what the compiler makes of them, not timed: 16 warps a multiprocessor. See `folds_output`.
-    "output_backward_folded": tile(32, 128, 8, 2, 128),
-    "output_weight_folded": tile(64, 64, 4, 3),
-    "project_folded": tile(64, 64, 4, 2),
-    "input_gradient": tile(64, 64, 4, 2),
-}
-# Weight gradients have c or h rows: more than four warps would share 64 of them.
-HALF_NARROW = {
-    "project": tile(128, 64, 8, 2),
-    "project_weight": tile(64, 32, 4, 2),
-    "output": tile(64, 32, 4, 1),
-    "output_backward": tile(64, 32, 4, 2),
-    "output_weight": tile(64, 64, 4, 3),
-    "output_backward_folded": tile(32, 64, 4, 2),
-    "output_weight_folded": tile(64, 64, 4, 3),
-    "project_folded": tile(64, 64, 4, 2),
-    "input_gradient": tile(64, 64, 4, 2),
-}
-FULL = dict.fromkeys((*HALF, "project_input"), tile(32, 16, 8, 1))
-
-
-FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
-
-
-def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
-    """The tile shape of `triangle_multiplication.<kernel>` where no tuning file has one."""
-    table = FULL if dtype == torch.float32 else HALF_NARROW if channels <= 64 else HALF
-    return table[kernel.partition(".")[2]]
-
-
-def _config(kernel: str, shape: "Shape", x: Tensor) -> Config:
-    return chosen(f"triangle_multiplication.{kernel}", shape.channels, x.dtype, x.device, default)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one call: N tokens, P = N rounded up, c and h channels."""
-
-    tokens: int
-    padded: int
-    channels: int
-    hidden: int
-
-    @staticmethod
-    def of(z: Tensor, hidden: int) -> "Shape":
-        """The sizes for a pair tensor `[N, N, c]`."""
-        tokens = z.shape[0]
-        return Shape(tokens, -(-tokens // ALIGNMENT) * ALIGNMENT, z.shape[2], hidden)
-
-    def blocks(self, w: Tensor) -> dict[str, int]:
-        """Compile-time sizes of the kernels, for weights `w`."""
-        c, h = self.channels, self.hidden
-        blocks = {"C": c, "H": h, "BC": product_width(c), "BH": product_width(h)}
-        return blocks | {"FAST": fast_sigmoid(w.dtype, w.device)}
-
-    def statistics(self, keep: bool) -> tuple[int, int, int]:
-        """Shape of the statistics that the forward pass keeps, or does not."""
-        return (4, self.padded, self.padded) if keep else (0, 0, 0)
-
-    def inner(self, w: Tensor) -> dict[str, int]:
-        """The same for kernels that do not see the contraction."""
-        blocks = self.blocks(w)
-        del blocks["BH"]
-        return blocks
-
-    def place(self, z: Tensor) -> tuple[int, int, int, int]:
-        """Run-time sizes: N, P and the strides of z."""
-        return self.tokens, self.padded, z.stride(0), z.stride(1)
-
-
-def pack_weights(w: TriangleWeights, dtype: torch.dtype) -> Tensor:
-    """a_p, b_p, a_g, b_g `[h, c]`, out `[c, h]` and g `[c, c]` one after another in `dtype`."""
-    return pack([w.a_p, w.b_p, w.a_g, w.b_g, w.out, w.g], dtype)
-
-
-class Folded(NamedTuple):
-    """The weights with γ, β and the sigmoid's factor folded into them: see `folded`."""
-
-    weights: Tensor
-    """As `pack_weights` orders them."""
-    sums: Tensor
-    """In fp32, of the folded rows and of β times the rows: both of the input projections, of out, of g."""
-
-
-def folds(z: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the projections may multiply z as it is."""
-    return z.dtype == dtype and dtype.itemsize == 2
-
-
-MOST_RESIDENT = 128
-"""Channels up to which a program holds both matrices of the output side in shared memory."""
-
-
-def folds_output(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
-    """Whether the output side's backward pass is that of `folded_output`, so that its forward pass keeps statistics.
-
-    Where a tile of it was timed, and only where the matrix unit reads both operands from shared memory: elsewhere the
-    weights would fill the registers.
-    """
-    if dtype != torch.bfloat16 or not folds(z, dtype) or max(z.shape[2], hidden) > MOST_RESIDENT:
-        return False
-    return z.device.type == "cpu" or _timed(z.shape[2], z.device)
-
-
-@cache
-def _timed(channels: int, device: torch.device) -> bool:
-    if not torch.cuda.is_available():  # fake tensors of a GPU that is not there
-        return False
-    key = ("bfloat16", channels)
-    return architecture(device) == "sm_90" and has_entry(
-        "triangle_multiplication.output_backward_folded", key, device
-    )
-
-
-forget_with(_timed.cache_clear)
-
-
-def fold_weights(w: TriangleWeights, dtype: torch.dtype) -> tuple[Folded, Tensor]:
-    """The weights folded, and as `pack_weights` has them, in one launch."""
-    c, h = w.out.shape
-    if len({t.dtype for t in w}) > 1 or not all(t.is_contiguous() for t in w):
-        w = TriangleWeights(*(t.float().contiguous() for t in w))
-    matrices = (w.a_p, w.b_p, w.a_g, w.b_g, w.out, w.g)
-    plain = torch.empty(5 * h * c + c * c, dtype=dtype, device=w.out.device)
-    weights = torch.empty_like(plain)
-    sums = torch.empty(8 * h + 4 * c, dtype=torch.float32, device=w.out.device)
-    norms = (w.norm_in_weight, w.norm_in_bias, w.norm_out_weight, w.norm_out_bias)
-    arguments = (*matrices, *norms, plain, weights, sums)
-    sizes = {"C": c, "H": h, "BLOCK": product_width(max(c, h)), "FAST": fast_sigmoid(dtype, weights.device)}
-    grid = (ceil_div(max(c, h), FOLD_WEIGHTS.constants["ROWS"]), len(matrices), 1)
-    launch(folded.fold_weights_kernel, grid, FOLD_WEIGHTS, arguments, **sizes)
-    return Folded(weights, sums), plain
+from optimized.ops.tuning import Config
 
 
 def project_folded(
     z: Tensor, w: Folded, mask: Tensor | None, shape: Shape, eps: float, config: Config | None = None
 ) -> Tensor:
     """As `project_forward`, from folded weights."""
-    config = config or _config("project_folded", shape, w.weights)
+    config = config or config_of("project_folded", shape, w.weights)
     rows, width = config.constants["BM"], config.constants["BN"]
     columns = ceil_div(2 * shape.hidden, width)
     programs, group = spread(ceil_div(shape.padded**2, rows), columns, 4, z.device)
@@ -200,7 +53,7 @@ def project_forward(
     config: Config | None = None,
 ) -> Tensor:
     """a and b, `[2h, P, P]`, from z `[N, N, c]` (any strides over i and j) and the packed weights."""
-    config = config or _config("project", shape, w)
+    config = config or config_of("project", shape, w)
     programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=w.dtype, device=z.device)
     arguments = (z, *norm, w, mask if mask is not None else z, ab, *shape.place(z), group, eps)
@@ -243,7 +96,7 @@ def output_forward(
 
     `norms` is γ, β of the output norm and of the input norm; `w` is all the packed weights.
     """
-    config = config or _config("output", shape, x)
+    config = config or config_of("output", shape, x)
     programs, group = grouped(ceil_div(shape.tokens * shape.padded, config.constants["BM"]))
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     stats = torch.empty(shape.statistics(keep), dtype=torch.float32, device=x.device)
@@ -276,7 +129,7 @@ def output_backward(
     config: Config | None = None,
 ) -> OutputGradients:
     """Gradients of the output side except those of its weights."""
-    config = config or _config("output_backward", shape, x)
+    config = config or config_of("output_backward", shape, x)
     programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
     rows, c, h = shape.tokens**2, shape.channels, shape.hidden
     dx = torch.empty_like(x)
@@ -295,14 +148,14 @@ def output_weight_gradient(
     pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], shape: Shape, config: Config | None = None
 ) -> Tensor:
     """Partial gradients of out and g, `[splits, c·h + c·c]` in fp32."""
-    return products(pairs, config or _config("output_weight", shape, pairs[0][0]))
+    return products(pairs, config or config_of("output_weight", shape, pairs[0][0]))
 
 
 def output_backward_folded(
     x: Tensor, z: Tensor, stats: Tensor, w: Folded, dy: Tensor, shape: Shape, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx `[h, P, P]`, and rstd · d of output projection and gate, `[c, P, P]` each: see `folded_output`."""
-    config = config or _config("output_backward_folded", shape, x)
+    config = config or config_of("output_backward_folded", shape, x)
     rows = config.constants["BM"]
     programs, group = spread(ceil_div(shape.padded**2, rows), 1, 2, z.device)
     square = (shape.channels, shape.padded, shape.padded)
@@ -326,7 +179,7 @@ def output_weight_folded(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Partial gradients of out and g, `[splits, c·h + c·c]`, and of the output norm, `[splits · chunks, 2h]`, in fp32."""
-    config = config or _config("output_weight_folded", shape, x)
+    config = config or config_of("output_weight_folded", shape, x)
     rows = config.constants["BM"]
     c, h = shape.channels, shape.hidden
     chunks = ceil_div(c, config.constants["BN"])
@@ -360,7 +213,7 @@ def input_gradient(
     stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `project_input_gradient`. With statistics, `dn` is that of `gate_gradient`."""
-    config = config or _config("input_gradient", shape, w)
+    config = config or config_of("input_gradient", shape, w)
     rows = config.constants["BM"]
     programs, group = spread(ceil_div(shape.padded**2, rows), 1, 4, z.device)
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
@@ -393,7 +246,7 @@ def project_input_gradient(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dz, written over `dn`, and shares of the input norm's gradients; LN(z), masked, goes to `n` `[P·P, c]`."""
-    config = config or _config("project_input", shape, w)
+    config = config or config_of("project_input", shape, w)
     programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
     pointers = (mask if mask is not None else z, grad, dn, dn, n, shares)
@@ -407,7 +260,7 @@ def project_weight_gradient(
     n: Tensor, grad: Tensor, w: Tensor, shape: Shape, config: Config | None = None
 ) -> Tensor:
     """Partial gradients of the four input projections, `[splits, 4h·c]` in fp32."""
-    config = config or _config("project_weight", shape, w)
+    config = config or config_of("project_weight", shape, w)
     area = shape.padded**2
     chunks = ceil_div(2 * shape.hidden, config.constants["BN"])
     steps = ceil_div(area, config.constants["BM"])

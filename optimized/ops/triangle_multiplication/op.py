@@ -10,7 +10,7 @@ from optimized.ops.launching import compute_dtype
 from optimized.ops.parameters import gradient_dtype, unpacked
 from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
-from optimized.ops.triangle_multiplication import launch
+from optimized.ops.triangle_multiplication import launch, layout
 from optimized.ops.triangle_multiplication.reference import TriangleWeights, triangle_multiplication_reference
 
 MAX_CHANNELS = 256
@@ -110,9 +110,9 @@ def _(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = launch.Shape.of(z, a_p.shape[0])
+    shape = layout.Shape.of(z, a_p.shape[0])
     x = z.new_empty((shape.hidden, shape.padded, shape.padded), dtype=dtype)
-    keep = launch.folds_output(z, shape.hidden, dtype)
+    keep = layout.folds_output(z, shape.hidden, dtype)
     return z.new_empty(z.shape, dtype=dtype), x, z.new_empty(shape.statistics(keep), dtype=torch.float32)
 
 

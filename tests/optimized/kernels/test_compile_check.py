@@ -13,7 +13,7 @@ from optimized.ops import catalogue as catalogue_module
 from optimized.ops.catalogue import catalogue, configured, default_cases, launched
 from optimized.ops.layer_norm_linear import launch as layer_norm_linear
 from optimized.ops.offline import ARCHITECTURES, CompileReport, compile_case
-from optimized.ops.triangle_multiplication import launch as triangle_multiplication
+from optimized.ops.triangle_multiplication import layout as triangle_multiplication
 from optimized.ops.tuning import SHIPPED, Config, architecture, lookup, read_configs
 from reports.compile_table import print_compile_table, save_compile_csv
 

@@ -9,7 +9,7 @@ from optimized.ops.layer_norm_linear import launch as linear
 from optimized.ops.outer_product_mean import launch as outer
 from optimized.ops.pair_weighted_averaging import launch as averaging
 from optimized.ops.transition import launch as transition
-from optimized.ops.triangle_multiplication import launch as triangle
+from optimized.ops.triangle_multiplication import layout as triangle
 from optimized.ops.tuning import SHIPPED, Config
 
 OPERATORS = {

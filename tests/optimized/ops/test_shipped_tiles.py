@@ -22,7 +22,8 @@ from optimized.ops.triangle_multiplication import (
     project,
     triangle_multiplication,
 )
-from optimized.ops.triangle_multiplication import launch as triangle
+from optimized.ops.triangle_multiplication import launch as triangle_launch
+from optimized.ops.triangle_multiplication import layout as triangle
 
 C = 128
 PASSES = ("forward", "input_gradient", "weight_gradient")
@@ -67,7 +68,7 @@ def launched(monkeypatch, tmp_path):
 
     monkeypatch.setenv("MEGAFOLD_BENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "device_name", lambda device: "nvidia-h200")
-    for module in (transition_launch, linear, triangle, outer_products):
+    for module in (transition_launch, linear, triangle, triangle_launch, outer_products):
         monkeypatch.setattr(module, "launch", record)
     launching.chosen.cache_clear()
     yield seen
