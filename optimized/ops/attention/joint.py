@@ -146,7 +146,7 @@ def joint_kernel(
     known not to be negative: else the upper half of each would take a register.
     """
     tl.assume(R > 0)
-    tl.assume((H > 0) & (H < 65536))
+    tl.assume(H > 0)
     tl.assume(LQ > 0)
     tl.assume(LK > 0)
     tl.assume(batches > 0)
@@ -154,12 +154,12 @@ def joint_kernel(
     tl.assume(groups > 0)
     tl.assume(share > 0)
     tl.assume(splits > 0)
-    tl.assume((q_b >= 0) & (q_r >= 0) & (q_h >= 0) & (q_l >= 0) & (q_l < 2097152))
-    tl.assume((k_b >= 0) & (k_r >= 0) & (k_h >= 0) & (k_l >= 0) & (k_l < 2097152))
-    tl.assume((v_b >= 0) & (v_r >= 0) & (v_h >= 0) & (v_l >= 0) & (v_l < 2097152))
-    tl.assume((g_b >= 0) & (g_r >= 0) & (g_h >= 0) & (g_l >= 0) & (g_l < 2097152))
-    tl.assume((dk_b >= 0) & (dk_r >= 0) & (dk_h >= 0) & (dk_l >= 0) & (dk_l < 2097152))
-    tl.assume((dv_b >= 0) & (dv_r >= 0) & (dv_h >= 0) & (dv_l >= 0) & (dv_l < 2097152))
+    tl.assume((q_b >= 0) & (q_r >= 0) & (q_h >= 0) & (q_l >= 0))
+    tl.assume((k_b >= 0) & (k_r >= 0) & (k_h >= 0) & (k_l >= 0))
+    tl.assume((v_b >= 0) & (v_r >= 0) & (v_h >= 0) & (v_l >= 0))
+    tl.assume((g_b >= 0) & (g_r >= 0) & (g_h >= 0) & (g_l >= 0))
+    tl.assume((dk_b >= 0) & (dk_r >= 0) & (dk_h >= 0) & (dk_l >= 0))
+    tl.assume((dv_b >= 0) & (dv_r >= 0) & (dv_h >= 0) & (dv_l >= 0))
     tl.assume((mask_b >= 0) & (mask_r >= 0))
     TYPE: tl.constexpr = Q.dtype.element_ty
     pid = tl.program_id(0)
@@ -173,9 +173,8 @@ def joint_kernel(
     c_offsets = (tl.arange(0, BQ) * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
     squares = tl.arange(0, BQ // 16 * (BLOCK_D // 16))
     quads = (squares * 256)[:, None] + tl.arange(0, 128)[None, :]
-    wide = (squares < BQ // 16 * ((D + 15) // 16))[
-        :, None
-    ]  # of 48 channels the last of four columns is padding
+    # Of 48 channels the last of four columns is padding.
+    wide = (squares < BQ // 16 * ((D + 15) // 16))[:, None]
     for item in tl.range(first_tile, end_tile, disable_licm=True):
         tile = item % tiles
         line = item // tiles

@@ -5,14 +5,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optimized.ops.attention.joint import joint_between_kernel, joint_kernel
+from optimized.ops.attention.joint import COLUMNS, joint_between_kernel, joint_kernel
 from optimized.ops.attention.launch import FOLD_PLANES, FOUR_WARPS, Call, fold_programs, strides8
 from optimized.ops.attention.packing import TILE
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, processors, product_width
 from optimized.ops.tuning import Config
 
-COLUMNS = 16
 NEVER = -(2.0**20)  # exponent, in powers of two, of what must vanish whatever its bias is
 WORKSPACE = 1.0  # of the bytes of q
 LEAST_WORKSPACE = 24 << 20
@@ -47,11 +46,11 @@ def launch_joint(
     plane = 0 if dbias is None else padded * ceil_div(lk, TILE) * TILE
     groups, share = shares(
         ceil_div(rows, at_once), heads * batch, tiles, processors(device) * resident(config),
-        2 * plane + 2 * at_once * padded * COLUMNS, 4 * at_once * padded * wide, max(int(WORKSPACE * 2 * call.q.numel()), LEAST_WORKSPACE),
+        2 * plane + 2 * at_once * padded * COLUMNS.value, 4 * at_once * padded * wide, max(int(WORKSPACE * 2 * call.q.numel()), LEAST_WORKSPACE),
     )  # fmt: skip
     splits = ceil_div(tiles, share)
     room = groups * at_once
-    columns = torch.empty((batch, room, heads, padded, COLUMNS), dtype=call.q.dtype, device=device)
+    columns = torch.empty((batch, room, heads, padded, COLUMNS.value), dtype=call.q.dtype, device=device)
     parts = torch.empty((splits, batch, room, heads, padded, wide), dtype=torch.float32, device=device)
     planes = total = out = call.q  # stand for nothing
     folds = 0
