@@ -7,8 +7,8 @@ Processes compile everything beforehand without launching a kernel. One worker m
 reported and left out, and a new worker takes up behind it. The error of a candidate is that of the whole operator with
 it, over the definition's, both against fp64; of the forward kernels for inputs whose mean is three deviations.
 
-In bfloat16 the backward pass of the output side has two forms: of raw rows with statistics that the forward pass kept,
-which an H200 runs once its tiles are shipped, and the one that takes everything itself. Both are timed, kernel by kernel and whole.
+In bfloat16 the output side has two forms: of raw rows with statistics that are kept for the backward pass, which an H200
+runs, and the one that takes everything itself. Both are timed, kernel by kernel and whole.
 """
 
 import argparse
@@ -42,40 +42,41 @@ LIMIT = 118.0
 START = time.time()
 # BM, BN, warps, depth of the pipeline, and a limit on registers: the shipped tile first.
 TILES: dict[str, list[tuple[int, ...]]] = {
-    # With 256 rows of both parts a position's statistics are taken once, and a fifth fewer instructions issued.
-    "project_folded": [(64, 128, 4, 3), (64, 256, 8, 2), (64, 256, 8, 3), (32, 256, 8, 3), (64, 128, 4, 2)],
-    "output": [(64, 128, 4, 1), (32, 128, 4, 2), (64, 128, 4, 2)],
-    "output_backward": [(64, 128, 4, 1), (64, 32, 4, 1), (128, 128, 8, 1)],
-    "output_weight": [(64, 64, 4, 3), (128, 64, 4, 3)],
-    "output_kept": [(64, 128, 4, 1), (64, 128, 4, 2)],
-    "output_backward_folded": [
-        (32, 128, 8, 2, 128),
-        (32, 128, 8, 1, 128),
-        (32, 128, 8, 2),
-        (32, 128, 4, 2),
-        (32, 128, 4, 1),
-        (64, 128, 8, 2),
-        (64, 128, 8, 3),
+    "project_folded": [
+        (64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 2), (128, 32, 4, 3),
+        (64, 32, 4, 3), (64, 32, 4, 4),
     ],
-    "output_weight_folded": [(64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 8, 3), (64, 64, 4, 4)],
+    "output_folded": [(64, 128, 8, 3), (32, 128, 8, 2, 128), (128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 3)],
+    "output_backward_folded": [(32, 128, 8, 2, 128), (64, 128, 8, 3), (64, 128, 8, 2)],
+    "output_weight_folded": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4)],
     "gate_gradient": [()],
-    "input_gradient": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 3)],
-    "input_gradient_kept": [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 3), (64, 64, 4, 3)],
+    "moments": [()],
+    "output": [(64, 128, 4, 1)],
+    "output_backward": [(64, 128, 4, 1), (64, 32, 4, 1)],
+    "output_weight": [(64, 64, 4, 3)],
+    "input_gradient": [(64, 64, 4, 2)],
+    "input_gradient_kept": [(64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3)],
     "project_weight": [(64, 64, 4, 3), (64, 64, 4, 4)],
-}
-# What stands for the same tile with statistics kept, and what for a product of the library.
-KEPT = {"output_kept": "output", "input_gradient_kept": "input_gradient"}
-LIBRARY = ("gate_gradient",)
+    # Positions and warps; of x, first the channels at a time.
+    "z_statistics": [(16, 4), (32, 4), (64, 4), (32, 2), (64, 8)],
+    "x_statistics": [(16, 128, 4), (8, 128, 4), (16, 256, 4), (32, 128, 8), (16, 64, 2), (8, 256, 8)],
+}  # fmt: skip
+# What stands for the same tile with statistics kept, and what has no tile that is looked up.
+KEPT = {"input_gradient_kept": "input_gradient"}
+FIXED = ("gate_gradient", "moments", "z_statistics", "x_statistics")
 # Run only where no statistics are kept.
 PLAIN = ("output", "output_backward", "output_weight", "input_gradient")
 # GEMM units of 2·N²·c·c FLOP and passes over N²·c bf16 values.
 WORK = {
+    "z_statistics": (0, 1),
     "project_folded": (4, 3),
+    "x_statistics": (0, 1),
+    "output_folded": (2, 3),
     "output": (2, 3),
     "output_backward": (4, 9),
     "output_weight": (2, 4),
-    "output_kept": (2, 3),
     "output_backward_folded": (3, 6),
+    "moments": (0, 0.25),
     "output_weight_folded": (2, 4),
     "gate_gradient": (1, 2),
     "input_gradient": (8, 6),
@@ -89,15 +90,18 @@ JOBS: list[Job] = [(kernel, t) for kernel, ts in TILES.items() for t in ts]
 def config_of(job: Job) -> Config:
     """The configuration of a candidate; ValueError where it breaks the rule of `checked`."""
     kernel, shape = job
-    config = tile(*(shape or (64, 64, 4, 1)))
+    if kernel in FIXED:
+        names = ("BLOCK",) if kernel == "z_statistics" else ("CHANNELS", "BLOCK")
+        return Config(dict(zip(names, shape, strict=False)), shape[-1]) if shape else tile(64, 64, 4, 1)
+    config = tile(*shape)
     if kernel == "project_weight":
         config = Config(config.constants | {"TURNED": 1}, config.num_warps)
     return checked(config, f"{FAMILY}.{kernel}")
 
 
 def entries_of(job: Job) -> dict[str, Config]:
-    """The tuning entry that makes whole operators launch a candidate; none for products of the library."""
-    if job[0] in LIBRARY:
+    """The tuning entry that makes whole operators launch a candidate; none where nothing is looked up."""
+    if job[0] in FIXED:
         return {}
     return {f"{FAMILY}.{KEPT.get(job[0], job[0])}/bfloat16/{C}": config_of(job)}
 
@@ -132,6 +136,7 @@ class Bench:
         self.pairs = tuple((normal(n * n, C), normal(n * n, C)) for _ in range(2))
         self.square = normal(C, self.shape.padded, self.shape.padded)
         self.stats = torch.rand(4, self.shape.padded, self.shape.padded, device="cuda") + 0.5
+        self.moments = tm.moments_of(self.stats, self.shape, BF)
 
     def call(self, job: Job) -> Callable[[], object]:
         """The launch of one candidate."""
@@ -140,11 +145,14 @@ class Bench:
         inner = (z, self.norm, w, None, self.grad, self.dn, self.n, s, EPS, config)
         outer = (x, z, self.norms, w, self.dy, s, EPS, config)
         raw = (x, z, self.stats, self.folded, self.dy, s, config)
-        sums = (self.square, self.grad[C:], x, z, self.stats, self.norms, w, s, config)
+        sums = (self.square, self.grad[C:], x, z, self.moments, self.norms, w, s, config)
         calls: dict[str, Callable[[], object]] = {
-            "project_folded": lambda: tm.project_folded(z, self.folded, None, s, EPS, config),
+            "z_statistics": lambda: tm.z_statistics(z, s, EPS, self.stats[2:], config),
+            "x_statistics": lambda: tm.x_statistics(x, s, EPS, self.stats[:2], config),
+            "moments": lambda: tm.moments_of(self.stats, s, BF),
+            "project_folded": lambda: tm.project_folded(z, self.stats[2:], self.folded, None, s, config),
             "output": lambda: tm.output_forward(x, z, self.norms, w, s, EPS, config),
-            "output_kept": lambda: tm.output_forward(x, z, self.norms, w, s, EPS, config, keep=True),
+            "output_folded": lambda: tm.output_folded(x, z, self.stats, self.folded, s, config),
             "output_backward_folded": lambda: tm.output_backward_folded(*raw),
             "output_weight_folded": lambda: tm.output_weight_folded(*sums),
             "gate_gradient": lambda: tm.gate_gradient(self.square, w, s),
@@ -199,8 +207,9 @@ def measured(first: int) -> Iterator[dict[str, Any]]:
     accuracy = Accuracy()
     for kept in (True, False) if first == 0 else ():
         name = f"{'with' if kept else 'without'} statistics"
-        yield {"whole": name, "ratios": accuracy.ratios(None, kept)}
-        for n in (384, 450, 768, 1024):
+        ratios = accuracy.ratios(None, kept)
+        yield {"whole": name, "ratios": ratios, "repeats": ratios == accuracy.ratios(None, kept)}
+        for n in (384, 450, 768, 900, 1024, 2048):
             with statistics(kept), tuning.trying({}):
                 yield {"whole": name, **whole("tm", n)}
             torch.cuda.empty_cache()
@@ -295,7 +304,9 @@ def report(rows: list[dict[str, Any]]) -> None:
     """Whole operators and errors, then a ranking of the candidates for each thing that is computed."""
     for row in (r for r in rows if "whole" in r):
         if "ratios" in row:
-            note(f"whole {row['whole']} errors over the definition's {row['ratios']}")
+            note(
+                f"whole {row['whole']} errors over the definition's {row['ratios']}, repeats {row['repeats']}"
+            )
         else:
             note(
                 f"whole {row['whole']} N={row['n']:4d} fwd {row['fwd']:.4f} fwd+bwd {row['fwd_bwd']:.4f} ms"
@@ -323,7 +334,7 @@ def ship(results: Path) -> None:
     rows = [r for r in json.loads(results.read_text()) if "ms" in r and max(r["ratios"]) < 1.1]
     for kernel in TILES:
         own = [r for r in rows if r["kernel"] == kernel]
-        if not own or kernel in LIBRARY or kernel in KEPT.values():  # of two forms, the one with statistics
+        if not own or kernel in FIXED or kernel in KEPT.values():  # of two forms, the one with statistics
             continue
         least = {n: min(r["ms"][n] for r in own) for n in own[0]["ms"]}
         best = min(own, key=lambda r: sum(r["ms"][n] / least[n] for n in least))

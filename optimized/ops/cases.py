@@ -11,7 +11,14 @@ from optimized.ops.layer_norm_linear import launch as linear
 from optimized.ops.offline import KernelCase
 from optimized.ops.transition import kernels as transition_kernels
 from optimized.ops.transition import launch as transition
-from optimized.ops.triangle_multiplication import folded, folded_output, gradients, output, project
+from optimized.ops.triangle_multiplication import (
+    folded,
+    folded_output,
+    gradients,
+    output,
+    project,
+    statistics,
+)
 from optimized.ops.triangle_multiplication import layout as triangle
 from optimized.ops.tuning import Config
 
@@ -25,12 +32,13 @@ TRIANGLE = {
     "output_weight": outer_products.products_kernel,
     "project_folded": folded.project_kernel,
     "input_gradient": gradients.input_gradient_kernel,
+    "output_folded": folded_output.forward_kernel,
     "output_backward_folded": folded_output.backward_kernel,
     "output_weight_folded": folded_output.weight_kernel,
 }
 HALF_ONLY = ("project_folded", "input_gradient")
 FULL_ONLY = ("project_input",)
-BF16_ON_HOPPER = ("output_backward_folded", "output_weight_folded")
+BF16_ON_HOPPER = ("output_folded", "output_backward_folded", "output_weight_folded")
 """As `layout.folds_output` says."""
 
 
@@ -85,6 +93,16 @@ def cases(arch: str) -> list[KernelCase]:
     sizes = {"C": 128, "H": 128, "BLOCK": 128, "FAST": False}
     name = "parameters.bf16.fold_weights"
     found.append(make_case(name, folded.fold_weights_kernel, triangle.FOLD_WEIGHTS, "bf16", sizes))
+    sizes = {"C": 128, "BC": 128, "H": 128}
+    for short in ("bf16", "fp16"):
+        name = f"triangle_multiplication.{short}.z_statistics"
+        found.append(make_case(name, statistics.z_kernel, triangle.Z_STATISTICS, short, sizes))
+    if arch == "sm_90":
+        for name, fn, config in (
+            ("x_statistics", statistics.x_kernel, triangle.X_STATISTICS),
+            ("moments", folded_output.moments_kernel, triangle.MOMENTS),
+        ):
+            found.append(make_case(f"triangle_multiplication.bf16.{name}", fn, config, "bf16", sizes))
     name, sizes = "parameters.bf16.fold_linear_weights", {"C": 128, "BC": 128}
     found.append(make_case(name, linear_kernels.fold_weights_kernel, linear.FOLD, "bf16", sizes))
     for short, full in DTYPES.items():
@@ -101,7 +119,7 @@ def cases(arch: str) -> list[KernelCase]:
         for c in (64, 128):
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
             folds = short == "bf16" and arch == "sm_90"
-            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "KEEP": folds, "KEPT": folds}
+            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "KEPT": folds}
             for kernel, fn in TRIANGLE.items():
                 if kernel in (HALF_ONLY if short == "fp32" else FULL_ONLY):
                     continue

@@ -72,6 +72,7 @@ def fast_sigmoid(dtype: torch.dtype, device: torch.device) -> bool:
 # Kernels whose products have BN rows, or twice as many: the tile's BM positions are their columns or summed over.
 SUMMING = (
     "triangle_multiplication.output_weight",
+    "triangle_multiplication.output_folded",
     "triangle_multiplication.output_backward_folded",
     "triangle_multiplication.output_weight_folded",
     "triangle_multiplication.project_folded",

@@ -148,12 +148,6 @@ def lookup(op: str, key: Iterable[object], device: torch.device, default: _Defau
     return _trials[-1].configs.get(entry, found)
 
 
-def has_entry(op: str, key: Iterable[object], device: torch.device) -> bool:
-    """Whether there is a configuration for `op` under `key`: tried, measured here, or shipped for this device or architecture."""
-    entry = "/".join([op, *map(str, key)])
-    return _stored(entry, device) is not None or any(entry in trials.configs for trials in _trials)
-
-
 def _stored(entry: str, device: torch.device) -> Config | None:
     name = device_name(device)
     if name == "cpu":

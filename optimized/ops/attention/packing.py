@@ -237,22 +237,10 @@ def _store_square(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR:
     )
 
 
+# Not of the bias's strides and lengths: where they are one and multiples of 16, eight values are read at a time.
 @triton.jit(
     repr=profiled_as("attention_prepare"),
-    do_not_specialize=[
-        "LQ",
-        "LK",
-        "H",
-        "s_b",
-        "s_h",
-        "s_q",
-        "s_k",
-        "packs",
-        "keep_b",
-        "keep_r",
-        "keep_k",
-        "R",
-    ],
+    do_not_specialize=["H", "packs", "keep_b", "keep_r", "keep_k", "R"],
 )
 def prepare_kernel(
     BIAS, PACKED, FLIPPED, KEEP, MASK, BITS, LQ, LK, H, s_b, s_h, s_q, s_k, packs, R, keep_b, keep_r, keep_k,

@@ -3,8 +3,8 @@
 With γ and β folded into a weight row w, LN(z)·w = rstd · (z·w') - rstd·mean · Σw' + β·w, where w' = γ ⊙ w is rounded
 to the compute dtype and Σw' sums what was rounded: the result is that of (z - mean)·w' whatever the mean, with one
 rounding where the definition has two (LN(z) and w). So z goes from memory into the matrix unit as it lies, by
-asynchronous copies several tiles ahead, and no normalised tile is written to shared memory; the registers see it
-for its statistics only. Channels are the rows of the products, so that nothing is transposed on the way out.
+asynchronous copies several tiles ahead, and the registers never see it; rstd and mean are those of `statistics`.
+Channels are the rows of the products, so that nothing is transposed on the way out.
 
 It needs z in the compute dtype, 16 bits wide: `project` has the kernel for everything else.
 
@@ -13,8 +13,7 @@ The sigmoid's own factor is folded into the weights too: 1/2 for linear part and
 those of the output side for `folded_output`: its gate likewise, and the output projection less its rows' means, which
 LN takes off anyway; `sums` holds Σw' and β·w of every row, in fp32.
 
-One GEMM unit is 2·N²·c·h FLOP: 4 units. Bytes: those of the kernel it stands for. Statistics, once per BN channels:
-some 5 operations a value.
+One GEMM unit is 2·N²·c·h FLOP: 4 units. Bytes: those of the kernel it stands for.
 """
 
 # ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
@@ -144,6 +143,7 @@ def fold_weights_kernel(
 @triton.jit(repr=profiled_as("triangle_multiplication_project_folded"), do_not_specialize=["group"])
 def project_kernel(
     z_ptr,
+    stats_ptr,
     folded_ptr,
     sums_partial_ptr,
     mask_ptr,
@@ -153,7 +153,6 @@ def project_kernel(
     stride_i,
     stride_j,
     group,
-    eps,
     C: tl.constexpr,
     H: tl.constexpr,
     BC: tl.constexpr,
@@ -166,8 +165,15 @@ def project_kernel(
 ):
     """BN channels (by `program_id(1)`) of a and b, `[2h, P, P]`, over `group` tiles of BM positions.
 
+    stats `[2, P, P]` of z, zero in the padding. BM divides the padded square, whose sides are multiples of 16.
     The weights of both the linear part and the gate stay on the chip; one product gives both.
     """
+    # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
+    tl.assume(n_tokens > 0)
+    tl.assume(padded > 0)
+    tl.assume(stride_i >= 0)
+    tl.assume(stride_j >= 0)
+    tl.assume(group > 0)
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     c = tl.arange(0, BC)
     t = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -186,11 +192,20 @@ def project_kernel(
     bias_ptr = sums_partial_ptr + 4 * H
     bias_linear = tl.load(bias_ptr + t, mask=own, other=0.0)
     bias_gate = tl.load(bias_ptr + 2 * H + t, mask=own, other=0.0)
-    for step in tl.range(0, group, num_stages=STAGES):
-        start = (tl.program_id(0) * group + step) * BM
+    first = tl.program_id(0) * group
+    last = tl.minimum(first + group, (padded * padded + BM - 1) // BM)
+    for step in tl.range(first, last, num_stages=STAGES):
+        start = step * BM
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
-        z = tl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        rstd, shift = scale_and_shift(z, c, eps, C)
+        if EVEN and C == BC:
+            z = tl.load(z_ptr + source[:, None] + c[None, :])
+        else:
+            z = tl.load(
+                z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0
+            )
+        stats = stats_ptr + start + tl.arange(0, BM)
+        rstd = tl.load(stats)
+        shift = tl.load(stats + area)
         products = tl.dot(w, tl.trans(z))
         linear, gate = tl.split(tl.permute(tl.reshape(products, (2, BN, BM)), (1, 2, 0)))
         shift = shift[None, :]
@@ -201,6 +216,8 @@ def project_kernel(
         if MASKED or not EVEN:
             keep = keep_rows(mask_ptr, inside, dense, MASKED)
             value *= keep.to(tl.float32)[None, :]  # as defined, and in fewer instructions than a choice
-        p = start + tl.arange(0, BM)
-        where = out_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
-        tl.store(where, value.to(out_ptr.dtype.element_ty), mask=own[:, None] & (p < area)[None, :])
+        where = out_ptr + start + t.to(tl.int64)[:, None] * area + tl.arange(0, BM)[None, :]
+        if FULL:
+            tl.store(where, value.to(out_ptr.dtype.element_ty))
+        else:
+            tl.store(where, value.to(out_ptr.dtype.element_ty), mask=own[:, None])

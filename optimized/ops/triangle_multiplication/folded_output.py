@@ -1,4 +1,4 @@
-"""Output side of triangle multiplication, backward, from raw rows and the statistics that the forward pass kept.
+"""Output side of triangle multiplication from raw rows and their statistics, forward and backward.
 
 With n = LN(x) = γ ⊙ x̂ + β and w' = γ ⊙ w less its mean over h, folded as in `folded`, a row of the output projection is
 u + β·w, where u = rstd · (x·w' - mean · Σw'), and its gradients need neither n nor its gradient:
@@ -12,6 +12,11 @@ u + β·w, where u = rstd · (x·w' - mean · Σw'), and its gradients need neit
 d is therefore kept as rstd · d, rounded once; the gate's likewise, with the statistics of z. So x, z and dy go from
 memory into the matrix unit as they lie and nothing normalised is written. Channels are the rows of all products: what
 is computed between them leaves as memory lies, and sums over positions are sums over columns.
+
+Σ d and m's Σ (rstd · d) · mean are products too, of d with the moments of every position: 1 / rstd and -mean, each as
+two bfloat16 numbers, which hold 16 bits of it. (In registers they cost more instructions; and Triton gives a tile that
+is both read into registers and multiplied a buffer too few, so that the next tile is written while products in flight
+still read it.)
 
 For bfloat16: in float16 rstd · d could leave the range in which gradients were scaled to lie.
 
@@ -29,8 +34,114 @@ from optimized.ops.names import profiled_as
 from optimized.ops.triangle_multiplication.folded import place_rows
 from optimized.ops.triangle_multiplication.output import load_weights
 
-RUN = tl.constexpr(8)
-"""Positions that a thread reads at a time: 16 bytes."""
+MOMENTS = 8
+"""Rows of the moments: 1 / rstd of x in two parts, -mean of x in two parts, and as many of z."""
+
+
+@triton.jit(repr=profiled_as("triangle_multiplication_moments"))
+def moments_kernel(stats_ptr, moments_ptr, padded, BLOCK: tl.constexpr):
+    """Moments `[8, P, P]` of the statistics `[4, P, P]`, BLOCK positions of x or z; zero in the padding."""
+    area = padded.to(tl.int64) * padded
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    stats = stats_ptr + 2 * tl.program_id(1) * area + p
+    rstd = tl.load(stats, mask=p < area, other=0.0)
+    deviation = tl.where(rstd > 0.0, 1.0 / rstd, 0.0)
+    less_mean = tl.load(stats + area, mask=p < area, other=0.0) * deviation
+    moments = moments_ptr + 4 * tl.program_id(1) * area + p
+    for k in tl.static_range(2):
+        value = deviation if k == 0 else less_mean
+        high = value.to(moments_ptr.dtype.element_ty)
+        low = (value - high.to(tl.float32)).to(moments_ptr.dtype.element_ty)
+        tl.store(moments + 2 * k * area, high, mask=p < area)
+        tl.store(moments + (2 * k + 1) * area, low, mask=p < area)
+
+
+@triton.jit
+def half_tanh(gate, FAST: tl.constexpr):
+    """σ of a gate whose weights hold the sigmoid's factor: see `folded`."""
+    if FAST:
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tanh * 0.5 + 0.5
+    else:
+        return 1.0 / (1.0 + tl.exp2(gate))
+
+
+@triton.jit(repr=profiled_as("triangle_multiplication_output_folded"), do_not_specialize=["group"])
+def forward_kernel(
+    x_ptr,
+    z_ptr,
+    stats_ptr,
+    folded_ptr,
+    sums_partial_ptr,
+    out_ptr,
+    n_tokens,
+    padded,
+    stride_i,
+    stride_j,
+    group,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+    FAST: tl.constexpr,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BN channels (by `program_id(1)`) of y `[N·N, c]` of `group` tiles of BM positions, from raw rows of x and z.
+
+    stats `[4, P, P]` of x, then of z. EVEN: as in `folded`.
+    """
+    tl.assume(n_tokens > 0)
+    tl.assume(padded > 0)
+    tl.assume(stride_i >= 0)
+    tl.assume(stride_j >= 0)
+    tl.assume(group > 0)
+    FULL: tl.constexpr = C == BC and H == BH and C % BN == 0
+    t = tl.program_id(1) * BN + tl.arange(0, BN)
+    c = tl.arange(0, BC)
+    h = tl.arange(0, BH)
+    area = padded.to(tl.int64) * padded
+    own = t < C
+    wo, wg = load_weights(folded_ptr, t, c, h, C, H, FULL)
+    sums = sums_partial_ptr + 8 * H + t
+    rest = tl.load(sums, mask=own, other=0.0)
+    bias = tl.load(sums + C, mask=own, other=0.0)
+    gate_sum = tl.load(sums + 2 * C, mask=own, other=0.0)
+    gate_bias = tl.load(sums + 3 * C, mask=own, other=0.0)
+    x_rows = h.to(tl.int64)[:, None] * area + tl.arange(0, BM)[None, :]
+    first = tl.program_id(0) * group
+    last = tl.minimum(first + group, (n_tokens * padded + BM - 1) // BM)
+    for step in tl.range(first, last, num_stages=STAGES):
+        start = step * BM
+        inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
+        z_cells = source[:, None] + c[None, :]
+        if FULL:
+            x = tl.load(x_ptr + start + x_rows)
+        else:
+            x = tl.load(x_ptr + start + x_rows, mask=(h < H)[:, None], other=0.0)
+        if EVEN and FULL:
+            z = tl.load(z_ptr + z_cells)
+        else:
+            z = tl.load(z_ptr + z_cells, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        stats = stats_ptr + start + tl.arange(0, BM)
+        rstd = tl.load(stats)
+        shift = tl.load(stats + area)
+        rstd_z = tl.load(stats + 2 * area)
+        shift_z = tl.load(stats + 3 * area)
+        gate = tl.dot(wg, tl.trans(z))
+        linear = tl.dot(wo, x)
+        gate = gate * rstd_z[None, :] + (gate_sum[:, None] * shift_z[None, :] + gate_bias[:, None])
+        linear = linear * rstd[None, :] + (rest[:, None] * shift[None, :] + bias[:, None])
+        y = tl.trans((linear * half_tanh(gate, FAST)).to(out_ptr.dtype.element_ty))
+        cells = out_ptr + dense[:, None] * C + t[None, :]
+        if EVEN and FULL:
+            tl.store(cells, y)
+        else:
+            tl.store(cells, y, mask=inside[:, None] & own[None, :])
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_output_backward_folded"), do_not_specialize=["group"])
@@ -61,7 +172,7 @@ def backward_kernel(
 ):
     """dx `[h, P, P]` of `group` tiles of BM positions, and rstd · d of output projection and gate, `[c, P, P]` each.
 
-    The padding is zero in all three. The folded weights of all c channels, for which BN rows are enough, stay on the
+    The padding is zero in all three. BM divides the padded square, whose sides are multiples of 16. The folded weights of all c channels, for which BN rows are enough, stay on the
     chip; the next tiles are on their way meanwhile. EVEN: as in `folded`; nothing is masked then.
     """
     tl.static_assert(BN >= C, "a tile holds all output channels")
@@ -97,59 +208,50 @@ def backward_kernel(
         z_cells = source[:, None] + c[None, :]
         dy_cells = dense[:, None] * C + t[None, :]
         stats = stats_ptr + p
-        if EVEN and FULL:
+        if FULL:
             x = tl.load(x_ptr + start + x_rows)
+        else:
+            x = tl.load(x_ptr + start + x_rows, mask=(h < H)[:, None], other=0.0)
+        if EVEN and FULL:
             z = tl.load(z_ptr + z_cells)
             dy = tl.load(dy_ptr + dy_cells)
-            rstd = tl.load(stats)
-            shift = tl.load(stats + area)
-            rstd_z = tl.load(stats + 2 * area)
-            shift_z = tl.load(stats + 3 * area)
         else:
-            x = tl.load(x_ptr + start + x_rows, mask=(h < H)[:, None] & (p < area)[None, :], other=0.0)
             z = tl.load(z_ptr + z_cells, mask=inside[:, None] & (c < C)[None, :], other=0.0)
             dy = tl.load(dy_ptr + dy_cells, mask=inside[:, None] & own[None, :], other=0.0)
-            rstd = tl.load(stats, mask=inside, other=0.0)
-            shift = tl.load(stats + area, mask=inside, other=0.0)
-            rstd_z = tl.load(stats + 2 * area, mask=inside, other=0.0)
-            shift_z = tl.load(stats + 3 * area, mask=inside, other=0.0)
+        rstd = tl.load(stats)
+        shift = tl.load(stats + area)
+        rstd_z = tl.load(stats + 2 * area)
+        shift_z = tl.load(stats + 3 * area)
         gate = tl.dot(wg, tl.trans(z))
         linear = tl.dot(wo, x)
         gate = gate * rstd_z[None, :] + (gate_sum[:, None] * shift_z[None, :] + gate_bias[:, None])
         linear = linear * rstd[None, :] + rest[:, None] * shift[None, :]
-        if FAST:
-            tanh = tl.inline_asm_elementwise(
-                "tanh.approx.f32 $0, $1;", "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1
-            )
-            gate = tanh * 0.5 + 0.5
-        else:
-            gate = 1.0 / (1.0 + tl.exp2(gate))
+        gate = half_tanh(gate, FAST)
         d_linear = tl.trans(dy).to(tl.float32) * gate
         d_gate = d_linear * (linear + bias[:, None]) * (1.0 - gate)
         d_linear = (d_linear * rstd[None, :]).to(dtype)
         d_gate = (d_gate * rstd_z[None, :]).to(dtype)
-        if EVEN and FULL:
+        if FULL:
             tl.store(d_linear_ptr + start + d_rows, d_linear)
             tl.store(d_gate_ptr + start + d_rows, d_gate)
         else:
-            real = own[:, None] & (p < area)[None, :]
-            tl.store(d_linear_ptr + start + d_rows, d_linear, mask=real)
-            tl.store(d_gate_ptr + start + d_rows, d_gate, mask=real)
+            tl.store(d_linear_ptr + start + d_rows, d_linear, mask=own[:, None])
+            tl.store(d_gate_ptr + start + d_rows, d_gate, mask=own[:, None])
         second = tl.sum(d_linear.to(tl.float32) * linear, 0) / H
         dx = tl.dot(tl.trans(wo), d_linear)
         normal = x.to(tl.float32) * rstd[None, :] + shift[None, :]
         dx = (dx - normal * second[None, :]).to(dtype)
-        if EVEN and FULL:
+        if FULL:
             tl.store(dx_ptr + start + x_rows, dx)
         else:
-            tl.store(dx_ptr + start + x_rows, dx, mask=(h < H)[:, None] & (p < area)[None, :])
+            tl.store(dx_ptr + start + x_rows, dx, mask=(h < H)[:, None])
 
 
 @triton.jit
 def weight_rows(
     d_ptr,
     v_ptr,
-    stats_ptr,
+    moments_ptr,
     first,
     n_tokens,
     padded,
@@ -167,39 +269,42 @@ def weight_rows(
 ):
     """m `[BN, BK]` and Σ d `[BN]` of channels `first` on, over every `splits`-th tile of BM positions.
 
-    v is x `[K, P, P]` where CHANNELS, else z. What is summed apart are the products with the means, in fp32.
+    v is x `[K, P, P]` where CHANNELS, else z. In the padding d is zero and v finite.
     """
     t = first + tl.arange(0, BN)
     k = tl.arange(0, BK)
+    # A product has at least 16 columns: each of the four rows of moments four times.
+    e = tl.arange(0, 16)
     area = padded.to(tl.int64) * padded
     acc = tl.zeros([BN, BK], tl.float32)
-    # Sums of the positions that one thread holds: those of others are added once, at the end.
-    means = tl.zeros([BN, BM // RUN], tl.float32)
-    total = tl.zeros([BN, BM // RUN], tl.float32)
+    sums = tl.zeros([BN, 16], tl.float32)
     for step in tl.range(tl.program_id(1), (padded * padded + BM - 1) // BM, splits, num_stages=STAGES):
         start = step * BM
         p = start + tl.arange(0, BM)
-        inside, source, _ = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
         d_cells = t.to(tl.int64)[:, None] * area + p[None, :]
-        v_cells = k.to(tl.int64)[:, None] * area + p[None, :] if CHANNELS else source[:, None] + k[None, :]
-        if EVEN and C % BN == 0 and K == BK:
+        if C % BN == 0:
             d = tl.load(d_ptr + d_cells)
-            v = tl.load(v_ptr + v_cells)
-            rstd = tl.load(stats_ptr + p)
-            shift = tl.load(stats_ptr + area + p)
         else:
-            d = tl.load(d_ptr + d_cells, mask=(t < C)[:, None] & (p < area)[None, :], other=0.0)
-            real = (k < K)[:, None] & (p < area)[None, :] if CHANNELS else inside[:, None] & (k < K)[None, :]
-            v = tl.load(v_ptr + v_cells, mask=real, other=0.0)
-            # Of padding positions d is zero: any statistics do.
-            rstd = tl.load(stats_ptr + p, mask=inside, other=1.0)
-            shift = tl.load(stats_ptr + area + p, mask=inside, other=0.0)
+            d = tl.load(d_ptr + d_cells, mask=(t < C)[:, None], other=0.0)
+        if CHANNELS:
+            v_cells = k.to(tl.int64)[:, None] * area + p[None, :]
+            if K == BK:
+                v = tl.load(v_ptr + v_cells)
+            else:
+                v = tl.load(v_ptr + v_cells, mask=(k < K)[:, None], other=0.0)
+        else:
+            inside, source, _ = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
+            v_cells = source[:, None] + k[None, :]
+            if EVEN and K == BK:
+                v = tl.load(v_ptr + v_cells)
+            else:
+                v = tl.load(v_ptr + v_cells, mask=inside[:, None] & (k < K)[None, :], other=0.0)
+        moments = tl.load(moments_ptr + (e % 4).to(tl.int64)[:, None] * area + p[None, :])
         acc = tl.dot(d, tl.trans(v) if CHANNELS else v, acc)
-        deviation = 1.0 / rstd
-        d = d.to(tl.float32)
-        total += tl.sum(tl.reshape(d * deviation[None, :], (BN, BM // RUN, RUN)), 2)
-        means += tl.sum(tl.reshape(d * (shift * deviation)[None, :], (BN, BM // RUN, RUN)), 2)
-    return acc + tl.sum(means, 1)[:, None], tl.sum(total, 1)
+        sums = tl.dot(d, tl.trans(moments), sums)
+    total = tl.sum(tl.where((e < 2)[None, :], sums, 0.0), 1)
+    means = tl.sum(tl.where(((e >= 2) & (e < 4))[None, :], sums, 0.0), 1)
+    return acc + means[:, None], total
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_output_weight_folded"), do_not_specialize=["splits"])
@@ -208,7 +313,7 @@ def weight_kernel(
     d_gate_ptr,
     x_ptr,
     z_ptr,
-    stats_ptr,
+    moments_ptr,
     gamma_x_ptr,
     beta_x_ptr,
     gamma_z_ptr,
@@ -247,7 +352,7 @@ def weight_kernel(
     partial_ptr = dw_partial_ptr + tl.program_id(1).to(tl.int64) * (C * (H + C))
     if tl.program_id(0) < CHUNKS:
         m, total = weight_rows(
-            d_linear_ptr, x_ptr, stats_ptr, chunk * BN, n_tokens, padded, stride_i, stride_j, splits,
+            d_linear_ptr, x_ptr, moments_ptr, chunk * BN, n_tokens, padded, stride_i, stride_j, splits,
             C, H, BH, True, EVEN, BM, BN, STAGES,
         )  # fmt: skip
         h = tl.arange(0, BH)
@@ -262,7 +367,7 @@ def weight_kernel(
         tl.store(share_ptr + H + h, tl.sum(w * total[:, None], 0), mask=h < H)
     else:
         m, total = weight_rows(
-            d_gate_ptr, z_ptr, stats_ptr + 2 * area, chunk * BN, n_tokens, padded, stride_i, stride_j, splits,
+            d_gate_ptr, z_ptr, moments_ptr + 4 * area, chunk * BN, n_tokens, padded, stride_i, stride_j, splits,
             C, C, BC, False, EVEN, BM, BN, STAGES,
         )  # fmt: skip
         c = tl.arange(0, BC)

@@ -14,8 +14,18 @@ from optimized.ops.launching import (
 )
 from optimized.ops.outer_products import products
 from optimized.ops.parameters import fold, gradient_dtype
-from optimized.ops.triangle_multiplication import folded, folded_output, gradients, output, project
+from optimized.ops.triangle_multiplication import (
+    folded,
+    folded_output,
+    gradients,
+    output,
+    project,
+    statistics,
+)
 from optimized.ops.triangle_multiplication.layout import (
+    MOMENTS,
+    X_STATISTICS,
+    Z_STATISTICS,
     Folded,
     Shape,
     config_of,
@@ -28,16 +38,33 @@ from optimized.ops.triangle_multiplication.reference import TriangleWeights
 from optimized.ops.tuning import Config
 
 
+def z_statistics(z: Tensor, shape: Shape, eps: float, stats: Tensor, config: Config = Z_STATISTICS) -> Tensor:
+    """rstd and -mean·rstd of the rows of z, put into `stats [2, P, P]`."""
+    sizes = shape.inner(stats)
+    grid = (ceil_div(shape.padded, config.constants["BLOCK"]), shape.padded, 1)
+    arguments = (z, stats, *shape.place(z), eps)
+    launch(statistics.z_kernel, grid, config, arguments, C=sizes["C"], BC=sizes["BC"])
+    return stats
+
+
+def x_statistics(x: Tensor, shape: Shape, eps: float, stats: Tensor, config: Config = X_STATISTICS) -> Tensor:
+    """rstd and -mean·rstd of the columns of the contraction, put into `stats [2, P, P]`."""
+    grid = (ceil_div(shape.padded, config.constants["BLOCK"]), shape.padded, 1)
+    arguments = (x, stats, shape.tokens, shape.padded, eps)
+    launch(statistics.x_kernel, grid, config, arguments, H=shape.hidden)
+    return stats
+
+
 def project_folded(
-    z: Tensor, w: Folded, mask: Tensor | None, shape: Shape, eps: float, config: Config | None = None
+    z: Tensor, stats: Tensor, w: Folded, mask: Tensor | None, shape: Shape, config: Config | None = None
 ) -> Tensor:
-    """As `project_forward`, from folded weights."""
+    """As `project_forward`, from raw rows, their statistics `[2, P, P]` and folded weights."""
     config = config or config_of("project_folded", shape, w.weights)
     rows, width = config.constants["BM"], config.constants["BN"]
     columns = ceil_div(2 * shape.hidden, width)
     programs, group = spread(ceil_div(shape.padded**2, rows), columns, 4, z.device)
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
-    arguments = (z, *w, mask if mask is not None else z, ab, *shape.place(z), group, eps)
+    arguments = (z, stats, *w, mask if mask is not None else z, ab, *shape.place(z), group)
     sizes = shape.inner(w.weights) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0}
     launch(folded.project_kernel, (programs, columns, 1), config, arguments, **sizes)
     return ab
@@ -90,19 +117,29 @@ def output_forward(
     shape: Shape,
     eps: float,
     config: Config | None = None,
-    keep: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """y `[N, N, c]`, and with `keep` the statistics of x and z for `output_backward_folded`, else nothing.
-
-    `norms` is γ, β of the output norm and of the input norm; `w` is all the packed weights.
-    """
+) -> Tensor:
+    """y `[N, N, c]`. `norms` is γ, β of the output norm and of the input norm; `w` is all the packed weights."""
     config = config or config_of("output", shape, x)
     programs, group = grouped(ceil_div(shape.tokens * shape.padded, config.constants["BM"]))
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
-    stats = torch.empty(shape.statistics(keep), dtype=torch.float32, device=x.device)
-    arguments = (x, z, *norms, w, y, stats, *shape.place(z), group, eps)
-    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w), KEEP=keep)
-    return y, stats
+    arguments = (x, z, *norms, w, y, *shape.place(z), group, eps)
+    launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
+    return y
+
+
+def output_folded(
+    x: Tensor, z: Tensor, stats: Tensor, w: Folded, shape: Shape, config: Config | None = None
+) -> Tensor:
+    """As `output_forward`, from raw rows, their statistics `[4, P, P]` and folded weights."""
+    config = config or config_of("output_folded", shape, x)
+    rows, width = config.constants["BM"], config.constants["BN"]
+    columns = ceil_div(shape.channels, width)
+    programs, group = spread(ceil_div(shape.tokens * shape.padded, rows), columns, 4, z.device)
+    y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
+    arguments = (x, z, stats, *w, y, *shape.place(z), group)
+    sizes = shape.blocks(w.weights) | {"EVEN": shape.tokens % rows == 0}
+    launch(folded_output.forward_kernel, (programs, columns, 1), config, arguments, **sizes)
+    return y
 
 
 class OutputGradients(NamedTuple):
@@ -167,12 +204,20 @@ def output_backward_folded(
     return dx, d_linear, d_gate
 
 
+def moments_of(stats: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """What `output_weight_folded` multiplies for sums with the statistics, `[8, P, P]`."""
+    moments = torch.empty((folded_output.MOMENTS, *stats.shape[1:]), dtype=dtype, device=stats.device)
+    grid = (ceil_div(shape.padded**2, MOMENTS.constants["BLOCK"]), 2, 1)
+    launch(folded_output.moments_kernel, grid, MOMENTS, (stats, moments, shape.padded))
+    return moments
+
+
 def output_weight_folded(
     d_linear: Tensor,
     d_gate: Tensor,
     x: Tensor,
     z: Tensor,
-    stats: Tensor,
+    moments: Tensor,
     norms: tuple[Tensor, ...],
     w: Tensor,
     shape: Shape,
@@ -186,7 +231,7 @@ def output_weight_folded(
     splits = max(1, min(processors(x.device) // chunks, ceil_div(shape.padded**2, rows)))
     partial = torch.empty((splits, c * h + c * c), dtype=torch.float32, device=x.device)
     shares = torch.empty((splits * chunks, 2 * h), dtype=torch.float32, device=x.device)
-    arguments = (d_linear, d_gate, x, z, stats, *norms, w, partial, shares, *shape.place(z), splits)
+    arguments = (d_linear, d_gate, x, z, moments, *norms, w, partial, shares, *shape.place(z), splits)
     sizes = shape.blocks(w) | {"EVEN": shape.tokens % rows == 0}
     del sizes["FAST"]
     launch(folded_output.weight_kernel, (2 * chunks, splits, 1), config, arguments, **sizes)
@@ -281,17 +326,21 @@ def packed_weights(w: TriangleWeights, z: Tensor, dtype: torch.dtype) -> tuple[F
 
 def project_in(
     z: Tensor,
+    stats: Tensor | None,
     norm: tuple[Tensor, Tensor],
     weights: tuple[Folded | None, Tensor],
     mask: Tensor | None,
     shape: Shape,
     eps: float,
 ) -> Tensor:
-    """a and b, `[2h, P, P]`, by the kernel that `packed_weights` chose."""
-    in_folded, packed = weights
-    if in_folded is not None:
-        return project_folded(z, in_folded, mask, shape, eps)
-    return project_forward(z, norm, packed, mask, shape, eps)
+    """a and b, `[2h, P, P]`, by the kernel that `packed_weights` chose; statistics of z that nobody has are taken."""
+    of_folded, packed = weights
+    if of_folded is None:
+        return project_forward(z, norm, packed, mask, shape, eps)
+    if stats is None:
+        square = (2, shape.padded, shape.padded)
+        stats = z_statistics(z, shape, eps, torch.empty(square, dtype=torch.float32, device=z.device))
+    return project_folded(z, stats, of_folded, mask, shape)
 
 
 def forward(
@@ -301,10 +350,16 @@ def forward(
     shape = Shape.of(z, w.a_p.shape[0])
     norm_in = (w.norm_in_weight, w.norm_in_bias)
     weights = packed_weights(w, z, dtype)
-    x = contract(project_in(z, norm_in, weights, mask, shape, eps), outgoing)
+    keep = folds_output(z, shape.hidden, dtype)
+    stats = torch.empty(shape.statistics(keep), dtype=torch.float32, device=z.device)
+    if keep and weights[0] is not None:
+        z_statistics(z, shape, eps, stats[2:])
+        x = contract(project_in(z, stats[2:], norm_in, weights, mask, shape, eps), outgoing)
+        x_statistics(x, shape, eps, stats[:2])
+        return output_folded(x, z, stats, weights[0], shape), x, stats
+    x = contract(project_in(z, None, norm_in, weights, mask, shape, eps), outgoing)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
-    y, stats = output_forward(x, z, norms, weights[1], shape, eps, keep=folds_output(z, shape.hidden, dtype))
-    return y, x, stats
+    return output_forward(x, z, norms, weights[1], shape, eps), x, stats
 
 
 def backward(
@@ -329,14 +384,15 @@ def backward(
     kept = stats.numel() > 0
     if kept and of_folded is not None:
         dx, d_linear, d_gate = output_backward_folded(x, z, stats, of_folded, dy, shape)
-        d_ends, shares_out = output_weight_folded(d_linear, d_gate, x, z, stats, norms, packed, shape)
+        moments = moments_of(stats, shape, x.dtype)
+        d_ends, shares_out = output_weight_folded(d_linear, d_gate, x, z, moments, norms, packed, shape)
         dn = gate_gradient(d_gate, packed, shape)
-        del d_linear, d_gate
+        del d_linear, d_gate, moments
     else:
         dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
         d_ends = output_weight_gradient(pairs, shape)
         del pairs
-    ab = project_in(z, norm_in, weights, mask, shape, eps)
+    ab = project_in(z, stats[2:] if kept else None, norm_in, weights, mask, shape, eps)
     grad = contract_backward(dx, ab, outgoing)
     del dx
     # a and b are spent: their memory takes LN(z) where it is large enough.

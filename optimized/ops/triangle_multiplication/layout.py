@@ -18,7 +18,7 @@ from optimized.ops.launching import (
 from optimized.ops.parameters import pack
 from optimized.ops.triangle_multiplication import folded
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
-from optimized.ops.tuning import Config, architecture, forget_with, has_entry
+from optimized.ops.tuning import Config, architecture
 
 ALIGNMENT = 16
 
@@ -37,10 +37,11 @@ HALF = {
     # (64, 128, 4, 1) is faster still on an H200, whose own file has it; it needs 176 KiB on an A100.
     "output_backward": tile(64, 32, 4, 1),
     "output_weight": tile(64, 64, 4, 3),
-    # Chosen by what the compiler makes of them, not timed: 16 warps a multiprocessor. See `folds_output`.
-    "output_backward_folded": tile(32, 128, 8, 2, 128),
+    # On Hopper's own: see `folds_output`.
+    "output_folded": tile(64, 128, 8, 3),
+    "output_backward_folded": tile(64, 128, 8, 3),
     "output_weight_folded": tile(64, 64, 4, 3),
-    "project_folded": tile(64, 64, 4, 2),
+    "project_folded": tile(64, 64, 4, 3),
     "input_gradient": tile(64, 64, 4, 2),
 }
 # Weight gradients have c or h rows: more than four warps would share 64 of them.
@@ -50,6 +51,7 @@ HALF_NARROW = {
     "output": tile(64, 32, 4, 1),
     "output_backward": tile(64, 32, 4, 2),
     "output_weight": tile(64, 64, 4, 3),
+    "output_folded": tile(64, 64, 4, 2),
     "output_backward_folded": tile(32, 64, 4, 2),
     "output_weight_folded": tile(64, 64, 4, 3),
     "project_folded": tile(64, 64, 4, 2),
@@ -59,6 +61,9 @@ FULL = dict.fromkeys((*HALF, "project_input"), tile(32, 16, 8, 1))
 
 
 FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
+MOMENTS = Config({"BLOCK": 1024}, 4)
+Z_STATISTICS = Config({"BLOCK": 32}, 4)
+X_STATISTICS = Config({"CHANNELS": 16, "BLOCK": 64}, 2)
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
@@ -94,7 +99,7 @@ class Shape:
         return blocks | {"FAST": fast_sigmoid(w.dtype, w.device)}
 
     def statistics(self, keep: bool) -> tuple[int, int, int]:
-        """Shape of the statistics that the forward pass keeps, or does not."""
+        """Shape of the statistics of x, then of z, that the forward pass keeps, or does not."""
         return (4, self.padded, self.padded) if keep else (0, 0, 0)
 
     def inner(self, w: Tensor) -> dict[str, int]:
@@ -132,27 +137,19 @@ MOST_RESIDENT = 128
 
 
 def folds_output(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
-    """Whether the output side's backward pass is that of `folded_output`, so that its forward pass keeps statistics.
+    """Whether the output side is that of `folded_output`, so that the forward pass keeps statistics.
 
-    Where a tile of it was timed, and only where the matrix unit reads both operands from shared memory: elsewhere the
-    weights would fill the registers.
+    Only where the matrix unit reads both operands from shared memory: elsewhere the weights would fill the registers.
     """
     if dtype != torch.bfloat16 or not folds(z, dtype) or max(z.shape[2], hidden) > MOST_RESIDENT:
         return False
-    return z.device.type == "cpu" or _timed(z.shape[2], z.device)
+    return z.device.type == "cpu" or _on_hopper(z.device)
 
 
 @cache
-def _timed(channels: int, device: torch.device) -> bool:
-    if not torch.cuda.is_available():  # fake tensors of a GPU that is not there
-        return False
-    key = ("bfloat16", channels)
-    return architecture(device) == "sm_90" and has_entry(
-        "triangle_multiplication.output_backward_folded", key, device
-    )
-
-
-forget_with(_timed.cache_clear)
+def _on_hopper(device: torch.device) -> bool:
+    # Without a GPU, for fake tensors of one, there is nothing to ask.
+    return torch.cuda.is_available() and architecture(device) == "sm_90"
 
 
 def fold_weights(w: TriangleWeights, dtype: torch.dtype) -> tuple[Folded, Tensor]:

@@ -69,7 +69,6 @@ def forward_kernel(
     beta_z_ptr,
     w_ptr,
     out_ptr,
-    stats_ptr,
     n_tokens,
     padded,
     stride_i,
@@ -81,14 +80,12 @@ def forward_kernel(
     BC: tl.constexpr,
     BH: tl.constexpr,
     FAST: tl.constexpr,
-    KEEP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y `[N·N, c]` of `group` tiles of BM positions, BN output channels at a time.
 
-    KEEP: also rstd and -mean·rstd of x and of z, `[4, P, P]` in fp32, for the backward pass of `folded_output`.
     Where BN covers c, the program keeps the weights on the chip and the loop over tiles is pipelined.
     """
     # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
@@ -109,13 +106,8 @@ def forward_kernel(
     for step in tl.range(0, group, num_stages=STAGES):
         p = (tl.program_id(0) * group + step) * BM + tl.arange(0, BM)
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
-        nx, _, mean_x, rstd_x, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
-        nz, _, mean_z, rstd_z, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
-        if KEEP:
-            # In pairs: each store costs barriers, since threads hold other positions than they write.
-            kept = stats_ptr + p[:, None] + tl.arange(0, 2)[None, :] * area
-            tl.store(kept, tl.join(rstd_x, -mean_x * rstd_x), mask=inside[:, None])
-            tl.store(kept + 2 * area, tl.join(rstd_z, -mean_z * rstd_z), mask=inside[:, None])
+        nx, _, _, _, _ = load_columns(x_ptr, gamma_x_ptr, beta_x_ptr, p, h, area, eps, H, EXACT)
+        nz, _, _, _, _ = load_rows(z_ptr, gamma_z_ptr, beta_z_ptr, source, inside, c, eps, C, EXACT)
         nx = nx.to(dtype)
         nz = nz.to(dtype)
         for start in tl.range(0, C, BN, num_stages=STAGES):

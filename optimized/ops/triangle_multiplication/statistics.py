@@ -1,0 +1,81 @@
+"""Statistics of the two layer norms of triangle multiplication, taken once for all kernels that multiply raw rows.
+
+Those kernels (`folded`, `folded_output`) then bring their operands into the matrix unit as they lie, and no tile is
+reduced across threads between two products: at 768 tokens that took a third of their time on an H200.
+
+Sums are of differences to the first channel, so that a mean larger than the deviation cancels nothing. Bytes: the
+tensor once, and 8 for every position, in fp32: rstd, then -mean·rstd.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
+# mypy: disable-error-code="no-untyped-def, no-redef, assignment, operator"
+import triton
+import triton.language as tl
+
+from optimized.ops.names import profiled_as
+
+
+@triton.jit
+def put_statistics(stats_ptr, p, area, real, inside, first, total, squares, eps, CHANNELS: tl.constexpr):
+    """From the sum and the sum of squares of differences to `first`; real positions that are not inside get zeros."""
+    off = total / CHANNELS
+    rstd = tl.rsqrt(tl.maximum(squares / CHANNELS - off * off, 0.0) + eps)
+    rstd = tl.where(inside, rstd, 0.0)
+    tl.store(stats_ptr + p, rstd, mask=real)
+    tl.store(stats_ptr + area + p, -(first + off) * rstd, mask=real)
+
+
+@triton.jit(repr=profiled_as("triangle_multiplication_z_statistics"))
+def z_kernel(
+    z_ptr,
+    stats_ptr,
+    n_tokens,
+    padded,
+    stride_i,
+    stride_j,
+    eps,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`[2, P, P]` of the rows of z `[N, N, c]`, zero in the padding; BLOCK positions of row `program_id(1)`."""
+    c = tl.arange(0, BC)
+    area = padded.to(tl.int64) * padded
+    i = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (i < n_tokens) & (j < n_tokens)
+    rows = z_ptr + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
+    first = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(rows[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+    off = z.to(tl.float32) - first[:, None]
+    if C != BC:
+        off = tl.where((c < C)[None, :], off, 0.0)
+    p = i.to(tl.int64) * padded + j
+    total, squares = tl.sum(off, 1), tl.sum(off * off, 1)
+    put_statistics(stats_ptr, p, area, j < padded, inside, first, total, squares, eps, C)
+
+
+@triton.jit(repr=profiled_as("triangle_multiplication_x_statistics"))
+def x_kernel(
+    x_ptr, stats_ptr, n_tokens, padded, eps, H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`[2, P, P]` of the columns of the contraction x `[h, P, P]`; CHANNELS at a time of BLOCK positions of a row."""
+    area = padded.to(tl.int64) * padded
+    i = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (i < n_tokens) & (j < n_tokens)
+    p = i.to(tl.int64) * padded + j
+    first = tl.load(x_ptr + p, mask=j < padded, other=0.0).to(tl.float32)
+    total = tl.zeros([CHANNELS, BLOCK], tl.float32)
+    squares = tl.zeros([CHANNELS, BLOCK], tl.float32)
+    for start in tl.static_range(0, H, CHANNELS):
+        h = start + tl.arange(0, CHANNELS)
+        real = (h < H)[:, None] & (j < padded)[None, :]
+        x = tl.load(x_ptr + h.to(tl.int64)[:, None] * area + p[None, :], mask=real, other=0.0)
+        off = x.to(tl.float32) - first[None, :]
+        if start + CHANNELS > H:
+            off = tl.where((h < H)[:, None], off, 0.0)
+        total += off
+        squares += off * off
+    total, squares = tl.sum(total, 0), tl.sum(squares, 0)
+    put_statistics(stats_ptr, p, area, j < padded, inside, first, total, squares, eps, H)
