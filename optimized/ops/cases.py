@@ -60,7 +60,9 @@ def make_case(
     for argument in (n for n in kernel.arg_names if n not in constants):
         if argument == "mask_ptr":
             signature[argument] = "*i1"
-        elif argument.startswith(("gamma", "beta", "lse", "dw_ptr", "stats")) or "partial" in argument:
+        elif (
+            argument.startswith(("gamma", "beta", "lse", "dw_ptr", "stats", "rstd")) or "partial" in argument
+        ):
             signature[argument] = "*fp32"
         elif argument.endswith("_ptr"):
             signature[argument] = f"*{dtype}"
@@ -99,6 +101,7 @@ def cases(arch: str) -> list[KernelCase]:
         found.append(make_case(name, statistics.z_kernel, triangle.Z_STATISTICS, short, sizes))
     if arch == "sm_90":
         for name, fn, config in (
+            ("normalise", statistics.normalise_kernel, triangle.NORMALISE),
             ("x_statistics", statistics.x_kernel, triangle.X_STATISTICS),
             ("moments", folded_output.moments_kernel, triangle.MOMENTS),
         ):
@@ -119,7 +122,7 @@ def cases(arch: str) -> list[KernelCase]:
         for c in (64, 128):
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
             folds = short == "bf16" and arch == "sm_90"
-            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "KEPT": folds}
+            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "KEPT": folds, "NORMAL": False}
             for kernel, fn in TRIANGLE.items():
                 if kernel in (HALF_ONLY if short == "fp32" else FULL_ONLY):
                     continue
@@ -129,6 +132,12 @@ def cases(arch: str) -> list[KernelCase]:
                 found.append(
                     make_case(f"triangle_multiplication.{short}.{c}.{kernel}", fn, config, short, sizes)
                 )
+            if folds:
+                key = "triangle_multiplication.input_gradient"
+                config = triangle.default(key, c, dtype)
+                name = f"triangle_multiplication.{short}.{c}.normal.input_gradient"
+                fn = gradients.input_gradient_kernel
+                found.append(make_case(name, fn, config, short, {**sizes, "NORMAL": True}, (key, c)))
             sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16, "SHORT": False}
             sizes |= {"stride_column": 1}  # which a launch makes a constant
             for kernel in ("forward", "input_gradient", "weight_gradient"):

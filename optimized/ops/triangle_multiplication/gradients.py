@@ -42,6 +42,7 @@ def some_rows(x, ROWS: tl.constexpr):
 def input_gradient_kernel(
     z_ptr,
     stats_ptr,
+    rstd_ptr,
     gamma_ptr,
     beta_ptr,
     w_ptr,
@@ -64,6 +65,7 @@ def input_gradient_kernel(
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     KEPT: tl.constexpr,
+    NORMAL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -71,6 +73,7 @@ def input_gradient_kernel(
     """dz of `group` tiles of BM positions from the gradients of a and b `[2h, P, P]` and the gate's dn `[N·N, c]`.
 
     KEPT: statistics are those that the forward pass kept for `folded_output`, and the gate's dn is rstd · dn `[P·P, c]`.
+    NORMAL: z is x̂ of what dz is the gradient to, and rstd `[P, P]` that one's.
     Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
     """
     # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
@@ -138,6 +141,8 @@ def input_gradient_kernel(
         normal = standardised_rows(tl.load(rows, mask=real, other=0.0), rstd, shift, c, C)
         d_beta += some_rows(dn, SHARE_ROWS)
         d_gamma += some_rows(dn * normal, SHARE_ROWS)
+        if NORMAL:
+            rstd = tl.load(rstd_ptr + p, mask=inside, other=1.0)
         dz = normalise_rows_backward(dn, normal, gamma, rstd, C)
         tl.store(dz_ptr + cells, dz.to(dz_ptr.dtype.element_ty), mask=real)
     share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C

@@ -24,6 +24,7 @@ from optimized.ops.triangle_multiplication import (
 )
 from optimized.ops.triangle_multiplication.layout import (
     MOMENTS,
+    NORMALISE,
     X_STATISTICS,
     Z_STATISTICS,
     Folded,
@@ -32,6 +33,7 @@ from optimized.ops.triangle_multiplication.layout import (
     fold_weights,
     folds,
     folds_output,
+    normalises,
     pack_weights,
 )
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
@@ -45,6 +47,19 @@ def z_statistics(z: Tensor, shape: Shape, eps: float, stats: Tensor, config: Con
     arguments = (z, stats, *shape.place(z), eps)
     launch(statistics.z_kernel, grid, config, arguments, C=sizes["C"], BC=sizes["BC"])
     return stats
+
+
+def normalise(
+    z: Tensor, shape: Shape, eps: float, stats: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x̂ of z `[N, N, c]` in `dtype` and rstd `[P, P]`; the statistics `[2, P, P]` of x̂ are put into `stats`."""
+    sizes = shape.inner(stats)
+    normal = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=dtype, device=z.device)
+    rstd = torch.empty((shape.padded, shape.padded), dtype=torch.float32, device=z.device)
+    grid = (ceil_div(shape.padded, NORMALISE.constants["BLOCK"]), shape.padded, 1)
+    arguments = (z, normal, stats, rstd, *shape.place(z), eps)
+    launch(statistics.normalise_kernel, grid, NORMALISE, arguments, C=sizes["C"], BC=sizes["BC"])
+    return normal, rstd
 
 
 def x_statistics(x: Tensor, shape: Shape, eps: float, stats: Tensor, config: Config = X_STATISTICS) -> Tensor:
@@ -256,23 +271,28 @@ def input_gradient(
     eps: float,
     config: Config | None = None,
     stats: Tensor | None = None,
+    rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `project_input_gradient`. With statistics, `dn` is that of `gate_gradient`."""
+    """As `project_input_gradient`. With statistics, `dn` is that of `gate_gradient`; with rstd, z is what `normalise` made."""
     config = config or config_of("input_gradient", shape, w)
     rows = config.constants["BM"]
     programs, group = spread(ceil_div(shape.padded**2, rows), 1, 4, z.device)
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
     square = (shape.tokens, shape.tokens, shape.channels)
-    if stats is not None and shape.tokens != shape.padded:
+    if rstd is not None:
+        dz = torch.empty(square, dtype=torch.float32, device=z.device)
+    elif stats is not None and shape.tokens != shape.padded:
         dz = torch.empty(square, dtype=z.dtype, device=z.device)
     else:
         dz = dn.view(square)
     pointers = (mask if mask is not None else z, grad, dn, dz, n, shares)
-    arguments = (z, stats if stats is not None else shares, *norm, w, *pointers, *shape.place(z), group, eps)
+    taken = (stats if stats is not None else shares, rstd if rstd is not None else shares)
+    arguments = (z, *taken, *norm, w, *pointers, *shape.place(z), group, eps)
     sizes = shape.inner(w) | {
         "MASKED": mask is not None,
         "EVEN": shape.tokens % rows == 0,
         "KEPT": stats is not None,
+        "NORMAL": rstd is not None,
     }
     launch(gradients.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dz, shares
@@ -321,7 +341,8 @@ def project_weight_gradient(
 
 def packed_weights(w: TriangleWeights, z: Tensor, dtype: torch.dtype) -> tuple[Folded | None, Tensor]:
     """The folded weights, where they can be used, and the packed ones."""
-    return fold_weights(w, dtype) if folds(z, dtype) else (None, pack_weights(w, dtype))
+    folded_too = folds(z, dtype) or normalises(z, w.a_p.shape[0], dtype)
+    return fold_weights(w, dtype) if folded_too else (None, pack_weights(w, dtype))
 
 
 def project_in(
@@ -353,7 +374,10 @@ def forward(
     keep = folds_output(z, shape.hidden, dtype)
     stats = torch.empty(shape.statistics(keep), dtype=torch.float32, device=z.device)
     if keep and weights[0] is not None:
-        z_statistics(z, shape, eps, stats[2:])
+        if normalises(z, shape.hidden, dtype):
+            z, _ = normalise(z, shape, eps, stats[2:], dtype)
+        else:
+            z_statistics(z, shape, eps, stats[2:])
         x = contract(project_in(z, stats[2:], norm_in, weights, mask, shape, eps), outgoing)
         x_statistics(x, shape, eps, stats[:2])
         return output_folded(x, z, stats, weights[0], shape), x, stats
@@ -382,6 +406,9 @@ def backward(
     weights = packed_weights(w, z, x.dtype)
     of_folded, packed = weights
     kept = stats.numel() > 0
+    rstd = None
+    if kept and z.dtype != x.dtype:
+        z, rstd = normalise(z, shape, eps, torch.empty_like(stats[2:]), x.dtype)
     if kept and of_folded is not None:
         dx, d_linear, d_gate = output_backward_folded(x, z, stats, of_folded, dy, shape)
         moments = moments_of(stats, shape, x.dtype)
@@ -399,8 +426,8 @@ def backward(
     size = shape.padded**2 * shape.channels
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
     if x.dtype.itemsize == 2:
-        of = stats if kept else None
-        dz, shares_in = input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps, stats=of)
+        inner = (z, norm_in, packed, mask, grad, dn, n, shape, eps)
+        dz, shares_in = input_gradient(*inner, stats=stats if kept else None, rstd=rstd)
     else:
         dz, shares_in = project_input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps)
     d_project = project_weight_gradient(n, grad, packed, shape)

@@ -63,6 +63,7 @@ FULL = dict.fromkeys((*HALF, "project_input"), tile(32, 16, 8, 1))
 FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
 MOMENTS = Config({"BLOCK": 1024}, 4)
 Z_STATISTICS = Config({"BLOCK": 32}, 4)
+NORMALISE = Config({"BLOCK": 32}, 4)
 X_STATISTICS = Config({"CHANNELS": 16, "BLOCK": 64}, 2)
 
 
@@ -132,16 +133,23 @@ def folds(z: Tensor, dtype: torch.dtype) -> bool:
     return z.dtype == dtype and dtype.itemsize == 2
 
 
+def normalises(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether z, in float32, is normalised beforehand, so that the kernels for raw rows take x̂ in its place."""
+    return z.dtype == torch.float32 and _raw_output(z, hidden, dtype)
+
+
 MOST_RESIDENT = 128
 """Channels up to which a program holds both matrices of the output side in shared memory."""
 
 
 def folds_output(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
-    """Whether the output side is that of `folded_output`, so that the forward pass keeps statistics.
+    """Whether the output side is that of `folded_output`, so that the forward pass keeps statistics."""
+    return (folds(z, dtype) or z.dtype == torch.float32) and _raw_output(z, hidden, dtype)
 
-    Only where the matrix unit reads both operands from shared memory: elsewhere the weights would fill the registers.
-    """
-    if dtype != torch.bfloat16 or not folds(z, dtype) or max(z.shape[2], hidden) > MOST_RESIDENT:
+
+def _raw_output(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
+    """Only where the matrix unit reads both operands from shared memory: elsewhere the weights would fill the registers."""
+    if dtype != torch.bfloat16 or max(z.shape[2], hidden) > MOST_RESIDENT:
         return False
     return z.device.type == "cpu" or _on_hopper(z.device)
 

@@ -5,6 +5,8 @@ reduced across threads between two products: at 768 tokens that took a third of 
 
 Sums are of differences to the first channel, so that a mean larger than the deviation cancels nothing. Bytes: the
 tensor once, and 8 for every position, in fp32: rstd, then -mean·rstd.
+
+A z in float32, as under autocast, is normalised by a kernel of its own instead, and x̂ takes its place in bfloat16.
 """
 
 # ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
@@ -13,6 +15,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
+from optimized.ops.rows import normalise_rows
 
 
 @triton.jit
@@ -79,3 +82,40 @@ def x_kernel(
         squares += off * off
     total, squares = tl.sum(total, 0), tl.sum(squares, 0)
     put_statistics(stats_ptr, p, area, j < padded, inside, first, total, squares, eps, H)
+
+
+@triton.jit(repr=profiled_as("triangle_multiplication_normalise"))
+def normalise_kernel(
+    z_ptr,
+    normal_ptr,
+    stats_ptr,
+    rstd_ptr,
+    n_tokens,
+    padded,
+    stride_i,
+    stride_j,
+    eps,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x̂ of the rows of z, in fp32, rounded, `[N, N, c]`; rstd `[P, P]`; and the statistics of rows that are normalised.
+
+    Those, 1 and 0 inside the square and 0 outside, are what kernels that normalise raw rows find in their place.
+    """
+    c = tl.arange(0, BC)
+    area = padded.to(tl.int64) * padded
+    i = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (i < n_tokens) & (j < n_tokens)
+    rows = z_ptr + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
+    real = inside[:, None] & (c < C)[None, :]
+    z = tl.load(rows[:, None] + c[None, :], mask=real, other=0.0)
+    normal, rstd = normalise_rows(z.to(tl.float32), c, eps, C)
+    dense = i.to(tl.int64) * n_tokens + j
+    normal = normal.to(normal_ptr.dtype.element_ty)
+    tl.store(normal_ptr + dense[:, None] * C + c[None, :], normal, mask=real)
+    p = i.to(tl.int64) * padded + j
+    tl.store(rstd_ptr + p, tl.where(inside, rstd, 0.0), mask=j < padded)
+    tl.store(stats_ptr + p, inside.to(tl.float32), mask=j < padded)
+    tl.store(stats_ptr + area + p, tl.zeros_like(rstd), mask=j < padded)

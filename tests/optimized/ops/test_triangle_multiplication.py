@@ -72,15 +72,24 @@ def test_means_larger_than_the_deviation_cost_no_accuracy(dtype):
     check_against_definition(*pair(False, mask), tensors, grads)
 
 
-def test_inputs_in_another_dtype_than_the_products():
-    """Under autocast the input is normalised before it is rounded: no form multiplies it as it is."""
-    tensors, _, mask = problem(9, 16, 16, FULL, FULL, True)
-    assert not launches.folds(tensors[0], BF)
-    weights = TriangleWeights(*tensors[1:])
-    with torch.autocast("cpu", BF):
-        y = triangle_multiplication(tensors[0], weights, True, mask)
-    exact = triangle_multiplication_reference(tensors[0].double(), weights64(weights), True, mask)
-    assert y.dtype == BF and ((y.double() - exact).norm() / exact.norm()).item() < 0.02
+@pytest.mark.parametrize("beforehand", [True, False])
+@pytest.mark.parametrize("tokens", [17, 16])
+def test_inputs_in_another_dtype_than_the_products(tokens, beforehand, monkeypatch):
+    """Under autocast the input is normalised before it is rounded: beforehand on Hopper, in the kernels elsewhere."""
+    if not beforehand:
+        monkeypatch.setattr(launches, "folds_output", lambda z, hidden, dtype: False)
+        monkeypatch.setattr(launches, "normalises", lambda z, hidden, dtype: False)
+    tensors, grads, mask = problem(tokens, 24, 16, FULL, FULL, True)
+    assert launches.normalises(tensors[0], 16, BF) == beforehand and not launches.folds(tensors[0], BF)
+
+    def cast(fn):
+        def run(*leaves):
+            with torch.autocast("cpu", BF, enabled=leaves[0].dtype != torch.float64):
+                return fn(*leaves)
+
+        return run
+
+    check_against_definition(*map(cast, pair(True, mask)), tensors, grads)
 
 
 @pytest.mark.parametrize("masked", [True, False])
