@@ -3,9 +3,8 @@
     python bench/attention_lab.py [--out DIR] [--budget SECONDS] [--shapes tri768,tri384,tri1024,diff384,diff768]
 
 Prints predictions first, then a compact table, and writes attention_lab.json. Kernels are compiled beforehand by
-several processes into Triton's disk cache. The whole operator runs with plans of the fastest tiles: dbias by a kernel of
-its own, by planes that the kernel of dq writes, and all gradients by the joint kernel, with dbias or without, in several
-sizes of its workspace. A tile that fails is reported and left out.
+several processes into Triton's disk cache. The whole operator runs with two plans of the fastest tiles: dbias by a
+kernel of its own, and by planes that the kernel of dq writes. A tile that fails is reported and left out.
 """
 
 import argparse
@@ -27,14 +26,7 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from optimized.ops.attention import (
-    attention,
-    attention_backward,
-    attention_with_lse,
-    joint_launch,
-    launch,
-    reference,
-)
+from optimized.ops.attention import attention, attention_backward, attention_with_lse, launch, reference
 from optimized.ops.tuning import Config, forget
 
 DEVICE = "cuda"
@@ -72,17 +64,7 @@ def predictions() -> list[str]:
         "expect at 768 by instructions a score against those timed before: forward 1.05 (9.1), grad_kv 1.3 to 1.45 (12.7, was "
         "15.3 at 1.55 to 1.74), dq with planes of 2 rows 1.35 (13.0, was 11.2 at 1.16) and its folds 0.45, of 3 rows 1.7 and 0.3"
     )
-    lines.append(
-        "expect of the joint kernel at 768 (11.1 instructions a score for all gradients, where grad_kv and planes issue 25): 1.9 to "
-        "2.3 ms, since 8 warps issue in a third of the cycles, its folds 0.45, sums of dq 0.3; without dbias 2.1 (12.4, 12 warps) and the bias kernel 1.3"
-    )
     return lines
-
-
-BY_PRODUCT = [
-    Config({"ROWS": 2, "BQ": 64, "BK": 32, "STAGES": 3, "BY_PRODUCT": 1}, 4, 2, cap) for cap in (128, 168)
-]
-"""Forward tiles whose sums of exponentials are products: 8.2 and 7.8 instructions a score instead of 9.1."""
 
 
 def config(warps: int, stages: int, cap: int, **constants: int) -> Config:
@@ -90,12 +72,8 @@ def config(warps: int, stages: int, cap: int, **constants: int) -> Config:
     return Config({**constants, "STAGES": stages}, warps, 2, cap)
 
 
-KERNELS = ("forward", "grad_kv", "grad_bias", "grad_q", "planes", "joint", "joint_alone")
-"""What is timed: `grad_q` is dq alone, `planes` dq with dbias, its folds included; `joint` all gradients with the launches
-that belong to it, `joint_alone` all but dbias."""
-
-WORKSPACES = (0.5, 1.0, 2.0, 3.0, 8.0)
-"""Of the joint kernel, in sizes of q."""
+KERNELS = ("forward", "grad_kv", "grad_bias", "grad_q", "planes")
+"""What is timed: `grad_q` is dq alone, `planes` dq with dbias, its folds included."""
 
 
 def candidates(head_dim: int) -> dict[str, list[Config]]:
@@ -113,14 +91,12 @@ def candidates(head_dim: int) -> dict[str, list[Config]]:
             "planes": rows([
                 (1, 64, 32, 4, 2, 0), (1, 64, 32, 4, 3, 0), (1, 64, 32, 4, 3, 128), (1, 64, 64, 4, 3, 0), (2, 64, 32, 4, 3, 168),
             ]),
-            "joint": rows([(1, 64, 64, 4, 3, 0), (1, 64, 64, 4, 2, 0)]),
-            "joint_alone": rows([(1, 64, 64, 4, 3, 0), (1, 64, 64, 4, 2, 0), (1, 64, 64, 4, 3, 168)]),
         }  # fmt: skip
     return {
         "forward": rows([
             (2, 64, 32, 4, 2, 128), (2, 64, 32, 4, 3, 128), (2, 64, 32, 4, 4, 128), (1, 64, 32, 4, 3, 96), (1, 64, 32, 4, 3, 0),
             (3, 64, 32, 4, 3, 168), (2, 64, 64, 4, 3, 168), (2, 128, 32, 8, 3, 128), (2, 128, 64, 8, 3, 0), (1, 128, 64, 8, 3, 128),
-        ]) + BY_PRODUCT,
+        ]),
         "grad_kv": rows([
             (1, 32, 64, 4, 2, 128), (1, 32, 64, 4, 3, 128), (1, 32, 64, 4, 4, 128), (1, 64, 64, 4, 3, 168), (1, 64, 64, 4, 3, 0),
             (2, 32, 64, 4, 3, 168), (1, 32, 128, 8, 3, 128),
@@ -131,8 +107,6 @@ def candidates(head_dim: int) -> dict[str, list[Config]]:
             (2, 64, 32, 4, 2, 128), (2, 64, 32, 4, 3, 128), (2, 64, 32, 4, 3, 168), (3, 64, 32, 4, 3, 168), (4, 64, 32, 4, 3, 0),
             (2, 64, 64, 4, 3, 0), (2, 64, 32, 4, 4, 168),
         ]),
-        "joint": rows([(2, 64, 64, 4, 3, 0), (2, 64, 64, 4, 2, 0), (2, 64, 128, 8, 3, 0), (1, 64, 64, 4, 3, 168)]),
-        "joint_alone": rows([(1, 64, 64, 4, 3, 168), (1, 64, 64, 4, 3, 0), (2, 64, 64, 4, 3, 0), (1, 64, 128, 4, 3, 0)]),
     }  # fmt: skip
 
 
@@ -189,9 +163,6 @@ class Bench:
             return lambda: launch.launch_grad_q(call, p.do, self.lse2, self.delta, self.dq, c)
         if kernel == "planes":
             return lambda: launch.launch_grad_q(call, p.do, self.lse2, self.delta, self.dq, c, self.dbias)
-        if kernel in ("joint", "joint_alone"):
-            gradients = self.dq, self.dk, self.dv, self.dbias if kernel == "joint" else None
-            return lambda: joint_launch.launch_joint(call, self.o, p.do, self.lse[0], None, gradients, c)
         return lambda: launch.launch_grad_bias(call, p.do, self.lse2, self.delta, self.dbias, c)
 
     def outputs(self, kernel: str) -> list[Tensor]:
@@ -199,15 +170,13 @@ class Bench:
         return {
             "forward": [self.o], "grad_kv": [self.dk, self.dv], "grad_q": [self.dq], "grad_bias": [self.dbias],
             "planes": [self.dq, self.dbias],
-            "joint": [self.dq, self.dk, self.dv, self.dbias], "joint_alone": [self.dq, self.dk, self.dv],
         }[kernel]  # fmt: skip
 
 
 def label(c: Config) -> str:
     """Short name of a configuration."""
     k = c.constants
-    form = " sums by product" if k.get("BY_PRODUCT") else ""
-    return f"{k.get('ROWS', '-')}x{k['BQ']}x{k['BK']} w{c.num_warps} s{k['STAGES']} r{c.max_registers or '-'}{form}"
+    return f"{k.get('ROWS', '-')}x{k['BQ']}x{k['BK']} w{c.num_warps} s{k['STAGES']} r{c.max_registers or '-'}"
 
 
 def compile_share(args: tuple[int, int, list[tuple[int, int, int, int]]]) -> int:
@@ -250,8 +219,6 @@ def check_variants(shape: tuple[int, int, int, int]) -> dict[str, float]:
         "grad_q": ["dq"],
         "grad_bias": ["dbias"],
         "planes": ["dq", "dbias"],
-        "joint": ["dq", "dk", "dv", "dbias"],
-        "joint_alone": ["dq", "dk", "dv"],
     }
     bench = Bench(p)
     errors = {}
@@ -288,7 +255,7 @@ def time_variants(shape: tuple[int, int, int, int], errors: dict[str, float], re
 
 
 def best_plans(times: dict[str, float], head_dim: int) -> dict[str, launch.Plan]:
-    """The fastest configuration of each kernel, as plans; one is left out if none of its tiles worked."""
+    """The fastest configuration of each kernel, as two plans; one is left out if none of its tiles worked."""
     best = {}
     for kernel, cs in candidates(head_dim).items():
         ranked = [
@@ -296,19 +263,10 @@ def best_plans(times: dict[str, float], head_dim: int) -> dict[str, launch.Plan]
         ]
         if ranked:
             best[kernel] = cs[min(ranked)[1]]
-    ways = {
-        "kernel": ("grad_bias", "grad_q", None),
-        "planes": (None, "planes", None),
-        "joint": (None, "planes", "joint"),
-        "joint and kernel": ("grad_bias", "grad_q", "joint_alone"),
-    }
     found = {}
-    for way, (bias, q, joint) in ways.items():
-        kernels = {"forward", "grad_kv", q, bias or q, joint or q}
-        if kernels <= best.keys():
-            found[way] = launch.Plan(
-                best["forward"], best["grad_kv"], best[bias] if bias else None, best[q], best[joint] if joint else None
-            )  # fmt: skip
+    for way, bias, q in (("kernel", "grad_bias", "grad_q"), ("planes", None, "planes")):
+        if {"forward", "grad_kv", q, bias or q} <= best.keys():
+            found[way] = launch.Plan(best["forward"], best["grad_kv"], best[bias] if bias else None, best[q])
     return found
 
 
@@ -482,32 +440,28 @@ def main() -> None:
             if left() < 8:
                 print(f"{name} {way}: whole operator dropped")
                 continue
-            for workspace in WORKSPACES if plan.joint else (joint_launch.WORKSPACE,):
-                joint_launch.WORKSPACE = workspace
-                label_ = f"{name} {way}" + (f" workspace {workspace}" if plan.joint else "")
-                try:
-                    line = whole(name, plan, 30)
-                except Exception as error:
-                    print(f"{label_}: {type(error).__name__} {str(error)[:80]}")
-                    continue
-                results[label_] = line
-                goal = GOALS_MS.get(name, (math.nan, math.nan))
-                print(
-                    f"{label_}: fwd {line['fwd_ms']:.3f} (goal {goal[0]})  bwd {line['bwd_ms']:.3f}  "
-                    f"fwd+bwd {line['fwdbwd_ms']:.3f} (goal {goal[1]})  peak {line['peak_mib']:.0f} MiB (goal "
-                    f"{GOALS_MIB.get(name, math.nan)})  host {line['host_ms']:.2f} ms  bitwise {line['bitwise']}"
-                )
-    for name in ("tri768", "diff768"):
-        for way in {"planes", "joint"} & plans.get(name, {}).keys():
-            if left() < 8:
-                continue
             try:
-                spent = by_kernel(name, plans[name][way])
-            except Exception as error:  # a profiler that is not allowed to look
-                print(f"{name} by kernel: {type(error).__name__} {str(error)[:80]}")
+                line = whole(name, plan, 30)
+            except Exception as error:  # out of memory: an outcome of the experiment
+                print(f"{name} {way}: {type(error).__name__} {str(error)[:80]}")
                 continue
-            results[f"{name} {way} by kernel"] = spent
-            print(f"{name} {way} by kernel: " + "; ".join(f"{k} {v:.3f}" for k, v in spent.items()))
+            results[f"{name} {way}"] = line
+            goal = GOALS_MS.get(name, (math.nan, math.nan))
+            print(
+                f"{name} dbias by {way}: fwd {line['fwd_ms']:.3f} (goal {goal[0]})  bwd {line['bwd_ms']:.3f}  "
+                f"fwd+bwd {line['fwdbwd_ms']:.3f} (goal {goal[1]})  peak {line['peak_mib']:.0f} MiB (goal "
+                f"{GOALS_MIB.get(name, math.nan)})  host {line['host_ms']:.2f} ms  bitwise {line['bitwise']}"
+            )
+    for name in ("tri768", "diff768"):
+        if left() < 8 or "planes" not in plans.get(name, {}):
+            continue
+        try:
+            spent = by_kernel(name, plans[name]["planes"])
+        except Exception as error:  # a profiler that is not allowed to look
+            print(f"{name} by kernel: {type(error).__name__} {str(error)[:80]}")
+            continue
+        results[f"{name} by kernel"] = spent
+        print(f"{name} by kernel: " + "; ".join(f"{k} {v:.3f}" for k, v in spent.items()))
     for name in ("tri384", "diff384"):
         for way, plan in plans.get(name, {}).items():
             if left() > 8:

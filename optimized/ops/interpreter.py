@@ -1,8 +1,7 @@
 """What Triton 3.6's CPU interpreter gets wrong, mended: for tests, and for `verify` without a GPU.
 
 - Loop bounds held in tensors fail with NumPy 2.4 (`__index__` of a one-element array).
-- bfloat16, stored as uint16, is truncated instead of rounded; `tl.dot` multiplies the bit patterns and `+` adds them.
-- Atomic operations read what is strided or broadcast as if it were contiguous.
+- bfloat16, stored as uint16, is truncated instead of rounded, and `tl.dot` multiplies the bit patterns.
 """
 
 from typing import Any
@@ -16,8 +15,6 @@ _patch_tensor = interpreter._patch_lang_tensor
 _cast = interpreter.InterpreterBuilder.cast_impl
 _convert = interpreter.InterpreterBuilder.create_fp_to_fp
 _dot = interpreter.InterpreterBuilder.create_dot
-_add = interpreter.InterpreterBuilder.create_fadd
-_atomic = interpreter.InterpreterBuilder.create_atomic_rmw
 
 
 def _widen(data: Any) -> Any:
@@ -61,27 +58,9 @@ def _patched_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
     return _dot(self, *wide, d, *rest)
 
 
-def _patched_add(self: Any, a: Any, b: Any) -> Any:
-    if a.dtype.scalar != tl.bfloat16:
-        return _add(self, a, b)
-    return interpreter.TensorHandle(_narrow(_widen(a.data) + _widen(b.data)), tl.bfloat16)
-
-
-def _patched_atomic(self: Any, operation: Any, *tensors: Any) -> Any:
-    dense = [
-        interpreter.TensorHandle(np.ascontiguousarray(t.data), t.dtype)
-        if isinstance(t, interpreter.TensorHandle)
-        else t
-        for t in tensors
-    ]
-    return _atomic(self, operation, *dense)
-
-
 def mend_interpreter() -> None:
     """Put the corrections in place for this process."""
     interpreter._patch_lang_tensor = _patched_tensor
     interpreter.InterpreterBuilder.cast_impl = _patched_cast
     interpreter.InterpreterBuilder.create_fp_to_fp = _patched_convert
     interpreter.InterpreterBuilder.create_dot = _patched_dot
-    interpreter.InterpreterBuilder.create_fadd = _patched_add
-    interpreter.InterpreterBuilder.create_atomic_rmw = _patched_atomic

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -109,7 +108,6 @@ class Trials:
     seen: dict[str, Config] = field(default_factory=dict)
 
 
-_Default = TypeVar("_Default", bound=Config | None)
 _trials: list[Trials] = []  # for all threads: autograd looks configurations up in threads of its own
 _forget: list[Callable[[], None]] = []
 
@@ -138,11 +136,11 @@ def trying(configs: Mapping[str, Config]) -> Iterator[Trials]:
         forget()
 
 
-def lookup(op: str, key: Iterable[object], device: torch.device, default: _Default) -> Config | _Default:
+def lookup(op: str, key: Iterable[object], device: torch.device, default: Config) -> Config:
     """The configuration for `op` under `key`: measured here, shipped for this device or architecture, or `default`."""
     entry = "/".join([op, *map(str, key)])
     found = _stored(entry, device) or default
-    if not _trials or found is None:
+    if not _trials:
         return found
     _trials[-1].seen[entry] = found
     return _trials[-1].configs.get(entry, found)

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 import triton
 
-from optimized.ops.attention import backward, folding, forward, joint, packing
-from optimized.ops.attention.launch import FOLD_BLOCK, FOLD_PLANES, MASK_KEYS, Plan, default_plan, joint_tile
+from optimized.ops.attention import backward, folding, forward, packing
+from optimized.ops.attention.launch import FOLD_BLOCK, FOLD_PLANES, MASK_KEYS, Plan, default_plan
 from optimized.ops.offline import KernelCase
 from optimized.ops.tuning import Config
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FP32 = ("LSE", "LSE2", "DLSE", "DELTA", "DBIAS", "MASK", "SUM")
-FLOATS = ("scale", "unit_scale", "never")
+FLOATS = ("scale", "unit_scale")
 WIDE_INTS = ("size", "s_b", "s_h", "s_q", "s_k", "keep_b")
 
 
@@ -65,8 +65,6 @@ def make_case(
         "CONTINUES": True,
         "SUMS": True,
         "FAST": dtype != "fp16",
-        "WITH_PLANES": True,
-        "BY_PRODUCT": False,
         **config.constants,
         **extra,
     }
@@ -99,16 +97,6 @@ def plan_cases(plan: Plan, label: str, **options: Any) -> list[KernelCase]:
     return cases
 
 
-def joint_cases(config: Config, label: str, **options: Any) -> list[KernelCase]:
-    """The kernels of the joint backward pass, with planes and without."""
-    between = Config({n: config.constants[n] for n in ("ROWS", "BQ")} | FOLD_PLANES)
-    return [
-        make_case(f"{label}.joint", joint.joint_kernel, config, **options),
-        make_case(f"{label}.joint.alone", joint.joint_kernel, config, WITH_PLANES=False, **options),
-        make_case(f"{label}.joint.between", joint.joint_between_kernel, between, **options),
-    ]
-
-
 SHIPPED = (
     *(("bf16", width, "ieee") for width in (16, 24, 32, 48, 64)),
     ("fp16", 32, "ieee"),
@@ -127,6 +115,4 @@ def cases(arch: str) -> list[KernelCase]:
         plan = default_plan(getattr(torch, DTYPES[short]), head_dim, arch, precision)
         label = f"attention.{short}.d{head_dim}" + ("" if precision == "ieee" else f".{precision}")
         found += plan_cases(plan, label, dtype=short, head_dim=head_dim, precision=precision)
-        if arch == "sm_90" and short == "bf16":
-            found += joint_cases(joint_tile(head_dim), label, dtype=short, head_dim=head_dim)
     return found

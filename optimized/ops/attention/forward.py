@@ -148,7 +148,7 @@ def forward_kernel(
     Q, K, V, BIAS, MASK, O, LSE, R, H, LQ, LK,
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l, mask_b, mask_r, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, BY_PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ].
@@ -156,9 +156,6 @@ def forward_kernel(
     In fp32 as many numbers again follow it: exp(LSE) over the sum of exponentials, not quite one. A sum some 2¹³ has a
     logarithm near 9, whose rounding shifts all probabilities of a row by 3e-7. (A pointer of its own would cost 16-bit
     kernels registers.)
-
-    BY_PRODUCT, of 16 bits: the matrix unit adds up the exponentials, rounded as it multiplies them, an instruction a
-    score less; their sum then goes with the output, and the log-sum-exp has an error of some 2**-9 over the root of K.
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
@@ -193,12 +190,11 @@ def forward_kernel(
         vbs = vbs + (head_of(V, b, row, h, v_b, v_r, v_h),)
         masks_at = masks_at + ((b * mask_b + row * mask_r) * 8,)
         accs = accs + (tl.zeros((BQ, BLOCK_D), tl.float32),)
-        totals = totals + (tl.zeros((BQ, 16 if BY_PRODUCT else 4), tl.float32),)
+        totals = totals + (tl.zeros((BQ, 4), tl.float32),)
 
     if FAST:
         k_at = kbs
         v_at = vbs
-        ones = tl.full((BK, 16), 1.0, tl.float32).to(V.dtype.element_ty)
         raw = load_packed(pointers, 0, BK)
         raw_masks = ()
         for i in tl.static_range(ROWS):
@@ -223,12 +219,8 @@ def forward_kernel(
                 else:
                     s = s * unit_scale + bias
                 p = powers(s, EXACT)
-                low = p.to(v.dtype)
-                new_accs = new_accs + (multiply_add(low, v, accs[i], PRECISION),)
-                if BY_PRODUCT:
-                    new_totals = new_totals + (tl.dot(low, ones, totals[i]),)
-                else:
-                    new_totals = new_totals + (totals[i] + row_sums(p, BQ, BK),)
+                new_accs = new_accs + (multiply_add(p.to(v.dtype), v, accs[i], PRECISION),)
+                new_totals = new_totals + (totals[i] + row_sums(p, BQ, BK),)
                 new_masks = new_masks + (
                     load_columns(MASK + masks_at[i], ahead * BK, BQ, BK) if HAS_MASK else 0,
                 )
@@ -242,7 +234,7 @@ def forward_kernel(
     for i in tl.static_range(ROWS):
         row = first + i
         acc = accs[i]
-        total = tl.sum(totals[i], 1) * (1.0 / 16.0 if BY_PRODUCT else 1.0)
+        total = tl.sum(totals[i], 1)
         top = tl.zeros((BQ,), tl.float32)
         again = 1
         if FAST:

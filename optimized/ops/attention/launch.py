@@ -25,7 +25,7 @@ MASK_KEYS = 1024
 # Over how many programs the bias gradient splits its rows; with 4 a core it was 18 % slower on an H200 at 768.
 PROGRAMS_PER_CORE = 8
 FOLD_PLANES = {
-    "BY": 64,
+    "BK": 64,
     "TOGETHER": 4,
 }  # 2 KiB of a plane a program; four planes in flight hide the memory's latency
 FOUR_WARPS = Config()  # of the kernels that have nothing to choose
@@ -34,17 +34,12 @@ FARTHEST = 2**31 // TILE  # token stride, in elements, up to which offsets insid
 
 @dataclass(frozen=True)
 class Plan:
-    """Launch configurations of one call.
-
-    Without one for `grad_bias`, planes of dbias come from the kernel of dq. With one for `joint`, that kernel takes all
-    gradients where it applies, or all but dbias where `grad_bias` has one.
-    """
+    """Launch configurations of one call. Without one for `grad_bias`, the kernel of dq writes planes of dbias."""
 
     forward: Config
     grad_kv: Config
     grad_bias: Config | None
     grad_q: Config
-    joint: Config | None = None
 
 
 def _rows(rows: int, bq: int, bk: int, stages: int = 2, cap: int = 0) -> Config:
@@ -91,11 +86,6 @@ def _full_plan(wide: bool, arch: str, precision: str) -> Plan:
     return Plan(_rows(1, 32, 32), _rows(1, 32, 32), _tile(32, 16, stages=1), _rows(1, 32, 32))
 
 
-def joint_tile(head_dim: int) -> Config:
-    """Of the joint kernel on sm_90: as many rows as its registers hold. Not timed yet: no default plan has it."""
-    return _rows(2 if head_dim in (16, 32) else 1, 64, 64, 3)
-
-
 def plan_for(q: Tensor, precision: str) -> Plan:
     """The plan for these inputs: measured on this device, shipped for it, or the default."""
     if device_name(q.device) == "cpu":
@@ -116,7 +106,6 @@ def _measured_plan(
         lookup("attention.grad_kv", key, device, base.grad_kv),
         base.grad_bias and lookup("attention.grad_bias", key, device, base.grad_bias),
         lookup("attention.grad_q", key, device, base.grad_q),
-        lookup("attention.joint", key, device, base.joint),
     )
 
 
@@ -252,10 +241,7 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(o), *call.mask_strides, call.unit_scale,
     )  # fmt: skip
     grid = programs(call, call.sizes[2], config.constants["BQ"], config)
-    form = {} if "BY_PRODUCT" in config.constants else {"BY_PRODUCT": False}
-    launch(
-        forward_kernel, grid, config, arguments, **call.constants, **form, FAST=call.q.dtype != torch.float16
-    )
+    launch(forward_kernel, grid, config, arguments, **call.constants, FAST=call.q.dtype != torch.float16)
 
 
 def launch_statistics(
@@ -326,16 +312,11 @@ def launch_grad_q(
         launch(grad_q_kernel, grid, config, arguments, **call.constants, SUMS=dbias is not None)
         if dbias is not None:
             out = dbias if start + groups * tile >= rows else total
-            grid = (fold_programs(lq, lk) * heads * batch, 1, 1)
+            grid = (ceil_div(lq, 16) * ceil_div(lk, FOLD_PLANES["BK"]) * heads * batch, 1, 1)
             launch(
                 fold_planes_kernel, grid, FOUR_WARPS, (planes, total, out, heads, lq, lk, some),
                 CONTINUES=start > 0, TILE=TILE, **FOLD_PLANES,
             )  # fmt: skip
-
-
-def fold_programs(rows: int, columns: int) -> int:
-    """Programs of `fold_planes` for one head of a plane."""
-    return ceil_div(rows, 16) * ceil_div(columns, FOLD_PLANES["BY"])
 
 
 def plane_groups(call: Call, config: Config, room: int) -> int:

@@ -91,10 +91,10 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv and dbias (empty if not asked for) by the kernels, unchecked.
 
-    `spent`: q, k and v are not needed any more, and gradients may take their place in memory. A program has read the
-    keys whose gradients it writes, and nobody else reads them.
+    `spent`: k and v are not needed any more, and dk and dv take their place in memory. A program has read the keys
+    whose gradients it writes, and nobody else reads them.
     """
-    from optimized.ops.attention import joint_launch, launch
+    from optimized.ops.attention import launch
 
     if rounding is not None and rounding.numel():
         # The kernels' probabilities are too small by this factor, row by row, and every gradient is linear in these two.
@@ -105,20 +105,14 @@ def run_backward(
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
     call = launch.make_call(_five(q), _five(k), _five(v), _five(bias), mask5, scale, precision, True)
     do5, o5 = launch.aligned(_five(do)), launch.aligned(_five(o))
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    lse2, delta = launch.launch_statistics(
+        call, o5, do5, lse.contiguous(), None if dlse is None else dlse.contiguous()
+    )
     dbias = _bias_gradient(bias, with_dbias)
     planes = with_dbias and plan.grad_bias is None
-    joint = plan.joint if joint_launch.applies(q, scale) else None
-    if joint is None or (with_dbias and plan.grad_bias is not None):
-        lse2, delta = launch.launch_statistics(call, o5, do5, lse, dlse)
     if with_dbias and plan.grad_bias is not None:
         launch.launch_grad_bias(call, do5, lse2, delta, _five(dbias), plan.grad_bias)
-    dq = q if spent and joint is not None else torch.empty_like(q)
-    if joint is not None:
-        dk, dv = (k, v) if spent else (torch.empty_like(k), torch.empty_like(v))
-        gradients = _five(dq), _five(dk), _five(dv), _five(dbias) if planes else None
-        joint_launch.launch_joint(call, o5, do5, lse, dlse, gradients, joint)
-        return dq, dk, dv, dbias
+    dq = torch.empty_like(q)
     launch.launch_grad_q(
         call, do5, lse2, delta, _five(dq), plan.grad_q, _five(dbias) if planes else None, 1 if spent else 2
     )
