@@ -56,19 +56,25 @@ def in_bf16(m: nn.Module, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return s.float(), z.float()
 
 
-def assert_no_further(
-    found: dict[str, Tensor], baseline: dict[str, Tensor], exact: dict[str, Tensor], least: float = 1e-3
-) -> None:
-    """As near to `exact` as the baseline, tensor by tensor (or within `least` of its norm) and in the median."""
-    assert found.keys() == baseline.keys() == exact.keys()
-    ratios = []
-    for name, value in exact.items():
-        if SHIFTS.search(name):
-            continue
-        error, allowed = ((x[name] - value).norm() / value.norm() for x in (found, baseline))
+Results = dict[str, Tensor]
+
+
+def assert_no_further(draws: list[tuple[Results, Results, Results]], least: float = 1e-3) -> None:
+    """As near to the exact results as the baseline's, tensor by tensor (or within `least` of its norm) and in the median.
+
+    A draw is what was found, the baseline's and the exact results; of several the root mean square counts.
+    """
+    errors: dict[str, list[Tensor]] = {}
+    for found, baseline, exact in draws:
+        assert found.keys() == baseline.keys() == exact.keys()
+        for name, value in exact.items():
+            if not SHIFTS.search(name):
+                pair = torch.stack([(x[name] - value).norm() / value.norm() for x in (found, baseline)])
+                errors.setdefault(name, []).append(pair**2)
+    means = {name: torch.stack(pairs).mean(0).sqrt() for name, pairs in errors.items()}
+    for name, (error, allowed) in means.items():
         assert error <= max(MARGIN * allowed, least), f"{name}: {error:.2e}, baseline {allowed:.2e}"
-        ratios.append(error / allowed)
-    assert torch.stack(ratios).median() <= MEDIAN_MARGIN
+    assert torch.stack([error / allowed for error, allowed in means.values()]).median() <= MEDIAN_MARGIN
 
 
 @LENGTHS
@@ -91,7 +97,7 @@ def test_block_in_bf16(how, n):
     if how == "compiled":
         compile_units([("block", patched)])
     found = run(patched, inputs(n), in_bf16)
-    assert_no_further(found, run(baseline, inputs(n), in_bf16), exact)
+    assert_no_further([(found, run(baseline, inputs(n), in_bf16), exact)])
     assert not report.fallbacks.counts
 
 
@@ -120,6 +126,8 @@ def test_block_needs_less_memory():
     assert kept[1] < 0.6 * kept[0], f"kept {kept[1] / 2**20:.0f} MiB, the baseline {kept[0] / 2**20:.0f} MiB"
 
 
+DRAWS = 8
+"""Of the inputs: gradients of 16 channels scatter."""
 PEERS = {
     "boltz": (boltz_pairformer, True),
     "protenix": (protenix_pairformer, False),
@@ -143,7 +151,9 @@ def test_peer_in_bf16(name):
     patched = copy.deepcopy(theirs)
     report = apply(patched, OPS)
     n = 45
-    arguments = [randn(n, 32).to(DEVICE), randn(n, n, 16, seed=2).to(DEVICE)]
+
+    def arguments(draw: int) -> list[Tensor]:
+        return [randn(n, 32, seed=2 * draw + 1).to(DEVICE), randn(n, n, 16, seed=2 * draw + 2).to(DEVICE)]
 
     def exact(m: nn.Module, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         pairs = torch.ones(n, n, device=DEVICE)
@@ -157,9 +167,13 @@ def test_peer_in_bf16(name):
             s, z = exact(m, s, z)
         return s.float(), z.float()
 
-    reference = run(theirs, arguments, exact)
-    assert_same(run(patched, arguments, exact), reference, 1e-4)
-    assert_no_further(run(patched, arguments, autocast), run(theirs, arguments, autocast), reference)
+    draws = []
+    for draw in range(DRAWS):
+        drawn = arguments(draw)
+        reference = run(theirs, drawn, exact)
+        assert_same(run(patched, drawn, exact), reference, 1e-4)
+        draws.append((run(patched, drawn, autocast), run(theirs, drawn, autocast), reference))
+    assert_no_further(draws)
     assert not report.fallbacks.counts
 
 

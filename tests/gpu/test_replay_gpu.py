@@ -41,8 +41,9 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-FLOORS = {"fp32": 2e-5, "bf16": 2e-2, "bf16-diffusion": 2e-2}
-"""Relative distances that mean nothing. A sum by atomics that falls on the other side of a rounding to bf16 moves small
+FLOORS = {"fp32": 1e-4, "bf16": 2e-2, "bf16-diffusion": 2e-2}
+"""Relative distances that mean nothing. In float32 the library's products differ where it has a graph's workspace (H200:
+3e-5 of small gradients). A sum by atomics that falls on the other side of a rounding to bf16 moves small
 gradients by up to 1 % (H200: 0.8 % the worst of all, where a step and its repetition were 0.2 % apart)."""
 
 

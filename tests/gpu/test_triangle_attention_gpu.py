@@ -74,8 +74,10 @@ def test_past_two_to_the_31_elements():
         assert distance(y, x @ exact.out.T) < 2e-2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [(op, dtype) for op in OPERATORS for dtype in DTYPES if op != "linear" or dtype == "fp32"],
+)
 def test_verified(op, dtype):
     verdict = verify(op, dtype, "cuda")
     assert verdict["passed"], verdict

@@ -153,6 +153,8 @@ def forward_kernel(
 ):  # fmt: skip
     """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ].
 
+    O may be fp16 where the rest is bf16; what lies beyond its range becomes its largest number.
+
     In fp32 as many numbers again follow it: exp(LSE) over the sum of exponentials, not quite one. A sum some 2¹³ has a
     logarithm near 9, whose rounding shifts all probabilities of a row by 3e-7. (A pointer of its own would cost 16-bit
     kernels registers.)
@@ -251,7 +253,10 @@ def forward_kernel(
                 total = tl.zeros((BQ,), tl.float32)
         inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
         ob = token(head_of(O, b, row, h, o_b, o_r, o_h), q0, o_l)
-        out = (acc * inverse[:, None]).to(O.dtype.element_ty)
+        out = acc * inverse[:, None]
+        if O.dtype.element_ty == tl.float16 and Q.dtype.element_ty != tl.float16:
+            out = tl.minimum(tl.maximum(out, -65504.0), 65504.0)
+        out = out.to(O.dtype.element_ty)
         tl.store(ob + tile_offsets(o_l, d, BQ), out, mask=q_mask & (row < R))
         highest = top if EXACT else top * LN2
         lse = tl.where(total == 0.0, float("-inf"), highest + natural_log(total, EXACT))

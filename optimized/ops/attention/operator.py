@@ -60,14 +60,28 @@ def _five(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-4:])
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what o is kept for the backward pass where it is nobody's result: of bf16, in fp16.
+
+    The sum over d of o · do is taken off all gradients of a row to its logits. o rounded to 8 bits, what the values of
+    a row have in common makes that sum, and with it all of them, wrong by more than the gradients' own rounding; the
+    definition's sum to zero whatever is rounded. 11 bits are enough, and o is an average of values: fp16 holds it.
+    """
+    return torch.float16 if dtype == torch.bfloat16 else dtype
+
+
 @planned
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, log-sum-exp and what its rounding does to the probabilities (empty but in fp32), unchecked, no autograd."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, precision: str,
+    result: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, log-sum-exp and what its rounding does to the probabilities (empty but in fp32), unchecked, no autograd.
+
+    `result`: the dtype of o, if not that of q.
+    """
     from optimized.ops.attention import launch
 
-    o = torch.empty_like(q)
+    o = torch.empty_like(q, dtype=result)
     full = q.dtype == torch.float32
     lse = torch.empty((1 + full, *q.shape[:-1]), dtype=torch.float32, device=q.device)
     mask5 = None if mask is None else mask.reshape(-1, *mask.shape[-2:])

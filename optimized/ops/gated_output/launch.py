@@ -151,11 +151,11 @@ def gate(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
 def gate_backward(x: Tensor, g: Tensor, dgated: Tensor, spent: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dg and σ(g) ⊙ x in the dtype of its gradient.
 
-    `spent`: g and `dgated` are not needed any more; dg takes the place of g, and dx that of `dgated` where it fits.
+    `spent`: g and `dgated` are not needed any more; dg takes the place of g, and dx that of `dgated`, whose dtype it has.
     Every thread reads its values before it writes them.
     """
     dg, gated = g if spent else torch.empty_like(g), torch.empty_like(dgated)
-    dx = dgated if spent and dgated.dtype == x.dtype else torch.empty_like(x)
+    dx = dgated if spent else torch.empty_like(x)
     rows, width = x.shape
     arguments = (x, g, dgated, dx, dg, gated, rows)
     launch(kernels.gate_backward_kernel, (ceil_div(x.numel(), BLOCK), 1, 1), FLAT, arguments, H=width)

@@ -97,7 +97,9 @@ def _forward(
     qs, ks, vs, gate, pairs = projections.run_forward(z, parameters, MAPS, eps, dtype)
     qs, ks, vs = (to_rows(x, heads, columns) for x in (qs, ks, vs))
     keys = _keys(mask, columns)
-    x, lse, rounding = attention.run_forward(qs, ks, vs, bias_of_rows(pairs, flipped), keys, scale, "ieee")
+    x, lse, rounding = attention.run_forward(
+        qs, ks, vs, bias_of_rows(pairs, flipped), keys, scale, "ieee", attention.kept_dtype(dtype)
+    )
     o = from_rows(x, columns)
     del qs, ks, vs, pairs
     return ending.run_forward(o, gate, out, residual, keep, dtype), o, lse, rounding
@@ -116,7 +118,7 @@ def _(
     *lead, rows, length, _ = z.shape
     return (
         z.new_empty((*z.shape[:-1], out.shape[0]), dtype=kind),
-        z.new_empty((*z.shape[:-1], q.shape[0]), dtype=dtype),
+        z.new_empty((*z.shape[:-1], q.shape[0]), dtype=attention.kept_dtype(dtype)),
         z.new_empty((*lead, rows, heads, length), dtype=torch.float32),
         z.new_empty((*lead, rows, heads, length) if dtype == torch.float32 else (0,), dtype=torch.float32),
     )
@@ -126,17 +128,17 @@ def _(
 def _backward(
     dy: Tensor, z: Tensor, mask: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
-    o: Tensor, lse: Tensor, rounding: Tensor, heads: int, columns: bool, flipped: bool, eps: float,
+    o: Tensor, lse: Tensor, rounding: Tensor, heads: int, columns: bool, flipped: bool, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dz, the gradients of γ, β, the maps and the bias's in one vector, and that of the output projection."""
     from optimized.ops.gated_output import launch
 
     parameters = (norm_weight, norm_bias, q, k, v, g, bias)
     scale = (q.shape[0] // heads) ** -0.5
-    w = projections.packed(parameters, o.dtype)
-    qs, ks, vs, gate, pairs = projections.run_forward(z, parameters, MAPS, eps, o.dtype, w)
+    w = projections.packed(parameters, dtype)
+    qs, ks, vs, gate, pairs = projections.run_forward(z, parameters, MAPS, eps, dtype, w)
     qs, ks, vs, x = (to_rows(t, heads, columns) for t in (qs, ks, vs, o))
-    du = launch.add(None, as_rows(dy), keep, dy.shape, o.dtype)
+    du = launch.add(None, as_rows(dy), keep, dy.shape, dtype)
     do, dg, d_out = launch.library_backward(du, as_rows(o), as_rows(gate), out, spent=True)
     del du, gate
     dx, keys = to_rows(do.view(o.shape), heads, columns), _keys(mask, columns)
@@ -158,7 +160,7 @@ _backward_op = torch.library.custom_op("megafold_bench::triangle_attention_backw
 def _(
     dy: Tensor, z: Tensor, mask: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
-    o: Tensor, lse: Tensor, rounding: Tensor, heads: int, columns: bool, flipped: bool, eps: float,
+    o: Tensor, lse: Tensor, rounding: Tensor, heads: int, columns: bool, flipped: bool, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parameters = (norm_weight, norm_bias, q, k, v, g, bias)
     size = sum(p.numel() for p in parameters)
@@ -173,7 +175,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     z, mask, residual, keep, *rest = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, mask, keep, *rest[:8], *output[1:])
-    ctx.settings = tuple(rest[8:12])
+    ctx.settings = tuple(rest[8:13])
     ctx.residual = None if residual is None else residual.dtype
 
 

@@ -55,6 +55,14 @@ def test_errors_against_fp64(lead, n, c, heads, width, way, dtype, parameter_dty
     check_against_definition(*both(heads, way), tensors, grads)
 
 
+def test_what_values_have_in_common_costs_no_accuracy():
+    """With an offset, all values of a row have a part in common, and so has o: its rounding is that part's, and times do
+    it is what a row's gradients to the logits would be off by, all alike, where the definition's sum to zero."""
+    tensors, grads = problem((), 24, 16, 2, 16, BF, FULL)
+    tensors[2] += 2.0
+    check_against_definition(*both(2, ROWS), tensors, grads)
+
+
 @pytest.mark.parametrize("way", [ROWS, COLUMNS, TURNED_COLUMNS])
 def test_masked_keys_dropout_and_residual(way):
     tensors, grads = problem((), 8, 16, 2, 8, FULL, FULL, into=True)
