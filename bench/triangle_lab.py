@@ -43,12 +43,11 @@ START = time.time()
 # BM, BN, warps, depth of the pipeline, and a limit on registers: the shipped tile first.
 TILES: dict[str, list[tuple[int, ...]]] = {
     "project_folded": [
-        (64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 2), (128, 32, 4, 3),
-        (64, 32, 4, 3), (64, 32, 4, 4),
+        (64, 64, 4, 3), (64, 128, 8, 3), (64, 128, 4, 3), (32, 128, 8, 3, 128), (32, 64, 4, 3), (32, 64, 4, 4),
     ],
-    "output_folded": [(64, 128, 8, 3), (32, 128, 8, 2, 128), (128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 3)],
-    "output_backward_folded": [(32, 128, 8, 2, 128), (64, 128, 8, 3), (64, 128, 8, 2)],
-    "output_weight_folded": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4)],
+    "output_folded": [(64, 128, 8, 3), (32, 128, 8, 2, 128), (64, 64, 4, 3)],
+    "output_backward_folded": [(64, 128, 8, 3), (32, 128, 8, 2, 128), (64, 128, 8, 2)],
+    "output_weight_folded": [(64, 64, 4, 3), (64, 64, 4, 4)],
     "gate_gradient": [()],
     "moments": [()],
     "output": [(64, 128, 4, 1)],
@@ -59,7 +58,7 @@ TILES: dict[str, list[tuple[int, ...]]] = {
     "project_weight": [(64, 64, 4, 3), (64, 64, 4, 4)],
     # Positions and warps; of x, first the channels at a time.
     "z_statistics": [(16, 4), (32, 4), (64, 4), (32, 2), (64, 8)],
-    "x_statistics": [(16, 128, 4), (8, 128, 4), (16, 256, 4), (32, 128, 8), (16, 64, 2), (8, 256, 8)],
+    "x_statistics": [(16, 64, 2), (16, 128, 4), (8, 64, 2), (16, 64, 4), (32, 64, 2)],
 }  # fmt: skip
 # What stands for the same tile with statistics kept, and what has no tile that is looked up.
 KEPT = {"input_gradient_kept": "input_gradient"}

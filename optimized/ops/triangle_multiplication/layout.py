@@ -64,7 +64,7 @@ FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
 MOMENTS = Config({"BLOCK": 1024}, 4)
 Z_STATISTICS = Config({"BLOCK": 32}, 4)
 NORMALISE = Config({"BLOCK": 32}, 4)
-X_STATISTICS = Config({"CHANNELS": 16, "BLOCK": 64}, 2)
+X_STATISTICS = Config({"CHANNELS": 8, "BLOCK": 64}, 2)
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
