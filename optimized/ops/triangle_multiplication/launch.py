@@ -329,7 +329,7 @@ def project_weight_gradient(
     area = shape.padded**2
     chunks = ceil_div(2 * shape.hidden, config.constants["BN"])
     steps = ceil_div(area, config.constants["BM"])
-    splits = max(1, min(processors(n.device) // chunks, steps))
+    splits = max(1, min(2 * processors(n.device) // chunks, steps))
     size = 4 * shape.hidden * shape.channels
     partial = torch.empty((splits, size), dtype=torch.float32, device=n.device)
     turned = {} if "TURNED" in config.constants else {"TURNED": False}
