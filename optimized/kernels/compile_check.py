@@ -137,7 +137,7 @@ def compile_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[CompileReport]:
 
 def accepted(report: CompileReport) -> str:
     """Why this report's spill is known and accepted; empty where it is not, or is larger than when it was accepted."""
-    if not report.ok or report.spill_bytes == 0:
+    if not report.problem.startswith("spills"):
         return ""
     return next(
         (

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from optimized.ops.overwritten import overwritten
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950")
 SHARED_LIMIT_BYTES = {
     "sm_80": 163 << 10,
@@ -55,7 +57,8 @@ class KernelCase:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What the back end produced. Registers per thread; shared memory (LDS) in bytes; spills in bytes per thread.
+    """What the back end produced. Registers per thread; shared memory (LDS) in bytes; spills in bytes per thread;
+    buffers that are overwritten under a product (see `overwritten`).
 
     On AMD, scalar registers spill into lanes of vector registers: they are counted apart, since no memory is touched.
     """
@@ -70,6 +73,7 @@ class CompileReport:
     scalar_spills: int = 0
     matrix_instructions: dict[str, int] = field(default_factory=dict)
     compile_s: float = 0.0
+    overwritten: tuple[str, ...] = ()
 
     @property
     def problem(self) -> str:
@@ -77,6 +81,8 @@ class CompileReport:
         limit = SHARED_LIMIT_BYTES.get(self.arch)
         if not self.ok:
             return self.error or "does not compile"
+        if self.overwritten:
+            return f"products in flight read what is overwritten: {', '.join(self.overwritten)}"
         if limit is not None and self.shared_bytes > limit:
             return f"needs {self.shared_bytes} bytes of shared memory, {self.arch} has {limit}"
         return (
@@ -132,7 +138,8 @@ def compile_case(case: KernelCase, arch: str) -> CompileReport:
         scalar = _amd_value(text, "sgpr_spill_count")
         shared = max(shared, _amd_value(text, "group_segment_fixed_size"))
     elapsed = time.perf_counter() - began
-    return CompileReport(case.name, arch, True, "", registers, shared, spill, scalar, matrix, elapsed)
+    late = tuple(overwritten(asm.get("ttgir", "")))
+    return CompileReport(case.name, arch, True, "", registers, shared, spill, scalar, matrix, elapsed, late)
 
 
 def _amd_value(text: str, name: str) -> int:

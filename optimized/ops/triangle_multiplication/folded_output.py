@@ -20,7 +20,7 @@ still read it.)
 
 For bfloat16: in float16 rstd · d could leave the range in which gradients were scaled to lie.
 
-One GEMM unit is 2·N²·c·h FLOP: `backward` 3 units, `weight` 2. Bytes: `backward` reads x, z, dy and writes dx and the two
+One GEMM unit is 2·N²·c·h FLOP: `forward` 2 units, `backward` 3, `weight` 2. Bytes: `forward` reads x and z and writes y, `backward` reads x, z, dy and writes dx and the two
 d, `weight` reads these, x and z. The gate's gradient to LN(z) is a product of its d and its weights for the library: with
 the weights as they are beside the folded ones, two programs would not fit on a multiprocessor.
 """
@@ -45,7 +45,7 @@ def moments_kernel(stats_ptr, moments_ptr, padded, BLOCK: tl.constexpr):
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     stats = stats_ptr + 2 * tl.program_id(1) * area + p
     rstd = tl.load(stats, mask=p < area, other=0.0)
-    deviation = tl.where(rstd > 0.0, 1.0 / rstd, 0.0)
+    deviation = tl.where(rstd > 0.0, 1.0 / tl.where(rstd > 0.0, rstd, 1.0), 0.0)
     less_mean = tl.load(stats + area, mask=p < area, other=0.0) * deviation
     moments = moments_ptr + 4 * tl.program_id(1) * area + p
     for k in tl.static_range(2):
@@ -57,7 +57,7 @@ def moments_kernel(stats_ptr, moments_ptr, padded, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def half_tanh(gate, FAST: tl.constexpr):
+def folded_sigmoid(gate, FAST: tl.constexpr):
     """σ of a gate whose weights hold the sigmoid's factor: see `folded`."""
     if FAST:
         tanh = tl.inline_asm_elementwise(
@@ -136,7 +136,7 @@ def forward_kernel(
         linear = tl.dot(wo, x)
         gate = gate * rstd_z[None, :] + (gate_sum[:, None] * shift_z[None, :] + gate_bias[:, None])
         linear = linear * rstd[None, :] + (rest[:, None] * shift[None, :] + bias[:, None])
-        y = tl.trans((linear * half_tanh(gate, FAST)).to(out_ptr.dtype.element_ty))
+        y = tl.trans((linear * folded_sigmoid(gate, FAST)).to(out_ptr.dtype.element_ty))
         cells = out_ptr + dense[:, None] * C + t[None, :]
         if EVEN and FULL:
             tl.store(cells, y)
@@ -172,8 +172,9 @@ def backward_kernel(
 ):
     """dx `[h, P, P]` of `group` tiles of BM positions, and rstd · d of output projection and gate, `[c, P, P]` each.
 
-    The padding is zero in all three. BM divides the padded square, whose sides are multiples of 16. The folded weights of all c channels, for which BN rows are enough, stay on the
-    chip; the next tiles are on their way meanwhile. EVEN: as in `folded`; nothing is masked then.
+    The padding is zero in all three. BM divides the padded square, whose sides are multiples of 16. The folded weights of
+    all c channels, for which BN rows are enough, stay on the chip; the next tiles are on their way meanwhile. EVEN: as in
+    `folded`; nothing is masked then.
     """
     tl.static_assert(BN >= C, "a tile holds all output channels")
     # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
@@ -226,7 +227,7 @@ def backward_kernel(
         linear = tl.dot(wo, x)
         gate = gate * rstd_z[None, :] + (gate_sum[:, None] * shift_z[None, :] + gate_bias[:, None])
         linear = linear * rstd[None, :] + rest[:, None] * shift[None, :]
-        gate = half_tanh(gate, FAST)
+        gate = folded_sigmoid(gate, FAST)
         d_linear = tl.trans(dy).to(tl.float32) * gate
         d_gate = d_linear * (linear + bias[:, None]) * (1.0 - gate)
         d_linear = (d_linear * rstd[None, :]).to(dtype)

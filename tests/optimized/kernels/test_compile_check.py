@@ -188,6 +188,7 @@ def test_what_counts_as_a_problem():
     assert "needs 200000 bytes" in replace(fine, shared_bytes=200_000).problem
     assert replace(fine, arch="sm_90", shared_bytes=200_000).problem == ""
     assert replace(fine, ok=False, error="PTXASError").problem == "PTXASError"
+    assert "overwritten: %d" in replace(fine, overwritten=("%d",)).problem
 
 
 def test_a_known_spill_is_accepted_until_it_grows(monkeypatch):
@@ -197,6 +198,8 @@ def test_a_known_spill_is_accepted_until_it_grows(monkeypatch):
     assert accepted(replace(report, spill_bytes=68)) == ""
     assert accepted(replace(report, arch="gfx90a")) == ""
     assert accepted(replace(report, ok=False)) == ""
+    assert accepted(replace(report, overwritten=("%d",))) == ""
+    assert accepted(replace(report, shared_bytes=200_000)) == ""
 
 
 def test_operators_and_architectures_are_checked():
