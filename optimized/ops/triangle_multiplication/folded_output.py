@@ -20,9 +20,9 @@ still read it.)
 
 For bfloat16: in float16 rstd · d could leave the range in which gradients were scaled to lie.
 
-One GEMM unit is 2·N²·c·h FLOP: `forward` 2 units, `backward` 3, `weight` 2. Bytes: `forward` reads x and z and writes y, `backward` reads x, z, dy and writes dx and the two
-d, `weight` reads these, x and z. The gate's gradient to LN(z) is a product of its d and its weights for the library: with
-the weights as they are beside the folded ones, two programs would not fit on a multiprocessor.
+One GEMM unit is 2·N²·c·h FLOP: `forward` 2 units, `backward` 3, `weight` 2. Bytes: `forward` reads x and z and writes y,
+`backward` reads x, z, dy and writes dx and the two d, `weight` reads these, x and z. The gate's gradient to LN(z) is a
+product of its d and its weights for the library: the chip has no room for the weights as they are beside the folded ones.
 """
 
 # ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
@@ -68,6 +68,40 @@ def folded_sigmoid(gate, FAST: tl.constexpr):
         return 1.0 / (1.0 + tl.exp2(gate))
 
 
+@triton.jit
+def load_sums(sums_partial_ptr, t, C: tl.constexpr, H: tl.constexpr):
+    """Σw' and β·w of rows t of the output projection, then of the gate."""
+    sums = sums_partial_ptr + 8 * H + t
+    rest = tl.load(sums, mask=t < C, other=0.0)
+    bias = tl.load(sums + C, mask=t < C, other=0.0)
+    gate_sum = tl.load(sums + 2 * C, mask=t < C, other=0.0)
+    gate_bias = tl.load(sums + 3 * C, mask=t < C, other=0.0)
+    return rest, bias, gate_sum, gate_bias
+
+
+@triton.jit
+def load_raw(
+    x_ptr, z_ptr, stats_ptr, x_rows, source, inside, start, c, h, area,
+    C: tl.constexpr, H: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """x `[BH, BM]` and z `[BM, BC]` of a tile as they lie, and rstd and shift of x and of z."""
+    z_cells = source[:, None] + c[None, :]
+    if FULL:
+        x = tl.load(x_ptr + start + x_rows)
+    else:
+        x = tl.load(x_ptr + start + x_rows, mask=(h < H)[:, None], other=0.0)
+    if EVEN and FULL:
+        z = tl.load(z_ptr + z_cells)
+    else:
+        z = tl.load(z_ptr + z_cells, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+    stats = stats_ptr + start + tl.arange(0, BM)
+    rstd = tl.load(stats)
+    shift = tl.load(stats + area)
+    rstd_z = tl.load(stats + 2 * area)
+    shift_z = tl.load(stats + 3 * area)
+    return x, z, rstd, shift, rstd_z, shift_z
+
+
 @triton.jit(repr=profiled_as("triangle_multiplication_output_folded"), do_not_specialize=["group"])
 def forward_kernel(
     x_ptr,
@@ -107,31 +141,16 @@ def forward_kernel(
     area = padded.to(tl.int64) * padded
     own = t < C
     wo, wg = load_weights(folded_ptr, t, c, h, C, H, FULL)
-    sums = sums_partial_ptr + 8 * H + t
-    rest = tl.load(sums, mask=own, other=0.0)
-    bias = tl.load(sums + C, mask=own, other=0.0)
-    gate_sum = tl.load(sums + 2 * C, mask=own, other=0.0)
-    gate_bias = tl.load(sums + 3 * C, mask=own, other=0.0)
+    rest, bias, gate_sum, gate_bias = load_sums(sums_partial_ptr, t, C, H)
     x_rows = h.to(tl.int64)[:, None] * area + tl.arange(0, BM)[None, :]
     first = tl.program_id(0) * group
     last = tl.minimum(first + group, (n_tokens * padded + BM - 1) // BM)
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BM
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
-        z_cells = source[:, None] + c[None, :]
-        if FULL:
-            x = tl.load(x_ptr + start + x_rows)
-        else:
-            x = tl.load(x_ptr + start + x_rows, mask=(h < H)[:, None], other=0.0)
-        if EVEN and FULL:
-            z = tl.load(z_ptr + z_cells)
-        else:
-            z = tl.load(z_ptr + z_cells, mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        stats = stats_ptr + start + tl.arange(0, BM)
-        rstd = tl.load(stats)
-        shift = tl.load(stats + area)
-        rstd_z = tl.load(stats + 2 * area)
-        shift_z = tl.load(stats + 3 * area)
+        x, z, rstd, shift, rstd_z, shift_z = load_raw(
+            x_ptr, z_ptr, stats_ptr, x_rows, source, inside, start, c, h, area, C, H, FULL, EVEN, BM
+        )
         gate = tl.dot(wg, tl.trans(z))
         linear = tl.dot(wo, x)
         gate = gate * rstd_z[None, :] + (gate_sum[:, None] * shift_z[None, :] + gate_bias[:, None])
@@ -191,11 +210,7 @@ def backward_kernel(
     area = padded.to(tl.int64) * padded
     own = t < C
     wo, wg = load_weights(folded_ptr, t, c, h, C, H, FULL)
-    sums = sums_partial_ptr + 8 * H + t
-    rest = tl.load(sums, mask=own, other=0.0)
-    bias = tl.load(sums + C, mask=own, other=0.0)
-    gate_sum = tl.load(sums + 2 * C, mask=own, other=0.0)
-    gate_bias = tl.load(sums + 3 * C, mask=own, other=0.0)
+    rest, bias, gate_sum, gate_bias = load_sums(sums_partial_ptr, t, C, H)
     # Rows of a tile, to which the loop adds a number that is one for all threads.
     k = tl.arange(0, BM)
     x_rows = h.to(tl.int64)[:, None] * area + k[None, :]
@@ -204,25 +219,15 @@ def backward_kernel(
     last = tl.minimum(first + group, (padded * padded + BM - 1) // BM)
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BM
-        p = start + tl.arange(0, BM)
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
-        z_cells = source[:, None] + c[None, :]
+        x, z, rstd, shift, rstd_z, shift_z = load_raw(
+            x_ptr, z_ptr, stats_ptr, x_rows, source, inside, start, c, h, area, C, H, FULL, EVEN, BM
+        )
         dy_cells = dense[:, None] * C + t[None, :]
-        stats = stats_ptr + p
-        if FULL:
-            x = tl.load(x_ptr + start + x_rows)
-        else:
-            x = tl.load(x_ptr + start + x_rows, mask=(h < H)[:, None], other=0.0)
         if EVEN and FULL:
-            z = tl.load(z_ptr + z_cells)
             dy = tl.load(dy_ptr + dy_cells)
         else:
-            z = tl.load(z_ptr + z_cells, mask=inside[:, None] & (c < C)[None, :], other=0.0)
             dy = tl.load(dy_ptr + dy_cells, mask=inside[:, None] & own[None, :], other=0.0)
-        rstd = tl.load(stats)
-        shift = tl.load(stats + area)
-        rstd_z = tl.load(stats + 2 * area)
-        shift_z = tl.load(stats + 3 * area)
         gate = tl.dot(wg, tl.trans(z))
         linear = tl.dot(wo, x)
         gate = gate * rstd_z[None, :] + (gate_sum[:, None] * shift_z[None, :] + gate_bias[:, None])

@@ -28,6 +28,15 @@ def put_statistics(stats_ptr, p, area, real, inside, first, total, squares, eps,
     tl.store(stats_ptr + area + p, -(first + off) * rstd, mask=real)
 
 
+@triton.jit
+def rows_of_block(z_ptr, n_tokens, stride_i, stride_j, BLOCK: tl.constexpr):
+    """Row i = `program_id(1)`, BLOCK columns j of the padded square, whether inside the real one, and where their rows begin."""
+    i = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (i < n_tokens) & (j < n_tokens)
+    return i, j, inside, z_ptr + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
+
+
 @triton.jit(repr=profiled_as("triangle_multiplication_z_statistics"))
 def z_kernel(
     z_ptr,
@@ -44,10 +53,7 @@ def z_kernel(
     """`[2, P, P]` of the rows of z `[N, N, c]`, zero in the padding; BLOCK positions of row `program_id(1)`."""
     c = tl.arange(0, BC)
     area = padded.to(tl.int64) * padded
-    i = tl.program_id(1)
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = (i < n_tokens) & (j < n_tokens)
-    rows = z_ptr + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
+    i, j, inside, rows = rows_of_block(z_ptr, n_tokens, stride_i, stride_j, BLOCK)
     first = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
     z = tl.load(rows[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
     off = z.to(tl.float32) - first[:, None]
@@ -105,10 +111,7 @@ def normalise_kernel(
     """
     c = tl.arange(0, BC)
     area = padded.to(tl.int64) * padded
-    i = tl.program_id(1)
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = (i < n_tokens) & (j < n_tokens)
-    rows = z_ptr + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
+    i, j, inside, rows = rows_of_block(z_ptr, n_tokens, stride_i, stride_j, BLOCK)
     real = inside[:, None] & (c < C)[None, :]
     z = tl.load(rows[:, None] + c[None, :], mask=real, other=0.0)
     normal, rstd = normalise_rows(z.to(tl.float32), c, eps, C)
