@@ -34,10 +34,10 @@ HALF = {
     "project": tile(64, 128, 4, 2),
     "project_weight": turned(64, 64, 4, 3),
     "output": tile(64, 128, 4, 1),
-    # (64, 128, 4, 1) is faster still on an H200, whose own file has it; it needs 176 KiB on an A100.
+    # (64, 128, 4, 1) is faster still on an H200, whose own file has it for fp16; it needs 176 KiB on an A100.
     "output_backward": tile(64, 32, 4, 1),
     "output_weight": tile(64, 64, 4, 3),
-    # On Hopper's own: see `folds_output`.
+    # On Hopper only: see `folds_output`.
     "output_folded": tile(64, 128, 8, 3),
     "output_backward_folded": tile(64, 128, 8, 3),
     "output_weight_folded": tile(64, 64, 4, 3),
