@@ -152,7 +152,7 @@ class LocalLauncher:
                 self._end(process, events_read, progress)
         finally:
             if process is not None:
-                self._clear(process)
+                self._clear(process, events_read)
             os.close(events_read)
         code = _exit_code(progress.status, process.returncode)
         ending = Ending(
@@ -218,7 +218,7 @@ class LocalLauncher:
             os.killpg(process.pid, signal.SIGTERM)
         self._follow(process, fd, progress, time.monotonic() + self.grace_s)
 
-    def _clear(self, process: subprocess.Popen[bytes]) -> None:
+    def _clear(self, process: subprocess.Popen[bytes], events_fd: int) -> None:
         """End whatever is left. Closing standard input makes the guard kill all that is below it."""
         assert process.stdin is not None
         process.stdin.close()
@@ -229,6 +229,21 @@ class LocalLauncher:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            _await_closed(events_fd, self.grace_s)
+
+
+def _await_closed(events_fd: int, seconds: float) -> None:
+    """Wait until no process holds the other end: a worker without its guard is nobody's child to wait for.
+
+    Killed inside a system call it finishes that call first, which may be the one that puts its record in
+    place. A process that it started may hold the end for longer, and matters no more.
+    """
+    deadline = time.monotonic() + seconds
+    with selectors.DefaultSelector() as selector:
+        selector.register(events_fd, selectors.EVENT_READ)
+        while selector.select(max(0.0, deadline - time.monotonic())):
+            if not os.read(events_fd, 65536):
+                return
 
 
 def _exit_code(worker_status: int | None, guard_code: int) -> int:

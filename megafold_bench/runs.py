@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shlex
@@ -76,7 +77,10 @@ def sync_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Either the whole of `content` is at `path`, durably, or nothing is. Raises OSError."""
+    """Either the whole of `content` is at `path`, durably, or nothing is. Raises OSError.
+
+    A process killed as it writes leaves ``.<name>.<pid>`` beside `path`: `remove_with_halves` removes it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -85,10 +89,17 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_with_halves(path: Path) -> None:
+    """Remove `path`, if it is there, and what writers of it left that were killed as they wrote."""
+    path.unlink(missing_ok=True)
+    for half in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        half.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: bytes) -> None:

@@ -17,7 +17,7 @@ from megafold_bench.measure.memory import MIN_STEPS
 from megafold_bench.outcomes import Outcome, Verdict, complete, signal_name
 from megafold_bench.points import Phase, Point, Trial
 from megafold_bench.records import Record, jsonable, latest
-from megafold_bench.runs import RunFolder
+from megafold_bench.runs import RunFolder, remove_with_halves
 from megafold_bench.trials import WorkerRequest, blank_record, utc_now
 from megafold_bench.variants import Scalar
 
@@ -226,7 +226,7 @@ class Runner:
         launched = self._launcher.run(request, self._timeout_s, self._listener)
         record = self._conclude(request, launched)
         self._folder.append(record)
-        request.record_path.unlink(missing_ok=True)
+        remove_with_halves(request.record_path)
         return self._note(record)
 
     def _wants_snapshot(self, trial: Trial) -> bool:

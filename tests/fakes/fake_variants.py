@@ -94,6 +94,8 @@ def provoke(ending: str, touch: Path) -> None:
         ctypes.string_at(0)
     elif ending == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif ending == "kill_at_record":
+        os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)  # the first file that a worker syncs
     elif ending == "exit":
         sys.exit(3)
     elif ending == "vanish":

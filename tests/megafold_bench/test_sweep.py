@@ -172,6 +172,13 @@ def test_record_left_by_a_worker_is_adopted_not_run_again(run, open_run, spec, l
     assert len((tmp_path / "touched").read_text().splitlines()) == 3
 
 
+def test_worker_killed_as_it_writes_its_record(run, spec, tmp_path):
+    """Half a record is no record, and the run folder is as clean as after any other crash."""
+    records = run(spec(options={"ending": "kill_at_record"}))
+    assert {(r["outcome"]["status"], r["outcome"]["signal"]) for r in records} == {("crash", "SIGKILL")}
+    assert list((tmp_path / "run/pending").iterdir()) == []
+
+
 def test_failed_trials_can_be_retried(run, spec, tmp_path):
     asked = spec(options={"ending": "kill"})
     run(asked)
