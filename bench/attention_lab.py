@@ -158,7 +158,8 @@ class Bench:
         if kernel == "forward":
             return lambda: launch.launch_forward(call, self.o, self.lse, c)
         if kernel == "grad_kv":
-            return lambda: launch.launch_grad_kv(call, p.do, self.lse2, self.delta, self.dk, self.dv, c)
+            turned = launch.turned(call)
+            return lambda: launch.launch_grad_kv(turned, p.do, self.lse2, self.delta, self.dk, self.dv, c)
         if kernel == "grad_q":
             return lambda: launch.launch_grad_q(call, p.do, self.lse2, self.delta, self.dq, c)
         if kernel == "planes":

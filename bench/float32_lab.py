@@ -44,13 +44,14 @@ def kernels(n: int) -> dict[str, Callable[[Config], None]]:
     q, k, v, do = (normal(1, SAMPLES, n, HEADS, WIDTH).transpose(2, 3) for _ in range(4))
     bias = normal(1, 1, HEADS, n, n)
     call = launch.make_call(q, k, v, bias, None, WIDTH**-0.5, "tf32x3", True)
+    turned = launch.turned(call)
     o, lse = torch.empty_like(q), torch.empty((2, 1, SAMPLES, HEADS, n), device="cuda")
     launch.launch_forward(call, o, lse, CANDIDATES["forward"][0])
     lse2, delta = launch.launch_statistics(call, o, do, lse[0], None)
     dq, dk, dv, dbias = (torch.empty_like(x) for x in (q, k, v, bias))
     return {
         "forward": lambda tile: launch.launch_forward(call, o, lse, tile),
-        "grad_kv": lambda tile: launch.launch_grad_kv(call, do, lse2, delta, dk, dv, tile),
+        "grad_kv": lambda tile: launch.launch_grad_kv(turned, do, lse2, delta, dk, dv, tile),
         "grad_bias": lambda tile: launch.launch_grad_bias(call, do, lse2, delta, dbias, tile),
         "grad_q": lambda tile: launch.launch_grad_q(call, do, lse2, delta, dq, tile),
     }

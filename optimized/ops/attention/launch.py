@@ -1,7 +1,7 @@
 """Host side of the attention kernels: layouts, workspaces, grids and launch configurations."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
@@ -24,6 +24,10 @@ FOLD_BLOCK = 1024
 MASK_KEYS = 1024
 # Over how many programs the bias gradient splits its rows; with 4 a core it was 18 % slower on an H200 at 768.
 PROGRAMS_PER_CORE = 8
+# A bias of more than this part of k is large: what is made of it is a good part of what the backward pass holds, and the
+# pass spares it. It packs one form of the bias when it is done with the other (of a smaller one, a second launch costs
+# more than the place is worth), counts the fp32 sum of planes of dbias among them, and lets fewer programs fill the device.
+LARGE_BIAS = 1 / 8
 FOLD_PLANES = {
     "BK": 64,
     "TOGETHER": 4,
@@ -141,13 +145,14 @@ def vector_width(bias: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """Inputs in kernel form: q, k, v [B, R, H, L, D] aligned; the bias packed, [q, k] and, where asked for, [k, q];
-    the additive mask [B, R, K padded to TILE] fp32, or q where there is none; for the backward pass also its bits
-    [B, R, K padded to TILE / 16] int16."""
+    """Inputs in kernel form: q, k, v [B, R, H, L, D] aligned; the bias as it came [B, 1, H, Q, K] and packed, [q, k]
+    and [k, q]; the additive mask [B, R, K padded to TILE] fp32; for the backward pass also its bits
+    [B, R, K padded to TILE / 16] int16. In place of what there is not stands q."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+    source: Tensor
     bias: Tensor
     flipped: Tensor
     mask: Tensor
@@ -159,6 +164,11 @@ class Call:
     def sizes(self) -> tuple[int, int, int, int]:
         """Rows, heads, queries, keys."""
         return self.q.shape[1], self.q.shape[2], self.q.shape[3], self.k.shape[3]
+
+    @property
+    def large_bias(self) -> bool:
+        """Whether what is made of the bias takes a good part of the pass's memory."""
+        return self.source.numel() > LARGE_BIAS * self.k.numel()
 
     @property
     def has_mask(self) -> bool:
@@ -198,33 +208,60 @@ def make_call(
     precision: str,
     backward: bool,
 ) -> Call:
-    """Bring 5-D inputs into kernel form, in one launch; q, k and v are copied only if not aligned."""
+    """Bring 5-D inputs into kernel form, in one launch; q, k and v are copied only if not aligned.
+
+    For the backward pass the bias is packed both ways, if it is small: else `turned` packs the second.
+    """
     q, k, v = aligned(q), aligned(k), aligned(v)
-    batch, rows, heads, lq, _ = q.shape
-    lk = k.shape[3]
-    padded_q, padded_k = ceil_div(lq, TILE) * TILE, ceil_div(lk, TILE) * TILE
-    packed = torch.empty(
-        (2 if backward else 1, batch, heads, padded_q * padded_k), dtype=bias.dtype, device=q.device
-    )
-    packs = batch * heads * (padded_q // PACK) * (padded_k // PACK)
-    additive, bits, keep, lines = q, q, q, 0
-    keep_strides: tuple[int, ...] = (0, 0, 0)
+    batch, rows, _, _, _ = q.shape
+    padded = ceil_div(k.shape[3], TILE) * TILE
+    packed = _packed_like(bias)
+    additive, bits = q, q
     if mask is not None:
-        keep = mask.view(torch.uint8)
-        keep_strides = keep.stride()
-        additive = torch.empty((batch, rows, padded_k), dtype=torch.float32, device=q.device)
+        additive = torch.empty((batch, rows, padded), dtype=torch.float32, device=q.device)
         if backward:
-            bits = torch.empty((batch, rows, padded_k // 16), dtype=torch.int16, device=q.device)
-        lines = batch * rows * ceil_div(padded_k, MASK_KEYS)
+            bits = torch.empty((batch, rows, padded // 16), dtype=torch.int16, device=q.device)
+    call = Call(q, k, v, bias, packed, q, additive, bits, scale, precision)
+    both = backward and not call.large_bias
+    if both:
+        call = replace(call, flipped=_packed_like(bias))
+    _prepare(call, mask, straight=True, flipped=both)
+    return call
+
+
+def turned(call: Call) -> Call:
+    """The call as the kernel of dk and dv wants it, which is the last to read a bias: packed [k, q], no longer [q, k]."""
+    if call.flipped is call.q:
+        call = replace(call, flipped=_packed_like(call.source))
+        _prepare(call, None, straight=False, flipped=True)
+    return replace(call, bias=call.q)
+
+
+def _packed_like(bias: Tensor) -> Tensor:
+    """Room for a packed bias."""
+    batch, _, heads, lq, lk = bias.shape
+    size = ceil_div(lq, TILE) * ceil_div(lk, TILE) * TILE * TILE
+    return torch.empty((batch, heads, size), dtype=bias.dtype, device=bias.device)
+
+
+def _prepare(call: Call, mask: Tensor | None, *, straight: bool, flipped: bool) -> None:
+    """Pack the bias, and write what is made of the mask where there is one."""
+    rows, heads, lq, lk = call.sizes
+    batch, bias = call.q.shape[0], call.source
+    padded_q, padded_k = ceil_div(lq, TILE) * TILE, ceil_div(lk, TILE) * TILE
+    packs = batch * heads * (padded_q // PACK) * (padded_k // PACK)
+    lines = 0 if mask is None else batch * rows * ceil_div(padded_k, MASK_KEYS)
+    keep = call.q if mask is None else mask.view(torch.uint8)
     arguments = (
-        bias, packed[0], packed[-1], keep, additive, bits, lq, lk, heads,
-        bias.stride(0), bias.stride(2), bias.stride(3), bias.stride(4), packs, rows, *keep_strides,
+        bias, call.bias, call.flipped, keep, call.mask, call.bits, lq, lk, heads,
+        bias.stride(0), bias.stride(2), bias.stride(3), bias.stride(4), packs, rows,
+        *((0, 0, 0) if mask is None else keep.stride()),
     )  # fmt: skip
     launch(
         prepare_kernel, (packs + lines, 1, 1), FOUR_WARPS, arguments,
-        BOTH=backward, HAS_MASK=mask is not None, TILE=TILE, P=PACK, VECTOR=vector_width(bias), KEYS=MASK_KEYS,
+        STRAIGHT=straight, TURNED=flipped, HAS_MASK=mask is not None, HAS_BITS=mask is not None and call.bits is not call.q,
+        TILE=TILE, P=PACK, VECTOR=vector_width(bias), KEYS=MASK_KEYS,
     )  # fmt: skip
-    return Call(q, k, v, packed[0], packed[-1], additive, bits, scale, precision)
 
 
 def programs(call: Call, length: int, tile: int, config: Config) -> tuple[int, int, int]:
@@ -264,7 +301,7 @@ def launch_statistics(
 def launch_grad_kv(
     call: Call, do: Tensor, lse2: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, config: Config
 ) -> None:
-    """Fill dk and dv [B, R, H, K, D]."""
+    """Fill dk and dv [B, R, H, K, D], of a call that was `turned`."""
     arguments = (
         call.q, call.k, call.v, do, call.flipped, call.mask, lse2, delta, dk, dv, *call.sizes,
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(do), *strides8(dk), *strides8(dv),
@@ -282,11 +319,11 @@ def launch_grad_q(
     dq: Tensor,
     config: Config,
     dbias: Tensor | None = None,
-    room: int = 2,
+    spent: bool = False,
 ) -> None:
     """Fill dq [B, R, H, Q, D] and, where given, dbias, contiguous [B, 1, H, Q, K].
 
-    Workspace for dbias: its planes, in `room` times the memory of k, see `plane_groups`, and, where they come in several chunks and dbias has 16 bits,
+    Workspace for dbias: its planes, see `plane_groups`, and, where they come in several chunks and dbias has 16 bits,
     one in fp32.
     """
     rows, heads, lq, lk = call.sizes
@@ -294,7 +331,7 @@ def launch_grad_q(
     groups = ceil_div(rows, tile)
     planes = total = call.q  # stand for nothing
     if dbias is not None:
-        groups = plane_groups(call, config, room)
+        groups = plane_groups(call, config, dbias, spent)
         size = ceil_div(lq, TILE) * ceil_div(lk, TILE) * TILE * TILE
         planes = torch.empty((batch, groups, heads, size), dtype=call.q.dtype, device=call.q.device)
         total = dbias
@@ -319,20 +356,24 @@ def launch_grad_q(
             )  # fmt: skip
 
 
-def plane_groups(call: Call, config: Config, room: int) -> int:
-    """Groups of ROWS rows whose planes of dbias are held at a time.
+def plane_groups(call: Call, config: Config, dbias: Tensor, spent: bool) -> int:
+    """Groups of ROWS rows whose planes of dbias are held at a time; all chunks are about equally large.
 
-    As many as take no more memory than `room` tensors like k, two of which dk and dv take later if they take any; but
-    enough to fill the device. All chunks are about equally large.
+    As many as hold no more than dk and dv, which take their place later; where those are written over k and v (`spent`)
+    nothing does, and it is as many as hold no more than k. But enough to fill the device.
     """
     rows, heads, lq, lk = call.sizes
     groups = ceil_div(rows, config.constants["ROWS"])
     plane = call.q.shape[0] * heads * ceil_div(lq, TILE) * ceil_div(lk, TILE) * TILE * TILE
+    room, programs_a_core = (1 if spent else 2) * call.k.numel(), PROGRAMS_PER_CORE
+    if call.large_bias:
+        room -= 0 if dbias.dtype == torch.float32 else 2 * dbias.numel()
+        programs_a_core //= 2
     filling = ceil_div(
-        PROGRAMS_PER_CORE * processors(call.q.device),
+        programs_a_core * processors(call.q.device),
         ceil_div(lq, config.constants["BQ"]) * heads * call.q.shape[0],
     )
-    chunks = ceil_div(groups, max(1, room * call.k.numel() // plane, filling))
+    chunks = ceil_div(groups, max(1, room // plane, filling))
     return ceil_div(groups, chunks)
 
 

@@ -127,9 +127,9 @@ def run_backward(
     if with_dbias and plan.grad_bias is not None:
         launch.launch_grad_bias(call, do5, lse2, delta, _five(dbias), plan.grad_bias)
     dq = torch.empty_like(q)
-    launch.launch_grad_q(
-        call, do5, lse2, delta, _five(dq), plan.grad_q, _five(dbias) if planes else None, 1 if spent else 2
-    )
+    dbias5 = _five(dbias) if planes else None
+    launch.launch_grad_q(call, do5, lse2, delta, _five(dq), plan.grad_q, dbias5, spent)
+    call = launch.turned(call)
     # Only now: until here their place in memory was taken by planes of dbias.
     dk, dv = (k, v) if spent else (torch.empty_like(k), torch.empty_like(v))
     launch.launch_grad_kv(call, do5, lse2, delta, _five(dk), _five(dv), plan.grad_kv)

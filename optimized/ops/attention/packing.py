@@ -244,12 +244,14 @@ def _store_square(base, tile, x_tile, y_tile, y_blocks, P: tl.constexpr, VECTOR:
 )
 def prepare_kernel(
     BIAS, PACKED, FLIPPED, KEEP, MASK, BITS, LQ, LK, H, s_b, s_h, s_q, s_k, packs, R, keep_b, keep_r, keep_k,
-    BOTH: tl.constexpr, HAS_MASK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, VECTOR: tl.constexpr, KEYS: tl.constexpr,
+    STRAIGHT: tl.constexpr, TURNED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BITS: tl.constexpr,
+    TILE: tl.constexpr, P: tl.constexpr, VECTOR: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Packs BIAS [B, H, LQ, LK] of any strides into PACKED (and, transposed, FLIPPED) and writes the additive mask.
+    """Packs BIAS [B, H, LQ, LK] of any strides into PACKED, if STRAIGHT, and transposed into FLIPPED, if TURNED; writes
+    the additive mask, if there is one.
 
     The first `packs` programs take one tile each; the others write MASK [B, R, LK padded to TILE] fp32, 0 for kept
-    keys and -inf for the rest, from KEEP bytes, KEYS at a time; for BOTH passes also BITS [B, R, LK padded / 16] of
+    keys and -inf for the rest, from KEEP bytes, KEYS at a time; with HAS_BITS also BITS [B, R, LK padded / 16] of
     16 bits, bit y of word x set where key 16 x + y is kept.
     """
     pid = tl.program_id(0).to(tl.int64)
@@ -266,8 +268,9 @@ def prepare_kernel(
         tile = tl.load(source + at, mask=(qi < LQ)[:, None] & (ki < LK)[None, :], other=0.0)
         tile = tl.where((ki < LK)[None, :], tile.to(tl.float32), float("-inf")).to(BIAS.dtype.element_ty)
         size = head * q_tiles * k_tiles * (P * P)
-        _store_square(PACKED + size, tile, q_tile, k_tile, k_tiles * (P // 16), P, VECTOR)
-        if BOTH:
+        if STRAIGHT:
+            _store_square(PACKED + size, tile, q_tile, k_tile, k_tiles * (P // 16), P, VECTOR)
+        if TURNED:
             _store_square(FLIPPED + size, tl.trans(tile), k_tile, q_tile, q_tiles * (P // 16), P, VECTOR)
     elif HAS_MASK:
         padded = tl.cdiv(LK, TILE) * TILE
@@ -278,7 +281,7 @@ def prepare_kernel(
         keep = tl.load(flags, mask=keys < LK, other=0) != 0
         target = MASK + line * padded + column_position(keys)
         tl.store(target, tl.where(keep, 0.0, float("-inf")), mask=keys < padded)
-        if BOTH:
+        if HAS_BITS:
             words = tl.sum(tl.reshape(keep.to(tl.int32), (KEYS // 16, 16)) << tl.arange(0, 16)[None, :], 1)
             word = ((pid - packs) % chunks).to(tl.int32) * (KEYS // 16) + tl.arange(0, KEYS // 16)
             tl.store(BITS + line * (padded // 16) + word, words.to(tl.int16), mask=word < padded // 16)

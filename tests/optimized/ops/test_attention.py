@@ -1,6 +1,7 @@
 """Attention with a shared pair bias: kernels under Triton's interpreter against fp64, and the operator's contract."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def planes(monkeypatch):
         other = Config({"ROWS": 1, "BQ": 32, "BK": 32, "STAGES": 1})
         monkeypatch.setattr(launch, "plan_for", lambda q, precision: launch.Plan(other, other, None, row))
         if groups is not None:
-            monkeypatch.setattr(launch, "plane_groups", lambda call, config, room: groups)
+            monkeypatch.setattr(launch, "plane_groups", lambda call, config, dbias, spent: groups)
 
     return choose
 
@@ -161,21 +162,43 @@ def test_a_row_past_the_last_adds_nothing_to_the_planes(planes):
 
 
 def test_planes_take_the_place_of_dk_and_dv(monkeypatch):
-    """At most as many values as these two have, in chunks of about equal size that fill the device."""
+    """At most as many values as these two have beside the sum, in chunks of about equal size that fill the device."""
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     config = Config({"ROWS": 2, "BQ": 64, "BK": 32, "STAGES": 1})
 
-    def groups(rows, heads, length, dim):
+    def groups(rows, heads, length, dim, dtype=torch.bfloat16, spent=False):
         x = torch.empty((1, rows, heads, length, dim), device="meta")
-        call = launch.Call(x, x, x, x, x, x, x, 1.0, "ieee")
-        return launch.plane_groups(call, config, 2)
+        call = launch.Call(x, x, x, x, x, x, x, x, 1.0, "ieee")
+        dbias = torch.empty((1, 1, heads, length, length), device="meta", dtype=dtype)
+        call = replace(call, source=dbias)
+        return launch.plane_groups(call, config, dbias, spent)
 
     assert groups(768, 4, 768, 32) == 64
+    assert groups(768, 4, 768, 32, spent=True) == 32
     assert groups(384, 4, 384, 32) == 64
-    assert (
-        groups(90, 4, 768, 32) == 15
-    )  # of 45; 7 are as large as dk and dv, 22 fill the device: three chunks
+    assert groups(384, 4, 384, 32, spent=True) == 39  # of 192; 32 fit, but 44 fill the device: five chunks
+    assert groups(48, 16, 768, 48) == 4  # of 24; 4 fit beside the sum
+    assert groups(48, 16, 768, 48, dtype=torch.float32) == 6  # the sum is the result
+    assert groups(90, 4, 768, 32) == 9  # of 45; 5 fit beside the sum, but 11 fill the device: five chunks
     assert groups(1, 16, 384, 24) == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_bias_packed_at_once_or_when_it_is_needed(masked, monkeypatch, planes):
+    """A large bias is packed for dk and dv late, when its other form is gone: the same gradients."""
+    planes(2, 16, 32, 1)
+    case = make(torch.bfloat16, rows=3, queries=19, keys=45, masked=masked)
+    made = []
+    pack = launch._prepare
+    monkeypatch.setattr(
+        launch, "_prepare", lambda call, mask, **ways: (made.append(ways), pack(call, mask, **ways))
+    )
+    late = with_grads(attention, case, torch.bfloat16)
+    assert len(made) == 3  # forward, backward, late
+    monkeypatch.setattr(launch, "LARGE_BIAS", 1e9)
+    for a, b in zip(with_grads(attention, case, torch.bfloat16), late, strict=True):
+        assert torch.equal(a, b)
+    assert len(made) == 5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
