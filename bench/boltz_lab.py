@@ -1,10 +1,11 @@
 """Two blocks of Boltz-2's Pairformer, forward and backward under bf16 autocast: its own ways to run, and `apply`.
 
-python bench/boltz_lab.py --out DIR [--n 384,768] [--modes eager,compile,kernels,compile+kernels,apply,apply+compile] [--profile]
+python bench/boltz_lab.py --out DIR [--n 384,768] [--modes eager,compile,kernels,compile+kernels,apply,apply+compile,apply+graphs]
+    [--profile]
 
 Float32 parameters and inputs, dropout active, no activation checkpointing, TF32 off, every weight away from its
-initial zeros. `kernels` are cuEquivariance's, which Boltz calls where they are installed. One process a mode and
-length; medians of `do_bench` over all gradients, the rise of memory over one pass, seconds of the first two passes.
+initial zeros. `kernels` are cuEquivariance's, which Boltz calls where they are installed; `graphs` are PyTorch's own
+`make_graphed_callables`, for lengths at which the host is slower than the kernels. One process a mode and length; medians of `do_bench` over all gradients, the rise of memory over one pass, seconds of the first two passes.
 Writes `boltz.jsonl` with all samples.
 
 python bench/boltz_lab.py --predict 768      the peak of `apply`, from what PyTorch would allocate: without a GPU
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from optimized import apply
 
-MODES = ("eager", "compile", "kernels", "compile+kernels", "apply", "apply+compile")
+MODES = ("eager", "compile", "kernels", "compile+kernels", "apply", "apply+compile", "apply+graphs")
 TOKEN_WIDTH, PAIR_WIDTH, BLOCKS = 384, 128, 2
 
 
@@ -44,6 +45,19 @@ def build(device: str) -> nn.Module:
     return stack.to(device).train()
 
 
+class Positional(nn.Module):
+    """The stack with nothing but tensors for arguments, as graphs are captured with."""
+
+    def __init__(self, stack: nn.Module, kernels: bool) -> None:
+        super().__init__()
+        self.stack, self.kernels = stack, kernels
+
+    def forward(self, s: Tensor, z: Tensor, mask: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The new s and z."""
+        new: tuple[Tensor, Tensor] = self.stack(s, z, mask, pair_mask, use_kernels=self.kernels)
+        return new
+
+
 def measure(mode: str, n: int, repeat_ms: int, profiled: bool) -> dict[str, Any]:
     """Times in ms, memory in MiB, and what `apply` replaced, of one mode at one length; `profiled`: kernel by kernel too."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +65,7 @@ def measure(mode: str, n: int, repeat_ms: int, profiled: bool) -> dict[str, Any]
     parts = mode.split("+")
     stack = build(device)
     report = str(apply(stack)) if "apply" in parts else ""
+    stack = Positional(stack, "kernels" in parts)
     call: Any = torch.compile(stack, dynamic=False) if "compile" in parts else stack
     s = torch.randn(1, n, TOKEN_WIDTH, device=device, requires_grad=True)
     z = torch.randn(1, n, n, PAIR_WIDTH, device=device, requires_grad=True)
@@ -60,22 +75,27 @@ def measure(mode: str, n: int, repeat_ms: int, profiled: bool) -> dict[str, Any]
 
     def both() -> tuple[Tensor | None, ...]:
         with torch.autocast(device, torch.bfloat16):
-            outputs = call(s, z, ones, pairs, use_kernels="kernels" in parts)
+            outputs = call(s, z, ones, pairs)
         return torch.autograd.grad(
             outputs, leaves, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
         )
 
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
     began = time.perf_counter()
+    if "graphs" in parts:  # which hold all that a pass does, from here on
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            call = torch.cuda.make_graphed_callables(stack, (s, z, ones, pairs))
     for _ in range(2):
         both()
     if device == "cpu":
         return {"first_s": time.perf_counter() - began, "times_ms": [], "peak_mib": None, "report": report}
     torch.cuda.synchronize()
     first = time.perf_counter() - began
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    both()
-    torch.cuda.synchronize()
+    if "graphs" not in parts:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     from triton.testing import do_bench
 

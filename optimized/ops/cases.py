@@ -147,8 +147,11 @@ def cases(arch: str) -> list[KernelCase]:
             del sizes["stride_column"]
             alone = {**sizes, "H": 0, "T": 0, "HEADS": 16}  # the bias of token attention
             one = {**sizes, "H": 16, "T": 1, "stride_row": 1}
+            if short == "fp32":
+                name, config = f"layer_norm_linear.{short}.{c}.bias.forward", linear.narrow_config(c)
+                found.append(make_case(name, linear_kernels.narrow_kernel, config, short, alone))
             for kernel, fn, sizes in (
-                ("forward", linear_kernels.forward_kernel, alone),
+                *([] if short == "fp32" else [("forward", linear_kernels.forward_kernel, alone)]),
                 ("bias_gradient", linear_kernels.input_gradient_kernel, alone),
                 ("weight_gradient", linear_kernels.weight_gradient_kernel, one),
             ):

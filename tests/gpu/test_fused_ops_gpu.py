@@ -77,6 +77,18 @@ def test_layer_norm_linear_errors(dtype, parameter_dtype):
     )
 
 
+def test_a_narrow_map_alone_in_float32():
+    x, _ = pair_input(75, 128, FULL)
+    weights = parameters([(128,), (128,), (16, 128)], FULL, "cuda")
+    grad = torch.randn(16, *x.shape[:-1], device="cuda")
+    check_against_definition(
+        lambda x, gamma, beta, head: layer_norm_linear(x, gamma, beta, [], head),
+        lambda x, gamma, beta, head: layer_norm_linear_reference(x, gamma, beta, [], head),
+        [x, *weights],
+        [grad],
+    )
+
+
 def test_hundred_repeats_are_bitwise_equal():
     x, grad = pair_input(90, 128, BF)
     check_bitwise(transitions()[0], [x, *transition_parameters(128, 4, FULL)], [grad], times=100)

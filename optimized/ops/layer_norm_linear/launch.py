@@ -23,6 +23,8 @@ HALF = {
 
 The input gradient reads the weights once for every BM rows: at 64 they are twice as many bytes (from L2) as one gradient.
 """
+NARROW, NARROW_WIDE = Config({"BM": 64, "BN": 16}), Config({"BM": 32, "BN": 16})
+"""Of a narrow map alone in fp32, up to 128 channels and beyond: half a row's columns are as many registers of a thread."""
 HALF_WIDE = dict.fromkeys(HALF, tile(32, 32, 8, 1))
 FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1)) | {"bias_gradient": tile(16, 16, 8, 1)}
 FOLD = Config({"ROWS": 8})
@@ -94,6 +96,8 @@ def forward(
     `w` holds the weights and the head weight one after another, in the dtype of the results.
     """
     rows, channels = x.shape
+    if not widths.count and w.dtype == torch.float32:
+        return [_narrow_map(x, norm, w, widths, eps)]
     config = config or _config("forward", x, w.dtype)
     outs = [torch.empty((rows, widths.hidden), dtype=w.dtype, device=x.device) for _ in range(widths.count)]
     narrow = [torch.empty((widths.heads, rows), dtype=w.dtype, device=x.device)] if widths.heads else []
@@ -102,6 +106,21 @@ def forward(
     blocks = widths.blocks(channels) | {"SHORT": rows < config.constants["BM"]}
     launch(kernels.forward_kernel, grid, config, arguments, **blocks)
     return outs + narrow
+
+
+def narrow_config(channels: int) -> Config:
+    """Of `narrow_kernel`."""
+    return NARROW if channels <= 128 else NARROW_WIDE
+
+
+def _narrow_map(x: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, widths: Widths, eps: float) -> Tensor:
+    """The result `[heads, rows]` of a head weight in fp32 without others beside it."""
+    rows, channels = x.shape
+    config = narrow_config(channels)
+    s = torch.empty((widths.heads, rows), dtype=w.dtype, device=x.device)
+    grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
+    launch(kernels.narrow_kernel, grid, config, (x, *norm, w, s, rows, eps), C=channels, HEADS=widths.heads)
+    return s
 
 
 def fold_weights(w: Tensor, gamma: Tensor) -> Tensor:

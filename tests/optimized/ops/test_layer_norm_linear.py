@@ -37,6 +37,9 @@ def split(fn, count):
         ((65,), 32, 48, 1, 3, HALF, HALF),
         ((5, 9), 32, 0, 0, 4, BF, FULL),
         ((2, 33), 64, 40, 2, 16, BF, BF),
+        ((9, 9), 128, 0, 0, 16, FULL, FULL),  # the narrow map alone, in fp32: a kernel of its own
+        ((5, 9), 24, 0, 0, 3, FULL, FULL),
+        ((41,), 136, 0, 0, 5, FULL, FULL),
     ],
 )
 def test_errors_against_fp64(shape, channels, hidden, count, heads, dtype, parameter_dtype):
