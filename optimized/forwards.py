@@ -212,10 +212,23 @@ class TransitionWeights(NamedTuple):
     """`[c, h]`"""
 
 
-def transition(x: Tensor, weights: TransitionWeights, eps: float, fallbacks: Fallbacks) -> Tensor:
-    """Transition (AF3 Algorithm 11) on x [..., c], without the residual."""
+def transition(
+    x: Tensor, weights: TransitionWeights, eps: float, fallbacks: Fallbacks, added: bool = False
+) -> Tensor:
+    """Transition (AF3 Algorithm 11) on x [..., c], without the residual or, if `added`, with it: x itself."""
     fallbacks.check("transition", transition_op.supported(x, *weights))
-    return transition_op.transition(x, *weights, eps)
+    return transition_op.transition(x, *weights, eps, added)
+
+
+def with_transition(update: Any, x: Tensor) -> Tensor:
+    """x + update(x), in one operator where `update` is a transition that was replaced.
+
+    Hooks on it are handed the update itself, so they cost the fusion.
+    """
+    if getattr(update, "adds", False) and not update._forward_hooks:
+        added: Tensor = update(x, added=True)
+        return added
+    return x + update(x)
 
 
 class AdaptiveWeights(NamedTuple):

@@ -87,14 +87,16 @@ class TriangleAttention(Fused, triangle.TriangleAttention):
 class Transition(Fused, primitives.Transition):
     """Transition (AF3 Algorithm 11) as one operator."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The update of [..., c], without the residual."""
+    adds = True
+
+    def forward(self, x: Tensor, added: bool = False) -> Tensor:
+        """The update of x [..., c], or, if `added`, x and that."""
         norm = self.layer_norm
         assert norm.weight is not None and norm.bias is not None
         weights = TransitionWeights(
             norm.weight, norm.bias, self.linear_a.weight, self.linear_b.weight, self.linear_out.weight
         )
-        return forwards.transition(x, weights, norm.eps, self.fallbacks)
+        return forwards.transition(x, weights, norm.eps, self.fallbacks, added)
 
 
 class Linear(Fused, primitives.Linear):
@@ -170,7 +172,7 @@ class PairBlock(Fused, pairformer.PairBlock):
             z = forwards.add_update(update(z, mask), _into(z, self.row_dropout), self.fallbacks)
         z = self._attend(self.tri_att_start, z, mask, self.row_dropout)
         z = self._attend(self.tri_att_end, z, mask, self.column_dropout)
-        return z + self.pair_transition(z)
+        return forwards.with_transition(self.pair_transition, z)
 
     def _attend(
         self, update: triangle.TriangleAttention, z: Tensor, mask: Tensor | None, dropout: SharedDropout
@@ -228,7 +230,7 @@ class MSABlock(Fused, msa.MSABlock):
             m = update(m, z, msa_mask, _into(m, self.msa_dropout))
         else:
             m = forwards.add_update(update(m, z, msa_mask), _into(m, self.msa_dropout), self.fallbacks)
-        return m + self.msa_transition(m)
+        return forwards.with_transition(self.msa_transition, m)
 
 
 def _into(residual: Tensor, dropout: SharedDropout) -> Into:

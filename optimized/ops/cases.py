@@ -114,7 +114,7 @@ def cases(arch: str) -> list[KernelCase]:
             if short == "fp32":  # products of the library
                 continue
             sizes = {"C": c, "H": h, "BC": triton.next_power_of_2(c), "FAST": False}
-            sizes |= {"JOINT": False, "TURNED": False}
+            sizes |= {"JOINT": False, "TURNED": False, "ADDED": True, "MORE": True}  # those that hold more
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = transition.default(f"transition.{kernel}", c, dtype)
                 fn = getattr(transition_kernels, f"{kernel}_kernel")
@@ -138,14 +138,14 @@ def cases(arch: str) -> list[KernelCase]:
                 name = f"triangle_multiplication.{short}.{c}.normal.input_gradient"
                 fn = gradients.input_gradient_kernel
                 found.append(make_case(name, fn, config, short, {**sizes, "NORMAL": True}, (key, c)))
-            sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16, "SHORT": False}
+            sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16, "SHORT": False, "MORE": True}
             sizes |= {"stride_column": 1}  # which a launch makes a constant
             for kernel in ("forward", "input_gradient", "weight_gradient"):
                 config = linear.default(f"layer_norm_linear.{kernel}", c, dtype)
                 fn = getattr(linear_kernels, f"{kernel}_kernel")
                 found.append(make_case(f"layer_norm_linear.{short}.{c}.{kernel}", fn, config, short, sizes))
             del sizes["stride_column"]
-            alone = {**sizes, "H": 0, "T": 0, "HEADS": 16}  # the bias of token attention
+            alone = {**sizes, "H": 0, "T": 0, "HEADS": 16, "MORE": False}  # the bias of token attention
             one = {**sizes, "H": 16, "T": 1, "stride_row": 1}
             if short == "fp32":
                 name, config = f"layer_norm_linear.{short}.{c}.bias.forward", linear.narrow_config(c)

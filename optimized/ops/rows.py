@@ -118,13 +118,29 @@ def as_memory_lies(value, pointers, inside):
 
 
 @triton.jit
-def finish_rows(grad, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, again, C: tl.constexpr):
+def finish_rows(
+    grad,
+    normal,
+    rstd,
+    gamma,
+    dx_ptr,
+    share_ptr,
+    more_ptr,
+    tile,
+    inside,
+    c,
+    again,
+    C: tl.constexpr,
+    MORE: tl.constexpr,
+):
     """Layer-norm backward of a tile: dx at the offsets `tile`, and the program's shares of dγ and dβ.
 
     Arguments as of `normalise_rows_backward` and `add_share`. `grad` may have come by way of dx: the barriers in
-    `add_share` keep dx from being written before every thread has read it.
+    `add_share` keep dx from being written before every thread has read it. MORE: another gradient of x is added to dx.
     """
     add_share(share_ptr, c, tl.sum(grad * normal, 0), again, C)
     add_share(share_ptr + C, c, tl.sum(grad, 0), again, C)
     dx = normalise_rows_backward(grad, normal, gamma, rstd, C)
+    if MORE:
+        dx += tl.load(more_ptr + tile, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)

@@ -85,17 +85,18 @@ class TriangleAttention(Fused):
 class Transition(Fused):
     """Transition."""
 
+    adds = True
     norm: Any
     fc1: Any
     fc2: Any
     fc3: Any
 
-    def forward(self, x: Tensor, chunk_size: int | None = None) -> Tensor:
-        """The update of x [..., c], without the residual."""
+    def forward(self, x: Tensor, chunk_size: int | None = None, added: bool = False) -> Tensor:
+        """The update of x [..., c], or, if `added`, x and that."""
         weights = TransitionWeights(
             self.norm.weight, self.norm.bias, self.fc1.weight, self.fc2.weight, self.fc3.weight
         )
-        return forwards.transition(x, weights, self.norm.eps, self.fallbacks)
+        return forwards.transition(x, weights, self.norm.eps, self.fallbacks, added)
 
 
 class _PairUpdates(Fused):
@@ -117,7 +118,7 @@ class _PairUpdates(Fused):
             z = forwards.add_update(update(z, mask=mask, use_kernels=options["mul"]), into, self.fallbacks)
         z = self._attend(self.tri_att_start, z, mask, self._into(z, columns=False), options)
         z = self._attend(self.tri_att_end, z, mask, self._into(z, columns=True), options)
-        return z + self.transition_z(z)
+        return forwards.with_transition(self.transition_z, z)
 
     def _into(self, z: Tensor, columns: bool) -> Into:
         """z and the factors of dropout shared by rows, or by columns: float32, and drawn in evaluation too, as theirs."""
@@ -163,7 +164,7 @@ class PairformerLayer(_PairUpdates):
             s = s.float()
             normed = self.pre_norm_s(s)
             s = s + self.attention(s=normed, z=z.float(), mask=mask.float(), k_in=normed)
-            s = self.s_post_norm(s + self.transition_s(s))
+            s = self.s_post_norm(forwards.with_transition(self.transition_s, s))
         return s, z
 
 

@@ -182,6 +182,7 @@ def input_gradient_kernel(
     ds_ptr,
     dx_ptr,
     normal_ptr,
+    more_ptr,
     rows,
     eps,
     C: tl.constexpr,
@@ -191,11 +192,12 @@ def input_gradient_kernel(
     BC: tl.constexpr,
     BS: tl.constexpr,
     SHORT: tl.constexpr,
+    MORE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx and x̂ of BM rows.
+    """dx and x̂ of BM rows. MORE: another gradient of x is added to dx.
 
     The last tile ends with the last row, so that none is masked: what it shares with the one before is computed twice,
     to the same bits. SHORT: fewer rows than a tile has, which are.
@@ -247,6 +249,8 @@ def input_gradient_kernel(
     normal = tl.load(normal_ptr + first * C + cells, mask=inside, other=0.0).to(tl.float32)
     second = tl.sum(acc * normal, 1) / C
     dx = (acc - normal * second[:, None]) * rstd[:, None]
+    if MORE:
+        dx += tl.load(more_ptr + first * C + cells, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + first * C + cells, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 

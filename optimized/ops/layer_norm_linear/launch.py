@@ -141,15 +141,19 @@ def input_gradient(
     grads: list[Tensor],
     eps: float,
     config: Config | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx, and x̂, which is LN(x) without γ and β, in the weights' dtype."""
+    """dx, and x̂, which is LN(x) without γ and β, in the weights' dtype.
+
+    `more`: another gradient of x, which is added to dx.
+    """
     rows, channels = x.shape
     config = config or _config("input_gradient" if widths.count else "bias_gradient", x, folded.dtype)
     dx = torch.empty_like(x)
     normal = torch.empty((rows, channels), dtype=folded.dtype, device=x.device)
     pointers = (*_four(grads[: widths.count], folded), grads[-1], dx, normal)
-    arguments = (x, folded, *pointers, rows, eps)
-    blocks = widths.blocks(channels) | {"SHORT": rows < config.constants["BM"]}
+    arguments = (x, folded, *pointers, x if more is None else more, rows, eps)
+    blocks = widths.blocks(channels) | {"SHORT": rows < config.constants["BM"], "MORE": more is not None}
     grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
     launch(kernels.input_gradient_kernel, grid, config, arguments, **blocks)
     return dx, normal
@@ -204,11 +208,15 @@ def backward(
     head: Tensor | None,
     w: Tensor,
     eps: float,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx, and the gradients of γ, β, the weights and the head weight one after another in one vector; `w` as forward."""
+    """dx, and the gradients of γ, β, the weights and the head weight one after another in one vector; `w` as forward.
+
+    `more` as of `input_gradient`.
+    """
     widths = Widths.of(weights, head)
     matrices = [*weights, head] if head is not None else weights
-    dx, normal = input_gradient(x, fold_weights(w, norm[0]), widths, grads, eps)
+    dx, normal = input_gradient(x, fold_weights(w, norm[0]), widths, grads, eps, more=more)
     end = widths.count * widths.hidden * x.shape[1]
     parts = [(grads[: widths.count], w[:end])] if weights else []
     if head is not None:

@@ -127,8 +127,12 @@ def run_backward(
     count: int,
     eps: float,
     w: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx and the gradients of the parameters in one vector by the kernels, unchecked; `w` as for `run_forward`."""
+    """dx and the gradients of the parameters in one vector by the kernels, unchecked; `w` as for `run_forward`.
+
+    `more`: another gradient of x, which is added to dx.
+    """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     flat = [g.reshape(rows.shape[0], -1).contiguous() for g in grads[:count]]
     flat += [g.reshape(-1, rows.shape[0]).contiguous() for g in grads[count:]]
@@ -136,7 +140,8 @@ def run_backward(
     head = matrices[count] if len(matrices) > count else None
     w = packed(parameters, flat[0].dtype) if w is None else w
     norm = (parameters[0], parameters[1])
-    dx, gradients = launch.backward(flat, rows, norm, matrices[:count], head, w, eps)
+    more = None if more is None else more.reshape(rows.shape).contiguous()
+    dx, gradients = launch.backward(flat, rows, norm, matrices[:count], head, w, eps, more)
     return dx.view(x.shape), gradients
 
 

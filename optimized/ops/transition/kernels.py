@@ -1,6 +1,6 @@
 """Transition kernels for 16-bit products: the wide hidden layer lives in registers, forward and backward.
 
-With n = LN(x):  a = n·w_aᵀ, b = n·w_bᵀ, h = swish(a)·b, y = h·w_outᵀ.
+With n = LN(x):  a = n·w_aᵀ, b = n·w_bᵀ, h = swish(a)·b, y = h·w_outᵀ. The result is y, or x + y.
 
 Backward, given dy (everything recomputed from x):
     dh = dy·w_out;  db = dh·swish(a);  da = dh·b·(σ(a) + swish(a)·(1 − σ(a)))
@@ -135,11 +135,15 @@ def forward_kernel(
     BC: tl.constexpr,
     FAST: tl.constexpr,
     JOINT: tl.constexpr,
+    ADDED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile of BM rows: y = h·w_outᵀ, hidden chunk by hidden chunk. JOINT: a and b come from one product."""
+    """One tile of BM rows: y = h·w_outᵀ, hidden chunk by hidden chunk. JOINT: a and b come from one product.
+
+    ADDED: x + y.
+    """
     FULL: tl.constexpr = C == BC and H % BN == 0
     dtype = w_ptr.dtype.element_ty
     wo_ptr = w_ptr + 2 * H * C
@@ -163,7 +167,10 @@ def forward_kernel(
             b = tl.dot(n, tl.trans(wb), input_precision="ieee")
         h = (a * gate(a, FAST) * b).to(dtype)
         acc = accumulate(acc, h, tl.trans(wo))
-    tl.store(out_ptr + tile, (acc * 2.0).to(out_ptr.dtype.element_ty), mask=inside)
+    y = acc * 2.0
+    if ADDED:  # read again (from L2): kept, x would cost BM·BC registers through the loop
+        y += tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + tile, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,6 +191,7 @@ def input_gradient_kernel(
     dx_ptr,
     n_ptr,
     norm_partial_ptr,
+    more_ptr,
     rows,
     group,
     eps,
@@ -192,13 +200,14 @@ def input_gradient_kernel(
     BC: tl.constexpr,
     FAST: tl.constexpr,
     JOINT: tl.constexpr,
+    MORE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """`group` consecutive tiles of BM rows: dx, n / 2 for the weight gradients, and the program's share of dγ and dβ.
 
-    JOINT: a and b come from one product, and their gradients go into one.
+    JOINT: a and b come from one product, and their gradients go into one. MORE: another gradient of x is added to dx.
     """
     FULL: tl.constexpr = C == BC and H % BN == 0
     dtype = w_ptr.dtype.element_ty
@@ -237,7 +246,7 @@ def input_gradient_kernel(
         gamma = tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(tl.float32)
         dn = as_memory_lies(acc, dx_ptr + tile, inside)
         normal = normalised(x.to(tl.float32), mean, rstd, c, C)
-        finish_rows(dn, normal, rstd, gamma, dx_ptr, share_ptr, tile, inside, c, step > 0, C)
+        finish_rows(dn, normal, rstd, gamma, dx_ptr, share_ptr, more_ptr, tile, inside, c, step > 0, C, MORE)
 
 
 @triton.jit(repr=profiled_as("transition_weight_gradient"), do_not_specialize=["splits"])

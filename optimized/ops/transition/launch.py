@@ -61,31 +61,49 @@ def _sizes(w: Tensor, channels: int, device: torch.device) -> dict[str, int]:
 
 
 def forward(
-    x: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, eps: float, config: Config | None = None
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    w: Tensor,
+    eps: float,
+    config: Config | None = None,
+    added: bool = False,
 ) -> Tensor:
-    """y `[rows, c]` in the weights' dtype from x `[rows, c]`; `w` is w_a, w_b, w_out one after another."""
+    """y `[rows, c]` in the weights' dtype from x `[rows, c]`; `w` is w_a, w_b, w_out one after another.
+
+    `added`: x + y, in the wider dtype of both.
+    """
     rows, channels = x.shape
     config = config or _config("forward", x, w.dtype)
-    out = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
+    dtype = torch.promote_types(x.dtype, w.dtype) if added else w.dtype
+    out = torch.empty((rows, channels), dtype=dtype, device=x.device)
     grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
     sizes = _sizes(w, channels, x.device)
-    sizes |= _form("JOINT", config)
+    sizes |= _form("JOINT", config) | {"ADDED": added}
     launch(kernels.forward_kernel, grid, config, (x, *norm, w, out, rows, eps), **sizes)
     return out
 
 
 def input_gradient(
-    x: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, dy: Tensor, eps: float, config: Config | None = None
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    w: Tensor,
+    dy: Tensor,
+    eps: float,
+    config: Config | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, n / 2 = LN(x) / 2 in the weights' dtype, and the partial sums of dγ and dβ `[programs, 2c]`."""
+    """dx, n / 2 = LN(x) / 2 in the weights' dtype, and the partial sums of dγ and dβ `[programs, 2c]`.
+
+    `more`: another gradient of x, which is added to dx.
+    """
     rows, channels = x.shape
     config = config or _config("input_gradient", x, w.dtype)
     programs, group = grouped(ceil_div(rows, config.constants["BM"]))
     dx = torch.empty_like(x)
     n = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
     shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)
-    arguments = (x, *norm, w, dy, dx, n, shares, rows, group, eps)
-    sizes = _sizes(w, channels, x.device) | _form("JOINT", config)
+    arguments = (x, *norm, w, dy, dx, n, shares, x if more is None else more, rows, group, eps)
+    sizes = _sizes(w, channels, x.device) | _form("JOINT", config) | {"MORE": more is not None}
     launch(kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dx, n, shares
 
@@ -107,9 +125,18 @@ def weight_gradient(n: Tensor, w: Tensor, dy: Tensor, config: Config | None = No
 
 
 def backward(
-    dy: Tensor, x: Tensor, norm: tuple[Tensor, Tensor], weights: list[Tensor], eps: float
+    dy: Tensor,
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    eps: float,
+    dtype: torch.dtype,
+    added: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx, and the gradients of γ, β, w_a, w_b, w_out one after another in one vector."""
-    w = pack(weights, dy.dtype)
-    dx, n, shares = input_gradient(x, norm, w, dy, eps)
-    return dx, fold([shares], [weight_gradient(n, w, dy)], gradient_dtype((*norm, *weights)))
+    """dx, and the gradients of γ, β, w_a, w_b, w_out one after another in one vector; products in `dtype`.
+
+    `added`: dy is the gradient of x + y.
+    """
+    w, narrow = pack(weights, dtype), dy.to(dtype)
+    dx, n, shares = input_gradient(x, norm, w, narrow, eps, more=dy if added else None)
+    return dx, fold([shares], [weight_gradient(n, w, narrow)], gradient_dtype((*norm, *weights)))

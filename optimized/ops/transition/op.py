@@ -38,21 +38,22 @@ def transition(
     w_b: Tensor,
     w_out: Tensor,
     eps: float = 1e-5,
+    added: bool = False,
 ) -> Tensor:
-    """AF3 Algorithm 11: w_out · (swish(w_a · LN(x)) ⊙ w_b · LN(x)).
+    """AF3 Algorithm 11: w_out · (swish(w_a · LN(x)) ⊙ w_b · LN(x)), or with `added` x plus that.
 
     x `[..., c]`; norm_weight, norm_bias `[c]`; w_a, w_b `[h, c]`; w_out `[c, h]`. The products run in autocast's
-    dtype where autocast is on and in x's dtype otherwise, and so is the result; parameters may have another dtype.
-    Only x and the parameters are kept for the backward pass. Where the kernels do not apply (`supported` says
-    why) the definition runs.
+    dtype where autocast is on and in x's dtype otherwise; the result has that dtype, with `added` the wider one of it and
+    x's. Parameters may have another dtype. Only x and the parameters are kept for the backward pass. Where the
+    kernels do not apply (`supported` says why) the definition runs.
     """
     parameters = (norm_weight, norm_bias, w_a, w_b, w_out)
     dtype = compute_dtype(x)
     if not supported(x, *parameters).ok:
-        return transition_reference(x, *parameters, eps, dtype)
+        return transition_reference(x, *parameters, eps, dtype, added)
     if direct((x, *parameters)):
-        return _Direct.apply(x, *parameters, eps, dtype)
-    return torch.ops.megafold_bench.transition(x, *parameters, eps, dtype)
+        return _Direct.apply(x, *parameters, eps, dtype, added)
+    return torch.ops.megafold_bench.transition(x, *parameters, eps, dtype, added)
 
 
 @planned
@@ -65,13 +66,15 @@ def _forward(
     w_out: Tensor,
     eps: float,
     dtype: torch.dtype,
+    added: bool,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if dtype == torch.float32:
         with torch.autocast(x.device.type, enabled=False):
-            return full.forward(rows, [norm_weight, norm_bias, w_a, w_b, w_out], eps).view(x.shape)
+            y = full.forward(rows, [norm_weight, norm_bias, w_a, w_b, w_out], eps)
+            return (y.add_(rows) if added else y).view(x.shape)
     packed = pack([w_a, w_b, w_out], dtype)
-    return launch.forward(rows, (norm_weight, norm_bias), packed, eps).view(x.shape)
+    return launch.forward(rows, (norm_weight, norm_bias), packed, eps, added=added).view(x.shape)
 
 
 _op = torch.library.custom_op("megafold_bench::transition", mutates_args=())(_forward)
@@ -87,8 +90,9 @@ def _(
     w_out: Tensor,
     eps: float,
     dtype: torch.dtype,
+    added: bool,
 ) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, dtype) if added else dtype)
 
 
 @planned
@@ -101,14 +105,18 @@ def _backward(
     w_b: Tensor,
     w_out: Tensor,
     eps: float,
+    dtype: torch.dtype,
+    added: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     dy = dy.reshape(rows.shape).contiguous()
-    if dy.dtype == torch.float32:
+    if dtype == torch.float32:
         with torch.autocast(x.device.type, enabled=False):
             dx, flat = full.backward(dy, rows, [norm_weight, norm_bias, w_a, w_b, w_out], eps)
+            dx = dx.add_(dy) if added else dx
     else:
-        dx, flat = launch.backward(dy, rows, (norm_weight, norm_bias), [w_a, w_b, w_out], eps)
+        weights = [w_a, w_b, w_out]
+        dx, flat = launch.backward(dy, rows, (norm_weight, norm_bias), weights, eps, dtype, added)
     return dx.view(x.shape), flat
 
 
@@ -125,21 +133,23 @@ def _(
     w_b: Tensor,
     w_out: Tensor,
     eps: float,
+    dtype: torch.dtype,
+    added: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = gradient_dtype((norm_weight, norm_bias, w_a, w_b, w_out))
-    return x.new_empty(x.shape), x.new_empty(2 * x.shape[-1] + 3 * w_a.numel(), dtype=dtype)
+    kind = gradient_dtype((norm_weight, norm_bias, w_a, w_b, w_out))
+    return x.new_empty(x.shape), x.new_empty(2 * x.shape[-1] + 3 * w_a.numel(), dtype=kind)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:6])
-    ctx.eps = inputs[6]
+    ctx.settings = inputs[6:]
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     backward = same_way(ctx, _backward, torch.ops.megafold_bench.transition_backward)
-    dx, flat = backward(dy, *saved, ctx.eps)
-    return (dx, *unpacked(flat, saved[1:]), None, None)
+    dx, flat = backward(dy, *saved, *ctx.settings)
+    return (dx, *unpacked(flat, saved[1:]), None, None, None)
 
 
 _op.register_autograd(_differentiate, setup_context=_keep)

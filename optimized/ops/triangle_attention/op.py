@@ -68,7 +68,8 @@ def triangle_attention(
     """residual + keep ⊙ triangle attention (AF3 Algorithms 14 and 15) of z `[*, N, N, c]`.
 
     `mask` `[*, N, N]` boolean says which keys z_ij take part; a row without any gives zero. `residual` `[*, N, N, c]`
-    and `keep`, the factors of row- or column-shared dropout (no gradient), as for `gated_output`. Products run in
+    and `keep`, the factors of row- or column-shared dropout (no gradient), as for `gated_output`; with z itself as the
+    residual its two gradients are added by the kernel. Products run in
     autocast's dtype where autocast is on and in z's otherwise; the result has that dtype, or the wider one of it and
     the residual's. Where the kernels do not apply (`supported` says why) the definition runs.
     """
@@ -129,8 +130,12 @@ def _backward(
     dy: Tensor, z: Tensor, mask: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
     o: Tensor, lse: Tensor, rounding: Tensor, heads: int, columns: bool, flipped: bool, eps: float, dtype: torch.dtype,
+    into_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dz, the gradients of γ, β, the maps and the bias's in one vector, and that of the output projection."""
+    """dz, the gradients of γ, β, the maps and the bias's in one vector, and that of the output projection.
+
+    `into_z`: z was the residual too, and dz is its whole gradient.
+    """
     from optimized.ops.gated_output import launch
 
     parameters = (norm_weight, norm_bias, q, k, v, g, bias)
@@ -147,7 +152,7 @@ def _backward(
     )
     del do, dx, qs, ks, vs, pairs
     grads = [from_rows(t, columns) for t in (dq, dk, dv)] + [dg, bias_from_rows(d_pairs, flipped)]
-    dz, flat = projections.run_backward(grads, z, parameters, MAPS, eps, w)
+    dz, flat = projections.run_backward(grads, z, parameters, MAPS, eps, w, dy if into_z else None)
     return dz, flat, d_out
 
 
@@ -161,6 +166,7 @@ def _(
     dy: Tensor, z: Tensor, mask: Tensor | None, keep: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bias: Tensor, out: Tensor,
     o: Tensor, lse: Tensor, rounding: Tensor, heads: int, columns: bool, flipped: bool, eps: float, dtype: torch.dtype,
+    into_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parameters = (norm_weight, norm_bias, q, k, v, g, bias)
     size = sum(p.numel() for p in parameters)
@@ -177,6 +183,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(z, mask, keep, *rest[:8], *output[1:])
     ctx.settings = tuple(rest[8:13])
     ctx.residual = None if residual is None else residual.dtype
+    ctx.into_z = residual is z
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -185,8 +192,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None,
     saved = ctx.saved_tensors
     parameters = saved[3:10]
     backward = same_way(ctx, _backward, torch.ops.megafold_bench.triangle_attention_backward)
-    dz, flat, d_out = backward(dy, *saved, *ctx.settings)
-    d_residual = None if ctx.residual is None else dy.to(ctx.residual)
+    dz, flat, d_out = backward(dy, *saved, *ctx.settings, ctx.into_z)
+    d_residual = None if ctx.residual is None or ctx.into_z else dy.to(ctx.residual)
     d_out = d_out.to(saved[10].dtype)
     return dz, None, d_residual, None, *unpacked(flat, parameters), d_out, None, None, None, None, None
 

@@ -49,6 +49,35 @@ def test_errors_against_fp64(shape, channels, factor, dtype, parameter_dtype):
     check_against_definition(ours, definition, tensors, grads)
 
 
+def with_input(fn):
+    return lambda *tensors: [fn(*tensors, added=True)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "dtype"), [((7, 11), 64, BF), ((37,), 24, FULL), ((13,), 96, HALF)]
+)
+def test_input_and_update_in_one(shape, channels, dtype):
+    """x + y, and its gradient by way of both, each rounded once."""
+    tensors, grads = problem(shape, channels, 2, dtype, FULL)
+    check_against_definition(with_input(transition), with_input(transition_reference), tensors, grads)
+    check_bitwise(with_input(transition), tensors, grads, times=2)
+
+
+def test_a_float32_input_and_its_update_of_16_bits():
+    """Under autocast: the residual stays in float32, both ways."""
+    tensors, _ = problem((9, 7), 64, 2, FULL, FULL)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    grad = torch.randn(9, 7, 64)
+    with torch.autocast("cpu", dtype=BF):
+        whole, update = transition(*leaves, added=True), transition(*leaves)
+    assert whole.dtype == FULL and update.dtype == BF
+    assert distance(whole - leaves[0], update.float()) < 2**-8
+    d_whole = torch.autograd.grad(whole, leaves, grad)
+    d_update = torch.autograd.grad(update, leaves, grad.to(BF))
+    torch.testing.assert_close(d_whole[0], d_update[0] + grad)
+    assert all(torch.equal(a, b) for a, b in zip(d_whole[1:], d_update[1:], strict=True))
+
+
 PLAIN = {
     "forward": tile(16, 32, 4, 2),
     "input_gradient": tile(16, 32, 4, 2),
@@ -114,10 +143,13 @@ def test_fake_tensors_and_registration():
     tensors, _ = problem((4, 5), 16, 4, BF, FULL)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in tensors]
-        y = torch.ops.megafold_bench.transition(*fakes, 1e-5, BF)
+        y = torch.ops.megafold_bench.transition(*fakes, 1e-5, BF, False)
+        assert torch.ops.megafold_bench.transition(fakes[0].float(), *fakes[1:], 1e-5, BF, True).dtype == FULL
     assert y.shape == (4, 5, 16) and y.dtype == BF
     leaves = [t.clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(torch.ops.megafold_bench.transition.default, (*leaves, 1e-5, BF), test_utils=CHECKS)
+    for added in (False, True):
+        arguments = (*leaves, 1e-5, BF, added)
+        torch.library.opcheck(torch.ops.megafold_bench.transition.default, arguments, test_utils=CHECKS)
 
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")

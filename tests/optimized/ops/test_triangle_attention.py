@@ -86,6 +86,37 @@ def test_autocast_with_a_wide_residual():
         assert ((a.double() - x).norm() / x.norm()).item() < 0.02
 
 
+@pytest.mark.parametrize(("way", "dtype"), [(ROWS, FULL), (TURNED_COLUMNS, BF)])
+def test_z_itself_is_the_residual(way, dtype):
+    """Its gradients by way of the update and past it leave the kernel as one, rounded once."""
+    tensors, grads = problem((2,), 9, 32, 2, 16, dtype, FULL)
+    keep = (torch.rand(2, 9, 1, 32) > 0.25) / 0.75
+
+    def into_z(fn):
+        return lambda z, *weights: [fn(z, TriangleAttentionWeights(*weights), 2, way, None, 1e-5, z, keep)]
+
+    check_against_definition(into_z(triangle_attention), into_z(triangle_attention_reference), tensors, grads)
+
+
+def test_z_itself_is_the_residual_under_autocast():
+    """z and its gradient stay in float32: what is past the update is exact."""
+    tensors, grads = problem((), 9, 32, 2, 16, FULL, FULL)
+
+    def into(residual):
+        def run(z, *weights):
+            chosen = z if residual is None else residual
+            return [triangle_attention(z, TriangleAttentionWeights(*weights), 2, ROWS, None, 1e-5, chosen)]
+
+        return run
+
+    with torch.autocast("cpu", BF):
+        whole = gradients(into(None), tensors, grads, None)
+        update = gradients(into(tensors[0]), tensors, grads, None)
+    assert torch.equal(whole[0], update[0])
+    torch.testing.assert_close(whole[1], update[1] + grads[0])
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], update[2:], strict=True))
+
+
 def test_gradients_repeat_bit_for_bit():
     tensors, grads = problem((), 7, 16, 2, 8, BF, FULL, into=True)
     check_bitwise(both(2, COLUMNS, into=True)[0], tensors, grads, times=2)
