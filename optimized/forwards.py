@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,17 @@ class Into(NamedTuple):
         """The same for an update with rows and columns exchanged."""
         flip = None if self.keep is None else self.keep.transpose(-3, -2)
         return Into(self.residual.transpose(-3, -2), flip)
+
+    def each(self, z: Tensor, structures: Sequence[Tensor]) -> list[Into]:
+        """The same for every structure `[I, J, c]` of a batch z `[*, I, J, c]`; z itself is told by being the same tensor."""
+        lead = z.shape[:-3]
+        residuals = structures
+        if self.residual is not z:
+            residuals = self.residual.reshape(-1, *self.residual.shape[-3:]).unbind(0)
+        if self.keep is None:
+            return [Into(residual, None) for residual in residuals]
+        keeps = self.keep.expand(*lead, *self.keep.shape[-3:]).reshape(-1, *self.keep.shape[-3:]).unbind(0)
+        return [Into(residual, keep) for residual, keep in zip(residuals, keeps, strict=True)]
 
 
 class GatedOutput(NamedTuple):
@@ -108,8 +119,9 @@ def triangle_attention(
     if z.stride(-3) < z.stride(-2):
         turned = Orientation(not way.columns, not way.flipped)
         mask = None if mask is None else mask.transpose(-1, -2)
-        into = None if into is None else into.turned()
         flat = z.transpose(-3, -2)
+        if into is not None:
+            into = into.turned()._replace(residual=flat) if into.residual is z else into.turned()
         update = triangle_attention(flat, weights, heads, turned, mask, eps, fallbacks, out_bias, into)
         return update.transpose(-3, -2)
     target = (None, None) if into is None else into
@@ -173,26 +185,30 @@ def triangle_multiplication(
     mask: Tensor | None,
     eps: float,
     fallbacks: Fallbacks,
+    into: Into | None = None,
 ) -> Tensor:
-    """Triangle multiplication (AF3 Algorithms 12 and 13) on z [*, N, N, c], without the residual.
+    """Triangle multiplication (AF3 Algorithms 12 and 13) on z [*, N, N, c], or with `into` that added to a residual.
 
     `mask` [*, N, N], True = keep. The operator takes one structure, so a batch is taken one by one.
     """
     lead = z.shape[:-3]
     if not lead:
-        fallbacks.check("triangle_multiplication", multiplication_op.supported(z, weights, mask))
-        return multiplication_op.triangle_multiplication(z, weights, outgoing, mask, eps)
+        target = (None, None) if into is None else into
+        fallbacks.check("triangle_multiplication", multiplication_op.supported(z, weights, mask, *target))
+        return multiplication_op.triangle_multiplication(z, weights, outgoing, mask, eps, *target)
     if math.prod(lead) == 1:  # a view, whose gradient is one too: that of unbinding is a copy
-        mask = None if mask is None else mask.reshape(mask.shape[-2:])
         flat = z.reshape(z.shape[-3:])
-        return triangle_multiplication(flat, weights, outgoing, mask, eps, fallbacks).view(z.shape)
+        mask = None if mask is None else mask.reshape(mask.shape[-2:])
+        into = None if into is None else into.each(z, [flat])[0]
+        return triangle_multiplication(flat, weights, outgoing, mask, eps, fallbacks, into).view(z.shape)
     structures = z.flatten(0, len(lead) - 1).unbind(0)
-    masks: tuple[Tensor | None, ...] = (None,) * len(structures)
+    masks: Sequence[Tensor | None] = (None,) * len(structures)
     if mask is not None:
         masks = mask.expand(z.shape[:-1]).reshape(-1, *mask.shape[-2:]).unbind(0)
+    targets = [None] * len(structures) if into is None else into.each(z, structures)
     updates = [
-        triangle_multiplication(one, weights, outgoing, m, eps, fallbacks)
-        for one, m in zip(structures, masks, strict=True)
+        triangle_multiplication(one, weights, outgoing, m, eps, fallbacks, target)
+        for one, m, target in zip(structures, masks, targets, strict=True)
     ]
     return torch.stack(updates).unflatten(0, lead)
 
@@ -220,12 +236,27 @@ def transition(
     return transition_op.transition(x, *weights, eps, added)
 
 
-def with_transition(update: Any, x: Tensor) -> Tensor:
-    """x + update(x), in one operator where `update` is a transition that was replaced.
+def adds(update: Any) -> bool:
+    """Whether a module, replaced or not, can add its update to the residual itself.
 
-    Hooks on it are handed the update itself, so they cost the fusion.
+    Hooks on it are to be handed the update itself, so they cost the fusion.
     """
-    if getattr(update, "adds", False) and not update._forward_hooks:
+    return getattr(update, "adds", False) and not update._forward_hooks
+
+
+def with_update(
+    update: Any, z: Tensor, into: Into, fallbacks: Fallbacks, options: Mapping[str, Any]
+) -> Tensor:
+    """The residual of `into` + keep ⊙ update(z, **options), in one operator where the module takes `into` itself."""
+    if adds(update):
+        added: Tensor = update(z, **options, into=into)
+        return added
+    return add_update(update(z, **options), into, fallbacks)
+
+
+def with_transition(update: Any, x: Tensor) -> Tensor:
+    """x + update(x), in one operator where `update` is a transition that was replaced."""
+    if adds(update):
         added: Tensor = update(x, added=True)
         return added
     return x + update(x)

@@ -48,8 +48,10 @@ def _pairs(mask: Tensor | None) -> Tensor | None:
 class TriangleMultiplication(Fused, triangle.TriangleMultiplication):
     """Triangle multiplication (AF3 Algorithms 12 and 13) as one operator."""
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The update of z [N, N, c_z], without the residual. `mask` [N]: tokens to keep."""
+    adds = True
+
+    def forward(self, z: Tensor, mask: Tensor | None = None, into: Into | None = None) -> Tensor:
+        """The update of z [N, N, c_z], or with `into` that added to a residual. `mask` [N]: tokens to keep."""
         norm_in, norm_out = self.layer_norm_in, self.layer_norm_out
         assert norm_in.weight is not None and norm_in.bias is not None
         assert norm_out.weight is not None and norm_out.bias is not None
@@ -59,12 +61,14 @@ class TriangleMultiplication(Fused, triangle.TriangleMultiplication):
             norm_out.weight, norm_out.bias, self.linear_z.weight, self.linear_g.weight,
         )  # fmt: skip
         return forwards.triangle_multiplication(
-            z, weights, self.outgoing, _pairs(mask), norm_in.eps, self.fallbacks
+            z, weights, self.outgoing, _pairs(mask), norm_in.eps, self.fallbacks, into
         )
 
 
 class TriangleAttention(Fused, triangle.TriangleAttention):
     """Triangle attention (AF3 Algorithms 14 and 15) as one operator."""
+
+    adds = True
 
     def forward(self, z: Tensor, mask: Tensor | None = None, into: Into | None = None) -> Tensor:
         """The update of z [N, N, c_z], or with `into` that added to a residual. `mask` [N]: tokens to keep as keys."""
@@ -168,19 +172,14 @@ class PairBlock(Fused, pairformer.PairBlock):
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """The new z [N, N, c_z]. `mask` [N]: tokens to keep."""
-        for update in (self.tri_mul_out, self.tri_mul_in):
-            z = forwards.add_update(update(z, mask), _into(z, self.row_dropout), self.fallbacks)
-        z = self._attend(self.tri_att_start, z, mask, self.row_dropout)
-        z = self._attend(self.tri_att_end, z, mask, self.column_dropout)
+        for update, dropout in (
+            (self.tri_mul_out, self.row_dropout),
+            (self.tri_mul_in, self.row_dropout),
+            (self.tri_att_start, self.row_dropout),
+            (self.tri_att_end, self.column_dropout),
+        ):
+            z = forwards.with_update(update, z, _into(z, dropout), self.fallbacks, {"mask": mask})
         return forwards.with_transition(self.pair_transition, z)
-
-    def _attend(
-        self, update: triangle.TriangleAttention, z: Tensor, mask: Tensor | None, dropout: SharedDropout
-    ) -> Tensor:
-        """z and its triangle attention; hooks on that are handed the update itself, so they cost the fusion."""
-        if isinstance(update, TriangleAttention) and not update._forward_hooks:
-            return update(z, mask, _into(z, dropout))
-        return forwards.add_update(update(z, mask), _into(z, dropout), self.fallbacks)
 
 
 class OuterProductMean(Fused, msa.OuterProductMean):

@@ -1,6 +1,7 @@
 """The fused operators' kernels as cases for offline compilation."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -122,7 +123,7 @@ def cases(arch: str) -> list[KernelCase]:
         for c in (64, 128):
             sizes = {"C": c, "H": c, "BC": c, "BH": c, "MASKED": True, "TURNED": False, "FAST": False}
             folds = short == "bf16" and arch == "sm_90"
-            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "KEPT": folds, "NORMAL": False}
+            sizes |= {"G": c, "N0": c, "N1": c, "EVEN": False, "KEPT": folds, "NORMAL": False, "MORE": True}
             for kernel, fn in TRIANGLE.items():
                 if kernel in (HALF_ONLY if short == "fp32" else FULL_ONLY):
                     continue
@@ -137,7 +138,8 @@ def cases(arch: str) -> list[KernelCase]:
                 config = triangle.default(key, c, dtype)
                 name = f"triangle_multiplication.{short}.{c}.normal.input_gradient"
                 fn = gradients.input_gradient_kernel
-                found.append(make_case(name, fn, config, short, {**sizes, "NORMAL": True}, (key, c)))
+                case = make_case(name, fn, config, short, {**sizes, "NORMAL": True, "MORE": False}, (key, c))
+                found.append(replace(case, signature={**case.signature, "dz_ptr": "*fp32"}))
             sizes = {"C": c, "H": c, "HEADS": 4, "T": 4, "BC": c, "BS": 16, "SHORT": False, "MORE": True}
             sizes |= {"stride_column": 1}  # which a launch makes a constant
             for kernel in ("forward", "input_gradient", "weight_gradient"):

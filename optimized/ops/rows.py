@@ -142,5 +142,6 @@ def finish_rows(
     add_share(share_ptr + C, c, tl.sum(grad, 0), again, C)
     dx = normalise_rows_backward(grad, normal, gamma, rstd, C)
     if MORE:
+        tl.debug_barrier()  # or the load is moved up, to where there are no registers for it
         dx += tl.load(more_ptr + tile, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=inside)

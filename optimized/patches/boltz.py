@@ -19,6 +19,7 @@ from optimized.recipes import Fused, Recipe, affine, first, head_size, width, wi
 
 
 class _TriangleMultiplication(Fused):
+    adds = True
     outgoing: bool
     norm_in: Any
     norm_out: Any
@@ -27,8 +28,8 @@ class _TriangleMultiplication(Fused):
     p_out: Any
     g_out: Any
 
-    def forward(self, x: Tensor, mask: Tensor, use_kernels: bool = False) -> Tensor:
-        """The update of x [B, N, N, c], without the residual; mask [B, N, N]."""
+    def forward(self, x: Tensor, mask: Tensor, use_kernels: bool = False, into: Into | None = None) -> Tensor:
+        """The update of x [B, N, N, c], or with `into` that added to a residual; mask [B, N, N]."""
         a_p, b_p = self.p_in.weight.chunk(2)
         a_g, b_g = self.g_in.weight.chunk(2)
         weights = TriangleWeights(
@@ -36,7 +37,7 @@ class _TriangleMultiplication(Fused):
             self.norm_out.weight, self.norm_out.bias, self.p_out.weight, self.g_out.weight,
         )  # fmt: skip
         return forwards.triangle_multiplication(
-            x, weights, self.outgoing, keep(mask), self.norm_in.eps, self.fallbacks
+            x, weights, self.outgoing, keep(mask), self.norm_in.eps, self.fallbacks, into
         )
 
 
@@ -60,6 +61,11 @@ class TriangleAttention(Fused):
     layer_norm: Any
     linear: Any
     mha: Any
+
+    @property
+    def adds(self) -> bool:
+        """The bias of the output projection is added to the update alone."""
+        return self.mha.linear_o.bias is None
 
     def forward(
         self,
@@ -113,11 +119,12 @@ class _PairUpdates(Fused):
 
     def _update_pairs(self, z: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
         """z [B, N, N, c] after all updates of a layer; `options` are those that the library's modules take."""
+        multiplying = {"mask": mask, "use_kernels": options["mul"]}
+        attending = {"mask": mask, "chunk_size": options["chunk_size"], "use_kernels": options["attention"]}
         for update in (self.tri_mul_out, self.tri_mul_in):
-            into = self._into(z, columns=False)
-            z = forwards.add_update(update(z, mask=mask, use_kernels=options["mul"]), into, self.fallbacks)
-        z = self._attend(self.tri_att_start, z, mask, self._into(z, columns=False), options)
-        z = self._attend(self.tri_att_end, z, mask, self._into(z, columns=True), options)
+            z = forwards.with_update(update, z, self._into(z, columns=False), self.fallbacks, multiplying)
+        for update, columns in ((self.tri_att_start, False), (self.tri_att_end, True)):
+            z = forwards.with_update(update, z, self._into(z, columns), self.fallbacks, attending)
         return forwards.with_transition(self.transition_z, z)
 
     def _into(self, z: Tensor, columns: bool) -> Into:
@@ -127,14 +134,6 @@ class _PairUpdates(Fused):
         shape = (batch, 1, width, 1) if columns else (batch, rows, 1, 1)
         factors = (torch.rand(shape, device=z.device) >= p) / (1.0 - p)
         return Into(z.to(torch.promote_types(z.dtype, factors.dtype)), factors if self.training else None)
-
-    def _attend(self, update: Any, z: Tensor, mask: Tensor, into: Into, options: dict[str, Any]) -> Tensor:
-        """z and its triangle attention; hooks on that are handed the update itself, so they cost the fusion."""
-        theirs = {"mask": mask, "chunk_size": options["chunk_size"], "use_kernels": options["attention"]}
-        fused = isinstance(update, TriangleAttention) and update.mha.linear_o.bias is None
-        if fused and not update._forward_hooks:
-            return update(z, **theirs, into=into)
-        return forwards.add_update(update(z, **theirs), into, self.fallbacks)
 
 
 class PairformerLayer(_PairUpdates):

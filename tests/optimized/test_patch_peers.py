@@ -108,7 +108,9 @@ def check(theirs: nn.Module, inputs: list[Tensor], call, ops=None, tolerance: fl
     }  # parts of other modules too: triangle attention ends so
     used = {key.partition(":")[0] for key in report.fallbacks.counts}
     assert used - elsewhere == report.counts().keys() - elsewhere, "an operator was not called"
-    assert used >= report.counts().keys()
+    # Triangle updates that were replaced add themselves to the residual.
+    taken_over = {"gated_output"} if "triangle_multiplication" in report.counts() else set()
+    assert used >= report.counts().keys() - taken_over
     return report
 
 

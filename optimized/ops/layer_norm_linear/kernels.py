@@ -250,6 +250,7 @@ def input_gradient_kernel(
     second = tl.sum(acc * normal, 1) / C
     dx = (acc - normal * second[:, None]) * rstd[:, None]
     if MORE:
+        tl.debug_barrier()  # or the load is moved up, to where there are no registers for it
         dx += tl.load(more_ptr + first * C + cells, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + first * C + cells, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 

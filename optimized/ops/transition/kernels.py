@@ -168,7 +168,9 @@ def forward_kernel(
         h = (a * gate(a, FAST) * b).to(dtype)
         acc = accumulate(acc, h, tl.trans(wo))
     y = acc * 2.0
-    if ADDED:  # read again (from L2): kept, x would cost BM·BC registers through the loop
+    if ADDED:
+        # Read again (from L2), and not before now: x would cost BM·BC registers.
+        tl.debug_barrier()
         y += tl.load(x_ptr + tile, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + tile, y.to(out_ptr.dtype.element_ty), mask=inside)
 

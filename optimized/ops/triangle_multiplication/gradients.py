@@ -52,6 +52,7 @@ def input_gradient_kernel(
     dz_ptr,
     n_ptr,
     norm_partial_ptr,
+    more_ptr,
     n_tokens,
     padded,
     stride_i,
@@ -66,6 +67,7 @@ def input_gradient_kernel(
     EVEN: tl.constexpr,
     KEPT: tl.constexpr,
     NORMAL: tl.constexpr,
+    MORE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -74,6 +76,7 @@ def input_gradient_kernel(
 
     KEPT: statistics are those that the forward pass kept for `folded_output`, and the gate's dn is rstd · dn `[P·P, c]`.
     NORMAL: z is x̂ of what dz is the gradient to, and rstd `[P, P]` that one's.
+    MORE: another gradient of z `[N·N, c]` is added to dz.
     Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
     """
     # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
@@ -144,6 +147,8 @@ def input_gradient_kernel(
         if NORMAL:
             rstd = tl.load(rstd_ptr + p, mask=inside, other=1.0)
         dz = normalise_rows_backward(dn, normal, gamma, rstd, C)
+        if MORE:
+            dz += tl.load(more_ptr + cells, mask=real, other=0.0).to(tl.float32)
         tl.store(dz_ptr + cells, dz.to(dz_ptr.dtype.element_ty), mask=real)
     share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
     tl.store(share_ptr + c, tl.sum(d_gamma, 0), mask=c < C)

@@ -272,6 +272,7 @@ def input_gradient(
     config: Config | None = None,
     stats: Tensor | None = None,
     rstd: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `project_input_gradient`. With statistics, `dn` is that of `gate_gradient`; with rstd, z is what `normalise` made."""
     config = config or config_of("input_gradient", shape, w)
@@ -285,7 +286,7 @@ def input_gradient(
         dz = torch.empty(square, dtype=z.dtype, device=z.device)
     else:
         dz = dn.view(square)
-    pointers = (mask if mask is not None else z, grad, dn, dz, n, shares)
+    pointers = (mask if mask is not None else z, grad, dn, dz, n, shares, dz if more is None else more)
     taken = (stats if stats is not None else shares, rstd if rstd is not None else shares)
     arguments = (z, *taken, *norm, w, *pointers, *shape.place(z), group, eps)
     sizes = shape.inner(w) | {
@@ -293,6 +294,7 @@ def input_gradient(
         "EVEN": shape.tokens % rows == 0,
         "KEPT": stats is not None,
         "NORMAL": rstd is not None,
+        "MORE": more is not None,
     }
     launch(gradients.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dz, shares
@@ -309,14 +311,18 @@ def project_input_gradient(
     shape: Shape,
     eps: float,
     config: Config | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dz, written over `dn`, and shares of the input norm's gradients; LN(z), masked, goes to `n` `[P·P, c]`."""
+    """dz, written over `dn`, and shares of the input norm's gradients; LN(z), masked, goes to `n` `[P·P, c]`.
+
+    `more`: another gradient of z `[N, N, c]`, contiguous, which is added to dz.
+    """
     config = config or config_of("project_input", shape, w)
     programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
-    pointers = (mask if mask is not None else z, grad, dn, dn, n, shares)
+    pointers = (mask if mask is not None else z, grad, dn, dn, n, shares, dn if more is None else more)
     arguments = (z, *norm, w, *pointers, *shape.place(z), group, eps)
-    sizes = shape.inner(w) | {"MASKED": mask is not None}
+    sizes = shape.inner(w) | {"MASKED": mask is not None, "MORE": more is not None}
     launch(project.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dn, shares
 
@@ -395,9 +401,11 @@ def backward(
     mask: Tensor | None,
     outgoing: bool,
     eps: float,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dz, and the parameter gradients one after another in one vector; a and b are recomputed.
 
+    `more`: another gradient of z `[N, N, c]`, contiguous, which is added to dz.
     Order of the vector: norm_in γ, β; norm_out γ, β; a_p, b_p, a_g, b_g; out, g.
     """
     shape = Shape.of(z, w.a_p.shape[0])
@@ -427,8 +435,12 @@ def backward(
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
     if x.dtype.itemsize == 2:
         inner = (z, norm_in, packed, mask, grad, dn, n, shape, eps)
-        dz, shares_in = input_gradient(*inner, stats=stats if kept else None, rstd=rstd)
+        # Beside a float32 tile the kernel has no registers for another.
+        beside = None if rstd is not None else more
+        dz, shares_in = input_gradient(*inner, stats=stats if kept else None, rstd=rstd, more=beside)
+        if more is not None and beside is None:
+            dz += more
     else:
-        dz, shares_in = project_input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps)
+        dz, shares_in = project_input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps, more=more)
     d_project = project_weight_gradient(n, grad, packed, shape)
     return dz, fold([shares_in, shares_out], [d_project, d_ends], gradient_dtype(w))

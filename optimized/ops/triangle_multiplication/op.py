@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimized.ops.adaptive_layer_norm.op import as_rows
+from optimized.ops.gated_output import op as ending
+from optimized.ops.gated_output.launch import add
 from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
 from optimized.ops.parameters import gradient_dtype, unpacked
@@ -16,9 +19,15 @@ from optimized.ops.triangle_multiplication.reference import TriangleWeights, tri
 MAX_CHANNELS = 256
 
 
-def supported(z: Tensor, weights: TriangleWeights, mask: Tensor | None = None) -> Supported:
+def supported(
+    z: Tensor,
+    weights: TriangleWeights,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Supported:
     """Whether the kernels take these tensors, and if not, why."""
-    verdict = triton_support(z, *weights)
+    verdict = triton_support(z, *weights, *(t for t in (residual, keep) if t is not None))
     if not verdict.ok:
         return verdict
     if z.dim() != 3 or z.shape[0] != z.shape[1] or z.numel() == 0:
@@ -32,25 +41,34 @@ def supported(z: Tensor, weights: TriangleWeights, mask: Tensor | None = None) -
         )
     if mask is not None and mask.dtype != torch.bool:
         return Supported(False, f"the mask must be boolean, it is {mask.dtype}")
-    return Supported(True)
+    return ending.fits(z.shape, residual, keep)
 
 
 def triangle_multiplication(
-    z: Tensor, weights: TriangleWeights, outgoing: bool = True, mask: Tensor | None = None, eps: float = 1e-5
+    z: Tensor,
+    weights: TriangleWeights,
+    outgoing: bool = True,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """AF3 Algorithms 12 (outgoing) and 13 (incoming): the update of the pair representation, without residual.
+    """residual + keep ⊙ triangle multiplication (AF3 Algorithms 12, outgoing, and 13, incoming) of z `[N, N, c]`.
 
-    z `[N, N, c]`, its last dimension contiguous, otherwise any strides; mask `[N, N]` boolean, True = keep. The
-    products run in autocast's dtype where autocast is on and in z's dtype otherwise, and so is the result;
-    parameters may have another dtype. z, the contraction (N²·h values) and, in bfloat16, four statistics of every pair
+    z has a contiguous last dimension, otherwise any strides; mask `[N, N]` boolean, True = keep. `residual` `[N, N, c]`
+    and `keep`, the factors of row- or column-shared dropout (no gradient), as for `gated_output`; with z itself as the
+    residual its two gradients are added by the kernel. The products run in autocast's dtype where autocast is on and
+    in z's dtype otherwise; the result has that dtype, or the wider one of it and the residual's. Parameters may have
+    another dtype. z, the contraction (N²·h values) and, in bfloat16, four statistics of every pair
     are kept for the backward pass. Where the kernels do not apply (`supported` says why) the definition runs.
     """
     dtype = compute_dtype(z)
-    if not supported(z, weights, mask).ok:
-        return triangle_multiplication_reference(z, weights, outgoing, mask, eps, dtype)
-    if direct((z, *weights)):
-        return _Direct.apply(z, *weights, mask, outgoing, eps, dtype)[0]
-    return torch.ops.megafold_bench.triangle_multiplication(z, *weights, mask, outgoing, eps, dtype)[0]
+    if not supported(z, weights, mask, residual, keep).ok:
+        return triangle_multiplication_reference(z, weights, outgoing, mask, eps, dtype, residual, keep)
+    call = (z, *weights, mask, residual, keep, outgoing, eps, dtype)
+    if direct(t for t in (z, *weights, mask, residual, keep) if t is not None):
+        return _Direct.apply(*call)[0]
+    return torch.ops.megafold_bench.triangle_multiplication(*call)[0]
 
 
 def _in_order(flat: Tensor, w: TriangleWeights) -> list[Tensor]:
@@ -78,6 +96,8 @@ def _forward(
     out: Tensor,
     g: Tensor,
     mask: Tensor | None,
+    residual: Tensor | None,
+    keep: Tensor | None,
     outgoing: bool,
     eps: float,
     dtype: torch.dtype,
@@ -86,7 +106,14 @@ def _forward(
         norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g
     )
     z, mask = _plain(z, mask)
-    return launch.forward(z, weights, mask, outgoing, eps, dtype)
+    y, x, stats = launch.forward(z, weights, mask, outgoing, eps, dtype)
+    rows = None if residual is None else as_rows(residual)
+    return add(rows, as_rows(y), keep, y.shape, _kind(residual, dtype)).view(y.shape), x, stats
+
+
+def _kind(residual: Tensor | None, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the result."""
+    return dtype if residual is None else torch.promote_types(residual.dtype, dtype)
 
 
 _op = torch.library.custom_op("megafold_bench::triangle_multiplication", mutates_args=())(_forward)
@@ -106,14 +133,17 @@ def _(
     out: Tensor,
     g: Tensor,
     mask: Tensor | None,
+    residual: Tensor | None,
+    keep: Tensor | None,
     outgoing: bool,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = layout.Shape.of(z, a_p.shape[0])
     x = z.new_empty((shape.hidden, shape.padded, shape.padded), dtype=dtype)
-    keep = layout.folds_output(z, shape.hidden, dtype)
-    return z.new_empty(z.shape, dtype=dtype), x, z.new_empty(shape.statistics(keep), dtype=torch.float32)
+    y = z.new_empty(z.shape, dtype=_kind(residual, dtype))
+    kept = layout.folds_output(z, shape.hidden, dtype)
+    return y, x, z.new_empty(shape.statistics(kept), dtype=torch.float32)
 
 
 @planned
@@ -133,14 +163,19 @@ def _backward(
     out: Tensor,
     g: Tensor,
     mask: Tensor | None,
+    keep: Tensor | None,
     outgoing: bool,
     eps: float,
+    into_z: bool,
 ) -> tuple[Tensor, Tensor]:
+    """dz and the gradients of the parameters in one vector. `into_z`: z was the residual too, and dz is its whole gradient."""
     weights = TriangleWeights(
         norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g
     )
     z, mask = _plain(z, mask)
-    return launch.backward(dy.contiguous(), x, stats, z, weights, mask, outgoing, eps)
+    du = add(None, as_rows(dy), keep, dy.shape, x.dtype).view(dy.shape)
+    more = dy.contiguous() if into_z else None
+    return launch.backward(du, x, stats, z, weights, mask, outgoing, eps, more)
 
 
 _backward_op = torch.library.custom_op("megafold_bench::triangle_multiplication_backward", mutates_args=())(
@@ -165,8 +200,10 @@ def _(
     out: Tensor,
     g: Tensor,
     mask: Tensor | None,
+    keep: Tensor | None,
     outgoing: bool,
     eps: float,
+    into_z: bool,
 ) -> tuple[Tensor, Tensor]:
     parameters = (norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g)
     size = sum(p.numel() for p in parameters)
@@ -174,18 +211,23 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, residual, keep = inputs[0], inputs[12], inputs[13]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *inputs[:12])
-    ctx.settings = inputs[12:14]
+    ctx.save_for_backward(*output[1:], *inputs[:12], keep)
+    ctx.settings = inputs[14:16]
+    ctx.residual = None if residual is None else residual.dtype
+    ctx.into_z = residual is z
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 15
+        return (None,) * 17
     saved = ctx.saved_tensors
     backward = same_way(ctx, _backward, torch.ops.megafold_bench.triangle_multiplication_backward)
-    dz, flat = backward(dy, *saved, *ctx.settings)
-    return (dz, *_in_order(flat, TriangleWeights(*saved[3:13])), None, None, None, None)
+    dz, flat = backward(dy, *saved, *ctx.settings, ctx.into_z)
+    d_residual = None if ctx.residual is None or ctx.into_z else dy.to(ctx.residual)
+    parameters = _in_order(flat, TriangleWeights(*saved[3:13]))
+    return (dz, *parameters, None, d_residual, None, None, None, None)
 
 
 _op.register_autograd(_differentiate, setup_context=_keep)

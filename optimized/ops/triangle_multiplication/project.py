@@ -144,6 +144,7 @@ def input_gradient_kernel(
     dz_ptr,
     n_ptr,
     norm_partial_ptr,
+    more_ptr,
     n_tokens,
     padded,
     stride_i,
@@ -155,12 +156,14 @@ def input_gradient_kernel(
     BC: tl.constexpr,
     FAST: tl.constexpr,
     MASKED: tl.constexpr,
+    MORE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dz of `group` tiles of BM positions from the gradients of a and b `[2h, P, P]` and the gate's dn `[N·N, c]`.
 
+    MORE: another gradient of z `[N·N, c]` is added to dz.
     Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
     """
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
@@ -194,6 +197,8 @@ def input_gradient_kernel(
         # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
         _, normal, _, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C, EXACT)
         dz = normalise_rows_backward(acc, normal, gamma, rstd, C)
+        if MORE:
+            dz += tl.load(more_ptr + tile, mask=valid, other=0.0).to(tl.float32)
         tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=valid)
         share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
         add_share(share_ptr, c, tl.sum(acc * normal, 0), step > 0, C)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from optimized.ops.gated_output.reference import add_update_reference
+
 
 class TriangleWeights(NamedTuple):
     """Parameters of one triangle multiplication; c channels, h hidden channels, no projection biases."""
@@ -39,11 +41,13 @@ def triangle_multiplication_reference(
     mask: Tensor | None = None,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """σ(g·LN(z)) ⊙ out·LN(Σ_k a ⊙ b): LN(z) in the dtype of `z`, every product in `dtype` (that of z).
 
     z `[N, N, c]`; mask `[N, N]` boolean, True = keep. a_ij = mask_ij · σ(a_g·LN(z_ij)) ⊙ a_p·LN(z_ij), b likewise.
-    Outgoing: Σ_k a_ik ⊙ b_jk; incoming: Σ_k a_ki ⊙ b_kj.
+    Outgoing: Σ_k a_ik ⊙ b_jk; incoming: Σ_k a_ki ⊙ b_kj. With `keep` its factors times that; with `residual` plus it.
     """
     dtype = dtype or z.dtype
     gamma, beta = weights.norm_in_weight.to(z.dtype), weights.norm_in_bias.to(z.dtype)
@@ -56,4 +60,7 @@ def triangle_multiplication_reference(
         b = b * mask[..., None].to(b.dtype)
     x = torch.einsum("ikc,jkc->ijc" if outgoing else "kic,kjc->ijc", a, b)
     normed_x = F.layer_norm(x, x.shape[-1:], w.norm_out_weight, w.norm_out_bias, eps)
-    return torch.sigmoid(F.linear(normed, w.g)) * F.linear(normed_x, w.out)
+    y = torch.sigmoid(F.linear(normed, w.g)) * F.linear(normed_x, w.out)
+    if residual is not None:
+        return add_update_reference(residual, y, keep)
+    return y if keep is None else y * keep.to(y.dtype)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from fused_checks import check_against_definition, check_bitwise, parameters
+from fused_checks import check_against_definition, check_bitwise, gradients, parameters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optimized.ops.triangle_multiplication import (
@@ -100,6 +100,59 @@ def test_without_statistics_the_backward_pass_takes_them_itself(monkeypatch, mas
     check_against_definition(*pair(True, mask), tensors, grads)
 
 
+def into_pair(mask, keep, itself):
+    """With a residual: z itself, or the second of the tensors."""
+
+    def run(fn):
+        def call(z, *rest):
+            residual, *weights = (z, *rest) if itself else rest
+            return [fn(z, TriangleWeights(*weights), True, mask, residual=residual, keep=keep)]
+
+        return call
+
+    return run(triangle_multiplication), run(triangle_multiplication_reference)
+
+
+@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "folds"), [(FULL, 9, False), (BF, 16, True), (BF, 17, True), (HALF, 11, False)]
+)
+def test_dropout_and_residual(dtype, tokens, folds, itself, monkeypatch):
+    """z as its own residual has one gradient, of both ways, rounded once."""
+    if not folds:
+        monkeypatch.setattr(launches, "folds_output", lambda z, hidden, dtype: False)
+    tensors, grads, mask = problem(tokens, 32, 16, dtype, FULL, True)
+    keep = (torch.rand(tokens, 1, 32) > 0.25) / 0.75
+    other, weights = torch.randn(tokens, tokens, 32).to(dtype), TriangleWeights(*tensors[1:])
+    assert supported(tensors[0], weights, mask, other, keep).ok
+    assert not supported(tensors[0], weights, mask, other[1:], keep).ok
+    if not itself:
+        tensors.insert(1, other)
+    check_against_definition(*into_pair(mask, keep, itself), tensors, grads)
+
+
+@pytest.mark.parametrize("tokens", [16, 13])
+def test_the_residual_stays_in_float32_under_autocast(tokens):
+    tensors, grads, mask = problem(tokens, 32, 16, FULL, FULL, True)
+
+    def run(into):
+        def call(z, *weights):
+            residual = {"residual": z} if into else {}
+            return [triangle_multiplication(z, TriangleWeights(*weights), False, mask, **residual)]
+
+        return call
+
+    with torch.autocast("cpu", BF):
+        whole, update = (
+            gradients(run(True), tensors, grads, None),
+            gradients(run(False), tensors, grads, None),
+        )
+    assert whole[0].dtype == FULL and update[0].dtype == BF
+    assert torch.equal(whole[0], tensors[0] + update[0])
+    torch.testing.assert_close(whole[1], update[1] + grads[0])
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], update[2:], strict=True))
+
+
 def test_kept_statistics_are_those_of_the_rows():
     tensors, _, mask = problem(13, 24, 16, BF, FULL, True)
     tensors[0] += 40  # taken from differences to the first channel, they lose nothing to a large mean
@@ -147,15 +200,22 @@ def test_fake_tensors_and_registration():
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in tensors]
         y, _, stats = torch.ops.megafold_bench.triangle_multiplication(
-            *fakes, mode.from_tensor(mask), True, 1e-5, BF
+            *fakes, mode.from_tensor(mask), None, None, True, 1e-5, BF
         )
+        wide = fakes[0].float()
+        into = torch.ops.megafold_bench.triangle_multiplication(
+            *fakes, mode.from_tensor(mask), wide, None, True, 1e-5, BF
+        )[0]
+    assert into.shape == (7, 7, 16) and into.dtype == FULL
     assert y.shape == (7, 7, 16) and y.dtype == BF and stats.shape == (4, 16, 16)
     leaves = [t.clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(
-        torch.ops.megafold_bench.triangle_multiplication.default,
-        (*leaves, mask, False, 1e-5, BF),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
+    keep = torch.ones(1, 7, 16, dtype=BF)
+    for into in ((None, None), (torch.randn(7, 7, 16, dtype=BF), keep), (leaves[0], None)):
+        torch.library.opcheck(
+            torch.ops.megafold_bench.triangle_multiplication.default,
+            (*leaves, mask, *into, False, 1e-5, BF),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
 
 
 def test_definition_runs_where_the_kernels_do_not():
