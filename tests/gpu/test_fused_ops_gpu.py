@@ -1,5 +1,7 @@
 """Fused operators on a real GPU: errors against fp64, 100 bitwise repeats, lengths past 2³¹ elements."""
 
+from functools import partial
+
 import pytest
 import torch
 from fused_checks import check_against_definition, check_bitwise, distance, parameters
@@ -75,6 +77,51 @@ def test_layer_norm_linear_errors(dtype, parameter_dtype):
     check_against_definition(
         split(layer_norm_linear), split(layer_norm_linear_reference), [x, *weights], grads
     )
+
+
+@pytest.mark.parametrize("n", [96, 101])
+@pytest.mark.parametrize("dtype", [BF, HALF, FULL])
+def test_updates_added_to_their_input(dtype, n):
+    """With z itself as the residual, whose two gradients leave the kernels as one."""
+    z, grad = pair_input(n, 128, dtype)
+    keep = (torch.rand(n, 1, 128, device="cuda") > 0.25) / 0.75
+
+    def into(fn):
+        return lambda z, *w: [fn(z, TriangleWeights(*w), residual=z, keep=keep)]
+
+    triangle = (into(triangle_multiplication), into(triangle_multiplication_reference))
+    check_against_definition(*triangle, [z, *triangle_parameters(128, 128, FULL)], [grad])
+    added = [lambda *t, fn=fn: [fn(*t, added=True)] for fn in (transition, transition_reference)]
+    check_against_definition(*added, [z, *transition_parameters(128, 4, FULL)], [grad])
+
+
+def multiplied(z, *w):
+    return triangle_multiplication(z, TriangleWeights(*w))
+
+
+def multiplied_into(z, *w):
+    return triangle_multiplication(z, TriangleWeights(*w), residual=z)
+
+
+@pytest.mark.parametrize(
+    ("update", "whole", "weights"),
+    [
+        (multiplied, multiplied_into, lambda: triangle_parameters(128, 128, FULL)),
+        (transition, partial(transition, added=True), lambda: transition_parameters(128, 4, FULL)),
+    ],
+)
+def test_updates_of_16_bits_added_to_a_float32_input(update, whole, weights):
+    """Under autocast, where what is past the update stays in float32."""
+    z, grad = pair_input(96, 128, FULL)
+    leaves = [t.detach().requires_grad_() for t in (z, *weights())]
+    with torch.autocast("cuda", BF):
+        sums, updates = whole(*leaves), update(*leaves)
+    assert sums.dtype == FULL and updates.dtype == BF
+    assert distance(sums - z, updates) < 2**-7
+    of_sums = torch.autograd.grad(sums, leaves, grad)
+    of_updates = torch.autograd.grad(updates, leaves, grad.to(BF))
+    torch.testing.assert_close(of_sums[0], of_updates[0] + grad)
+    assert all(torch.equal(a, b) for a, b in zip(of_sums[1:], of_updates[1:], strict=True))
 
 
 def test_a_narrow_map_alone_in_float32():

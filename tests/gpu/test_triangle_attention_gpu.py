@@ -49,6 +49,22 @@ def test_errors(n, c, heads, width, dtype, parameter_dtype, way):
     check_against_definition(*fns, tensors, [pair(n, c, dtype)])
 
 
+@pytest.mark.parametrize("dtype", [BF, HALF, FULL])
+@pytest.mark.parametrize("way", [Orientation(False, False), Orientation(True, True)])
+def test_z_itself_is_the_residual(dtype, way):
+    keep = (torch.rand(1, 101, 128, device="cuda") > 0.5).to(dtype) * 2
+
+    def into_z(fn):
+        return lambda z, *parts: [
+            fn(z, TriangleAttentionWeights(*parts), 4, way, residual=z, keep=keep),
+        ]
+
+    fns = (into_z(triangle_attention), into_z(triangle_attention_reference))
+    check_against_definition(
+        *fns, [pair(101, 128, dtype), *weights(128, 4, 32, FULL)], [pair(101, 128, dtype)]
+    )
+
+
 def test_hundred_repeats_are_bitwise_equal():
     tensors = [pair(90, 128, BF), pair(90, 128, BF), *weights(128, 4, 32, FULL)]
     fn = calls(triangle_attention, 4, Orientation(True, True), None, None)
