@@ -22,7 +22,7 @@ from optimized.ops import triangle_multiplication as multiplication_op
 from optimized.ops.conditioned_transition import ConditionedWeights
 from optimized.ops.outer_product_mean import OuterWeights
 from optimized.ops.triangle_attention import Orientation, TriangleAttentionWeights
-from optimized.ops.triangle_multiplication import TriangleWeights
+from optimized.ops.triangle_multiplication import JointWeights, TriangleWeights
 from optimized.recipes import Fallbacks, affine, first, width, without_bias
 
 
@@ -180,7 +180,7 @@ def shared_bias_attention(
 
 def triangle_multiplication(
     z: Tensor,
-    weights: TriangleWeights,
+    weights: TriangleWeights | JointWeights,
     outgoing: bool,
     mask: Tensor | None,
     eps: float,

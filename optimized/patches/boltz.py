@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from optimized import forwards
 from optimized.forwards import Into, TransitionWeights, keep
 from optimized.ops.triangle_attention import Orientation, TriangleAttentionWeights
-from optimized.ops.triangle_multiplication import TriangleWeights
+from optimized.ops.triangle_multiplication import JointWeights
 from optimized.recipes import Fused, Recipe, affine, first, head_size, width, without_bias
 
 
@@ -30,10 +30,8 @@ class _TriangleMultiplication(Fused):
 
     def forward(self, x: Tensor, mask: Tensor, use_kernels: bool = False, into: Into | None = None) -> Tensor:
         """The update of x [B, N, N, c], or with `into` that added to a residual; mask [B, N, N]."""
-        a_p, b_p = self.p_in.weight.chunk(2)
-        a_g, b_g = self.g_in.weight.chunk(2)
-        weights = TriangleWeights(
-            self.norm_in.weight, self.norm_in.bias, a_p, a_g, b_p, b_g,
+        weights = JointWeights(
+            self.norm_in.weight, self.norm_in.bias, self.p_in.weight, self.g_in.weight,
             self.norm_out.weight, self.norm_out.bias, self.p_out.weight, self.g_out.weight,
         )  # fmt: skip
         return forwards.triangle_multiplication(
@@ -119,12 +117,17 @@ class _PairUpdates(Fused):
 
     def _update_pairs(self, z: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
         """z [B, N, N, c] after all updates of a layer; `options` are those that the library's modules take."""
-        multiplying = {"mask": mask, "use_kernels": options["mul"]}
-        attending = {"mask": mask, "chunk_size": options["chunk_size"], "use_kernels": options["attention"]}
-        for update in (self.tri_mul_out, self.tri_mul_in):
-            z = forwards.with_update(update, z, self._into(z, columns=False), self.fallbacks, multiplying)
-        for update, columns in ((self.tri_att_start, False), (self.tri_att_end, True)):
-            z = forwards.with_update(update, z, self._into(z, columns), self.fallbacks, attending)
+        multiplying = {"use_kernels": options["mul"]}
+        attending = {"chunk_size": options["chunk_size"], "use_kernels": options["attention"]}
+        kept = keep(mask)
+        for update, columns, theirs in (
+            (self.tri_mul_out, False, multiplying),
+            (self.tri_mul_in, False, multiplying),
+            (self.tri_att_start, False, attending),
+            (self.tri_att_end, True, attending),
+        ):
+            theirs["mask"] = kept if forwards.adds(update) else mask
+            z = forwards.with_update(update, z, self._into(z, columns), self.fallbacks, theirs)
         return forwards.with_transition(self.transition_z, z)
 
     def _into(self, z: Tensor, columns: bool) -> Into:

@@ -28,6 +28,8 @@ PROGRAMS_PER_CORE = 8
 # pass spares it. It packs one form of the bias when it is done with the other (of a smaller one, a second launch costs
 # more than the place is worth), counts the fp32 sum of planes of dbias among them, and lets fewer programs fill the device.
 LARGE_BIAS = 1 / 8
+# Values that planes of dbias may take in any case: 72 MiB in 16 bits, for which the host need not launch more chunks.
+FEW_PLANES = 36 << 20
 FOLD_PLANES = {
     "BK": 64,
     "TOGETHER": 4,
@@ -360,17 +362,19 @@ def plane_groups(call: Call, config: Config, dbias: Tensor, spent: bool) -> int:
     """Groups of ROWS rows whose planes of dbias are held at a time; all chunks are about equally large.
 
     As many as hold no more than dk and dv, which take their place later; where those are written over k and v (`spent`)
-    nothing does, and it is as many as hold no more than k. But enough to fill the device.
+    nothing does, and it is as many as hold no more than k. But enough to fill the device, and FEW_PLANES.
     """
     rows, heads, lq, lk = call.sizes
     groups = ceil_div(rows, config.constants["ROWS"])
     plane = call.q.shape[0] * heads * ceil_div(lq, TILE) * ceil_div(lk, TILE) * TILE * TILE
-    room, programs_a_core = (1 if spent else 2) * call.k.numel(), PROGRAMS_PER_CORE
+    room, a_core = (1 if spent else 2) * call.k.numel(), PROGRAMS_PER_CORE
     if call.large_bias:
         room -= 0 if dbias.dtype == torch.float32 else 2 * dbias.numel()
-        programs_a_core //= 2
+        a_core //= 2
+    else:
+        room = max(room, FEW_PLANES)
     filling = ceil_div(
-        programs_a_core * processors(call.q.device),
+        a_core * processors(call.q.device),
         ceil_div(lq, config.constants["BQ"]) * heads * call.q.shape[0],
     )
     chunks = ceil_div(groups, max(1, room // plane, filling))

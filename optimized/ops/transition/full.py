@@ -48,24 +48,23 @@ def backward(dy: Tensor, x: Tensor, parameters: Sequence[Tensor], eps: float) ->
     """dx, and the gradients of γ, β, w_a, w_b, w_out one after another in one vector."""
     gamma, beta, wide, w_out = _prepared(parameters)
     dx = torch.empty_like(x)
-    d_gamma, d_beta, d_wide, d_out = (torch.zeros_like(p) for p in (gamma, beta, wide, w_out))
+    total: list[Tensor] = []
     for run in _runs(x.shape[0], w_out.shape[1]):
         rows, dy_run = x[run].float(), dy[run].float()
         n, mean, rstd = torch.native_layer_norm(rows, gamma.shape, gamma, beta, eps)
         d_ab = n @ wide.T
         a, b = d_ab.chunk(2, -1)
         swish, dh = F.silu(a), dy_run @ w_out
-        d_out.addmm_(dy_run.T, swish * b)
+        d_out = dy_run.T @ (swish * b)
         b.mul_(dh)  # what dh brings to swish(a); b itself is not needed again
         torch.mul(dh, swish, out=swish)
         a.copy_(torch.ops.aten.silu_backward(b, a))
         b.copy_(swish)
-        d_wide.addmm_(d_ab.T, n)
         gradients = torch.ops.aten.native_layer_norm_backward(
             d_ab @ wide, rows, gamma.shape, mean, rstd, gamma, beta, (True, True, True)
         )
         dx[run] = gradients[0]
-        d_gamma += gradients[1]
-        d_beta += gradients[2]
-    flat = torch.cat([g.flatten() for g in (d_gamma, d_beta, d_wide, d_out)])
+        sums = [*gradients[1:], d_ab.T @ n, d_out]
+        total = [t.add_(s) for t, s in zip(total, sums, strict=True)] if total else sums
+    flat = torch.cat([g.flatten() for g in total])
     return dx, flat.to(gradient_dtype(parameters))

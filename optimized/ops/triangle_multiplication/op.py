@@ -1,5 +1,6 @@
 """Triangle multiplication as a differentiable operator."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +15,18 @@ from optimized.ops.parameters import gradient_dtype, unpacked
 from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.triangle_multiplication import launch, layout
-from optimized.ops.triangle_multiplication.reference import TriangleWeights, triangle_multiplication_reference
+from optimized.ops.triangle_multiplication.reference import (
+    JointWeights,
+    TriangleWeights,
+    triangle_multiplication_reference,
+)
 
 MAX_CHANNELS = 256
 
 
 def supported(
     z: Tensor,
-    weights: TriangleWeights,
+    weights: TriangleWeights | JointWeights,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     keep: Tensor | None = None,
@@ -34,7 +39,7 @@ def supported(
         return Supported(
             False, f"the pair representation must be [N, N, c] with N > 0, it is {list(z.shape)}"
         )
-    width = max(z.shape[-1], weights.a_p.shape[0])
+    width = max(z.shape[-1], weights.out.shape[1])
     if width > MAX_CHANNELS:
         return Supported(
             False, f"{width} channels; the kernels hold at most {MAX_CHANNELS} per row on the chip"
@@ -46,7 +51,7 @@ def supported(
 
 def triangle_multiplication(
     z: Tensor,
-    weights: TriangleWeights,
+    weights: TriangleWeights | JointWeights,
     outgoing: bool = True,
     mask: Tensor | None = None,
     eps: float = 1e-5,
@@ -65,17 +70,38 @@ def triangle_multiplication(
     dtype = compute_dtype(z)
     if not supported(z, weights, mask, residual, keep).ok:
         return triangle_multiplication_reference(z, weights, outgoing, mask, eps, dtype, residual, keep)
-    call = (z, *weights, mask, residual, keep, outgoing, eps, dtype)
+    parameters: tuple[Tensor | None, ...] = weights
+    if isinstance(weights, JointWeights):
+        parameters = (*weights[:4], None, None, *weights[4:])
+    call = (z, *parameters, mask, residual, keep, outgoing, eps, dtype)
     if direct(t for t in (z, *weights, mask, residual, keep) if t is not None):
         return _Direct.apply(*call)[0]
     return torch.ops.megafold_bench.triangle_multiplication(*call)[0]
 
 
-def _in_order(flat: Tensor, w: TriangleWeights) -> list[Tensor]:
-    """The gradients that `launch.backward` returns in one vector, in the order of the parameters."""
-    order = (*w[:2], *w[6:8], w.a_p, w.b_p, w.a_g, w.b_g, *w[8:])
-    gamma, beta, gamma_out, beta_out, a_p, b_p, a_g, b_g, out, g = unpacked(flat, order)
-    return [gamma, beta, a_p, a_g, b_p, b_g, gamma_out, beta_out, out, g]
+def _in_order(flat: Tensor, parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients that `launch.backward` returns in one vector, in the order of the parameters.
+
+    There a_p and b_p lie one after the other, and so do a_g and b_g: of joint matrices each two are one.
+    """
+    gamma, beta, a_p, a_g, b_p, b_g, gamma_out, beta_out, out, g = range(10)
+    order = (gamma, beta, gamma_out, beta_out, a_p, b_p, a_g, b_g, out, g)
+    there = [(index, t) for index in order if (t := parameters[index]) is not None]
+    found: list[Tensor | None] = [None] * len(parameters)
+    for (index, _), gradient in zip(there, unpacked(flat, [t for _, t in there]), strict=True):
+        found[index] = gradient
+    return found
+
+
+def _named(
+    norm_in_weight: Tensor, norm_in_bias: Tensor, a_p: Tensor, a_g: Tensor, b_p: Tensor | None, b_g: Tensor | None,
+    norm_out_weight: Tensor, norm_out_bias: Tensor, out: Tensor, g: Tensor,
+) -> TriangleWeights:  # fmt: skip
+    """The parameters of a pass; without b_p and b_g those of a hold both."""
+    ends = (norm_out_weight, norm_out_bias, out, g)
+    if b_p is None or b_g is None:
+        return JointWeights(norm_in_weight, norm_in_bias, a_p, a_g, *ends).apart()
+    return TriangleWeights(norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, *ends)
 
 
 def _plain(z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -89,8 +115,8 @@ def _forward(
     norm_in_bias: Tensor,
     a_p: Tensor,
     a_g: Tensor,
-    b_p: Tensor,
-    b_g: Tensor,
+    b_p: Tensor | None,
+    b_g: Tensor | None,
     norm_out_weight: Tensor,
     norm_out_bias: Tensor,
     out: Tensor,
@@ -102,9 +128,7 @@ def _forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weights = TriangleWeights(
-        norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g
-    )
+    weights = _named(norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g)
     z, mask = _plain(z, mask)
     y, x, stats = launch.forward(z, weights, mask, outgoing, eps, dtype)
     rows = None if residual is None else as_rows(residual)
@@ -126,8 +150,8 @@ def _(
     norm_in_bias: Tensor,
     a_p: Tensor,
     a_g: Tensor,
-    b_p: Tensor,
-    b_g: Tensor,
+    b_p: Tensor | None,
+    b_g: Tensor | None,
     norm_out_weight: Tensor,
     norm_out_bias: Tensor,
     out: Tensor,
@@ -139,7 +163,7 @@ def _(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = layout.Shape.of(z, a_p.shape[0])
+    shape = layout.Shape.of(z, out.shape[1])
     x = z.new_empty((shape.hidden, shape.padded, shape.padded), dtype=dtype)
     y = z.new_empty(z.shape, dtype=_kind(residual, dtype))
     kept = layout.folds_output(z, shape.hidden, dtype)
@@ -156,8 +180,8 @@ def _backward(
     norm_in_bias: Tensor,
     a_p: Tensor,
     a_g: Tensor,
-    b_p: Tensor,
-    b_g: Tensor,
+    b_p: Tensor | None,
+    b_g: Tensor | None,
     norm_out_weight: Tensor,
     norm_out_bias: Tensor,
     out: Tensor,
@@ -169,9 +193,7 @@ def _backward(
     into_z: bool,
 ) -> tuple[Tensor, Tensor]:
     """dz and the gradients of the parameters in one vector. `into_z`: z was the residual too, and dz is its whole gradient."""
-    weights = TriangleWeights(
-        norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g
-    )
+    weights = _named(norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g)
     z, mask = _plain(z, mask)
     du = add(None, as_rows(dy), keep, dy.shape, x.dtype).view(dy.shape)
     more = dy.contiguous() if into_z else None
@@ -193,8 +215,8 @@ def _(
     norm_in_bias: Tensor,
     a_p: Tensor,
     a_g: Tensor,
-    b_p: Tensor,
-    b_g: Tensor,
+    b_p: Tensor | None,
+    b_g: Tensor | None,
     norm_out_weight: Tensor,
     norm_out_bias: Tensor,
     out: Tensor,
@@ -205,7 +227,8 @@ def _(
     eps: float,
     into_z: bool,
 ) -> tuple[Tensor, Tensor]:
-    parameters = (norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g)
+    weights = (norm_in_weight, norm_in_bias, a_p, a_g, b_p, b_g, norm_out_weight, norm_out_bias, out, g)
+    parameters = [t for t in weights if t is not None]
     size = sum(p.numel() for p in parameters)
     return z.new_empty(z.shape), z.new_empty(size, dtype=gradient_dtype(parameters))
 
@@ -226,8 +249,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tens
     backward = same_way(ctx, _backward, torch.ops.megafold_bench.triangle_multiplication_backward)
     dz, flat = backward(dy, *saved, *ctx.settings, ctx.into_z)
     d_residual = None if ctx.residual is None or ctx.into_z else dy.to(ctx.residual)
-    parameters = _in_order(flat, TriangleWeights(*saved[3:13]))
-    return (dz, *parameters, None, d_residual, None, None, None, None)
+    return (dz, *_in_order(flat, saved[3:13]), None, d_residual, None, None, None, None)
 
 
 _op.register_autograd(_differentiate, setup_context=_keep)

@@ -34,9 +34,35 @@ class TriangleWeights(NamedTuple):
     """`[c, c]` output gate, applied to the normalised input."""
 
 
+class JointWeights(NamedTuple):
+    """As `TriangleWeights`, where one matrix holds the projections of the left edges over those of the right ones."""
+
+    norm_in_weight: Tensor
+    """`[c]`"""
+    norm_in_bias: Tensor
+    """`[c]`"""
+    p: Tensor
+    """`[2h, c]` a_p over b_p."""
+    p_gate: Tensor
+    """`[2h, c]` a_g over b_g."""
+    norm_out_weight: Tensor
+    """`[h]`"""
+    norm_out_bias: Tensor
+    """`[h]`"""
+    out: Tensor
+    """`[c, h]`"""
+    g: Tensor
+    """`[c, c]`"""
+
+    def apart(self) -> TriangleWeights:
+        """The same, each matrix a view of its half."""
+        (a_p, b_p), (a_g, b_g) = self.p.chunk(2), self.p_gate.chunk(2)
+        return TriangleWeights(*self[:2], a_p, a_g, b_p, b_g, *self[4:])
+
+
 def triangle_multiplication_reference(
     z: Tensor,
-    weights: TriangleWeights,
+    weights: TriangleWeights | JointWeights,
     outgoing: bool = True,
     mask: Tensor | None = None,
     eps: float = 1e-5,
@@ -50,6 +76,7 @@ def triangle_multiplication_reference(
     Outgoing: Σ_k a_ik ⊙ b_jk; incoming: Σ_k a_ki ⊙ b_kj. With `keep` its factors times that; with `residual` plus it.
     """
     dtype = dtype or z.dtype
+    weights = weights.apart() if isinstance(weights, JointWeights) else weights
     gamma, beta = weights.norm_in_weight.to(z.dtype), weights.norm_in_bias.to(z.dtype)
     w = TriangleWeights(*(t.to(dtype) for t in weights))
     normed = F.layer_norm(z, z.shape[-1:], gamma, beta, eps).to(dtype)

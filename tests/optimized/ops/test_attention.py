@@ -176,7 +176,7 @@ def test_planes_take_the_place_of_dk_and_dv(monkeypatch):
     assert groups(768, 4, 768, 32) == 64
     assert groups(768, 4, 768, 32, spent=True) == 32
     assert groups(384, 4, 384, 32) == 64
-    assert groups(384, 4, 384, 32, spent=True) == 39  # of 192; 32 fit, but 44 fill the device: five chunks
+    assert groups(384, 4, 384, 32, spent=True) == 64  # of 192; 32 are as large as k, which is not much
     assert groups(48, 16, 768, 48) == 4  # of 24; 4 fit beside the sum
     assert groups(48, 16, 768, 48, dtype=torch.float32) == 6  # the sum is the result
     assert groups(90, 4, 768, 32) == 9  # of 45; 5 fit beside the sum, but 11 fill the device: five chunks

@@ -4,6 +4,7 @@ from fused_checks import check_against_definition, check_bitwise, gradients, par
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optimized.ops.triangle_multiplication import (
+    JointWeights,
     TriangleWeights,
     supported,
     triangle_multiplication,
@@ -98,6 +99,25 @@ def test_without_statistics_the_backward_pass_takes_them_itself(monkeypatch, mas
     monkeypatch.setattr(launches, "folds_output", lambda z, hidden, dtype: False)
     tensors, grads, mask = problem(17, 24, 32, BF, FULL, masked)
     check_against_definition(*pair(True, mask), tensors, grads)
+
+
+@pytest.mark.parametrize("parameter_dtype", [FULL, BF])
+def test_joint_matrices_are_halves_of_one(parameter_dtype):
+    """The same results, and gradients of the whole matrices."""
+    tensors, grads, mask = problem(9, 32, 16, BF, parameter_dtype, True)
+    z, gamma, beta, a_p, a_g, b_p, b_g, *ends = tensors
+    joint = [z, gamma, beta, torch.cat((a_p, b_p)), torch.cat((a_g, b_g)), *ends]
+
+    def of_joint(fn):
+        return lambda z, *w: [fn(z, JointWeights(*w), True, mask)]
+
+    found = gradients(of_joint(triangle_multiplication), joint, grads, None)
+    y, dz, dg, db, d_ap, d_ag, d_bp, d_bg, *rest = gradients(pair(True, mask)[0], tensors, grads, None)
+    expected = [y, dz, dg, db, torch.cat((d_ap, d_bp)), torch.cat((d_ag, d_bg)), *rest]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    check_against_definition(
+        of_joint(triangle_multiplication), of_joint(triangle_multiplication_reference), joint, grads
+    )
 
 
 def into_pair(mask, keep, itself):
