@@ -56,8 +56,8 @@ TILES: dict[str, list[tuple[int, ...]]] = {
     "input_gradient": [(64, 64, 4, 2)],
     "input_gradient_kept": [(64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3)],
     "project_weight": [(64, 64, 4, 3), (64, 64, 4, 4)],
-    # Positions and warps; of x, first the channels at a time.
-    "z_statistics": [(16, 4), (32, 4), (64, 4), (32, 2), (64, 8)],
+    # Channels at a time, positions and warps.
+    "z_statistics": [(32, 32, 4), (32, 64, 4), (32, 64, 8), (64, 32, 4), (128, 32, 4)],
     "x_statistics": [(16, 64, 2), (16, 128, 4), (8, 64, 2), (16, 64, 4), (32, 64, 2)],
 }  # fmt: skip
 # What stands for the same tile with statistics kept, and what has no tile that is looked up.
@@ -90,7 +90,7 @@ def config_of(job: Job) -> Config:
     """The configuration of a candidate; ValueError where it breaks the rule of `checked`."""
     kernel, shape = job
     if kernel in FIXED:
-        names = ("BLOCK",) if kernel == "z_statistics" else ("CHANNELS", "BLOCK")
+        names = ("CHANNELS", "BLOCK")
         return Config(dict(zip(names, shape, strict=False)), shape[-1]) if shape else tile(64, 64, 4, 1)
     config = tile(*shape)
     if kernel == "project_weight":

@@ -42,10 +42,9 @@ from optimized.ops.tuning import Config
 
 def z_statistics(z: Tensor, shape: Shape, eps: float, stats: Tensor, config: Config = Z_STATISTICS) -> Tensor:
     """rstd and -mean·rstd of the rows of z, put into `stats [2, P, P]`."""
-    sizes = shape.inner(stats)
     grid = (ceil_div(shape.padded, config.constants["BLOCK"]), shape.padded, 1)
     arguments = (z, stats, *shape.place(z), eps)
-    launch(statistics.z_kernel, grid, config, arguments, C=sizes["C"], BC=sizes["BC"])
+    launch(statistics.z_kernel, grid, config, arguments, C=shape.channels)
     return stats
 
 

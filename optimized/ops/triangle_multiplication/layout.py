@@ -62,7 +62,7 @@ FULL = dict.fromkeys((*HALF, "project_input"), tile(32, 16, 8, 1))
 
 FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
 MOMENTS = Config({"BLOCK": 1024}, 4)
-Z_STATISTICS = Config({"BLOCK": 32}, 4)
+Z_STATISTICS = Config({"CHANNELS": 32, "BLOCK": 32}, 4)
 NORMALISE = Config({"BLOCK": 32}, 4)
 X_STATISTICS = Config({"CHANNELS": 8, "BLOCK": 64}, 2)
 
