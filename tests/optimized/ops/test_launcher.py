@@ -20,16 +20,19 @@ def test_watched_calls_go_through_the_registered_operator():
     assert not torch.func.vmap(lambda t: torch.full_like(t, direct((tensor,))))(tensor).any()
 
 
-def test_both_ways_give_the_same_bits():
+@pytest.mark.parametrize("into_z", [False, True])
+def test_both_ways_give_the_same_bits(into_z):
     torch.manual_seed(0)
     c = 16
     weights = parameters([(c,), (c,), *[(c, c)] * 4, (c,), (c,), (c, c), (c, c)], torch.float32)
     leaves = [t.requires_grad_() for t in (torch.randn(9, 9, c).to(torch.bfloat16), *weights)]
     mask = torch.rand(9, 9) > 0.2
     grad = torch.randn(9, 9, c).to(torch.bfloat16)
-    straight = triangle_multiplication(leaves[0], TriangleWeights(*leaves[1:]), False, mask)
+    residual = leaves[0] if into_z else None
+    weights = TriangleWeights(*leaves[1:])
+    straight = triangle_multiplication(leaves[0], weights, False, mask, residual=residual)
     op = torch.ops.megafold_bench.triangle_multiplication
-    registered = op(*leaves, mask, False, 1e-5, torch.bfloat16)[0]
+    registered = op(*leaves, mask, residual, None, False, 1e-5, torch.bfloat16)[0]
     assert torch.equal(straight, registered)
     pairs = zip(
         torch.autograd.grad(straight, leaves, grad),
