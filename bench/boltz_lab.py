@@ -5,7 +5,9 @@ python bench/boltz_lab.py --out DIR [--n 384,768] [--modes eager,compile,kernels
 
 Float32 parameters and inputs, dropout active, no activation checkpointing, TF32 off, every weight away from its
 initial zeros. `kernels` are cuEquivariance's, which Boltz calls where they are installed; `graphs` are PyTorch's own
-`make_graphed_callables`, for lengths at which the host is slower than the kernels. One process a mode and length; medians of `do_bench` over all gradients, the rise of memory over one pass, seconds of the first two passes.
+`make_graphed_callables`, for lengths at which the host is slower than the kernels. One process a mode and length;
+medians of `do_bench` over all gradients, the rise of memory over one pass (of graphs: with their capture), seconds of
+the first two passes.
 Writes `boltz.jsonl` with all samples.
 
 python bench/boltz_lab.py --predict 768      the peak of `apply`, from what PyTorch would allocate: without a GPU

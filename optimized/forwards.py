@@ -245,13 +245,13 @@ def adds(update: Any) -> bool:
 
 
 def with_update(
-    update: Any, z: Tensor, into: Into, fallbacks: Fallbacks, options: Mapping[str, Any]
+    update: Any, x: Tensor, into: Into, fallbacks: Fallbacks, options: Mapping[str, Any]
 ) -> Tensor:
-    """The residual of `into` + keep ⊙ update(z, **options), in one operator where the module takes `into` itself."""
+    """The residual of `into` + keep ⊙ update(x, **options), in one operator where the module takes `into` itself."""
     if adds(update):
-        added: Tensor = update(z, **options, into=into)
+        added: Tensor = update(x, **options, into=into)
         return added
-    return add_update(update(z, **options), into, fallbacks)
+    return add_update(update(x, **options), into, fallbacks)
 
 
 def with_transition(update: Any, x: Tensor) -> Tensor:

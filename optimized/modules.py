@@ -198,6 +198,8 @@ class OuterProductMean(Fused, msa.OuterProductMean):
 class PairWeightedAveraging(Fused, msa.PairWeightedAveraging):
     """Pair-weighted averaging (AF3 Algorithm 10) on operators."""
 
+    adds = True
+
     def forward(self, m: Tensor, z: Tensor, mask: Tensor, into: Into | None = None) -> Tensor:
         """The update of m [S, N, c_m] given z [N, N, c_z], or with `into` that added to a residual.
 
@@ -225,10 +227,8 @@ class MSABlock(Fused, msa.MSABlock):
         update = self.averaging
         if update is None or self.msa_transition is None:
             return m
-        if isinstance(update, PairWeightedAveraging) and not update._forward_hooks:
-            m = update(m, z, msa_mask, _into(m, self.msa_dropout))
-        else:
-            m = forwards.add_update(update(m, z, msa_mask), _into(m, self.msa_dropout), self.fallbacks)
+        others = {"z": z, "mask": msa_mask}
+        m = forwards.with_update(update, m, _into(m, self.msa_dropout), self.fallbacks, others)
         return forwards.with_transition(self.msa_transition, m)
 
 

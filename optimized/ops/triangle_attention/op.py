@@ -69,9 +69,9 @@ def triangle_attention(
 
     `mask` `[*, N, N]` boolean says which keys z_ij take part; a row without any gives zero. `residual` `[*, N, N, c]`
     and `keep`, the factors of row- or column-shared dropout (no gradient), as for `gated_output`; with z itself as the
-    residual its two gradients are added by the kernel. Products run in
-    autocast's dtype where autocast is on and in z's otherwise; the result has that dtype, or the wider one of it and
-    the residual's. Where the kernels do not apply (`supported` says why) the definition runs.
+    residual its two gradients are added by the kernel. Products run in autocast's dtype where autocast is on and in z's
+    otherwise; the result has that dtype, or the wider one of it and the residual's. Where the kernels do not apply
+    (`supported` says why) the definition runs.
     """
     dtype = compute_dtype(z)
     if not supported(z, weights, heads, mask, residual, keep).ok:
