@@ -20,6 +20,7 @@ from torch import nn
 
 from megafold_bench.variants import Support
 
+FLOAT_ARGUMENTS = "_use_fp64_for_unbacked_floats"
 MAX_VARIANTS = 64
 """Compiled versions of one block class that are legitimate: with and without gradient, each sample count,
 each width, each precision. Beyond that something recompiles every step."""
@@ -40,9 +41,17 @@ def compile_units(units: Iterable[tuple[str, nn.Module]], fullgraph: bool = True
 
 @contextmanager
 def strict_compilation() -> Iterator[None]:
-    """Within it, hitting the recompilation limit raises instead of running the block uncompiled."""
+    """Within it, hitting the recompilation limit raises instead of running the block uncompiled.
+
+    Triton kernels of others are given Python floats in fp32, as when they are launched without a compiler. Inductor
+    gives them in fp64, with which trifast's do not compile.
+    """
+    import torch._inductor.config  # a second, which only who compiles should wait
+
     limits = {"recompile_limit": MAX_VARIANTS, "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(limits):
+    known = hasattr(torch._inductor.config, FLOAT_ARGUMENTS)  # before PyTorch 2.11 they were fp32
+    floats = {FLOAT_ARGUMENTS: False} if known else {}
+    with torch._dynamo.config.patch(limits), torch._inductor.config.patch(floats):
         yield
 
 

@@ -119,7 +119,7 @@ def trifast_attention() -> PeerAttention:
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
         masked = q.new_zeros(1, *q.shape[2:4], dtype=torch.bool) if mask is None else ~mask[None]
-        return triangle_attention(q, k, v, bias.to(q.dtype)[None], masked)[0].transpose(0, 1)
+        return triangle_attention(q, k, v, bias.to(q.dtype)[None], masked).squeeze(0).transpose(0, 1)
 
     return attend
 

@@ -8,6 +8,7 @@ other tensors in the next one. The kernels and their order are those of a step w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -49,6 +50,7 @@ class Recorder:
             except BaseException:
                 with suppress(RuntimeError):  # what went wrong first says more
                     graph.capture_end()
+                _end_of_capture()
                 raise
             graph.capture_end()
         if not fits:
@@ -56,6 +58,15 @@ class Recorder:
             return None
         self._latest = graph
         return graph, result
+
+
+def _end_of_capture() -> None:
+    """Tell the random number generators, which a capture that broke off leaves waiting and unusable, that it is over."""
+    empty = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the graph is empty
+        empty.capture_begin(capture_error_mode="thread_local")
+        empty.capture_end()
 
 
 class Repeated:

@@ -34,6 +34,8 @@ def _matrix(row: Mapping[str, Any]) -> str:
 
 def print_compile_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Registers per thread, shared memory (LDS), spills and matrix instructions of every case."""
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
     for arch in dict.fromkeys(row["arch"] for row in rows):
         table = Table(title=str(arch), title_justify="left", box=None, pad_edge=False, header_style="bold")
         table.add_column("kernel and configuration", overflow="fold")
@@ -50,7 +52,7 @@ def print_compile_table(rows: Sequence[Mapping[str, Any]], console: Console) -> 
             ]
             cells = shown if row["ok"] else ["–", "–", "–", "does not compile"]
             table.add_row(escape(str(row["case"])), *cells, style="red" if bad else None)
-        console.print(table, width=console.width if console.is_terminal else PIPE_COLUMNS, crop=False)
+        console.print(table, crop=False)
     _print_verdict(rows, console)
 
 

@@ -16,7 +16,7 @@ from reports.provenance import Provenance
 ROWS_NAME = "kernels.jsonl"
 KEY = ["op", "dtype", "tokens", "implementation"]
 COLUMNS = [
-    *KEY, "pass", "outcome", "detail", "median_s", "p20_s", "p80_s", "n_samples", "floor_s", "bound_by", "times_floor",
+    *KEY, "pass", "outcome", "detail", "median_s", "p20_s", "p80_s", "n_samples", "kernels_s", "floor_s", "bound_by", "times_floor",
     "peak_bytes", "error", "error_ratio", "error_of", "error_tokens", "bitwise", "differing", "versions", "run", "time",
     "device", "driver", "torch", "triton", "commit",
 ]  # fmt: skip
@@ -107,7 +107,13 @@ def _lines(
     shared["differing"] = " ".join(row["bitwise"]["differing"])
     shared["versions"] = " ".join(f"{name}={version}" for name, version in row["versions"].items())
     return [
-        {**shared, "pass": name, **_timed(row, name, ceilings), "peak_bytes": row["memory"].get(name)}
+        {
+            **shared,
+            "pass": name,
+            **_timed(row, name, ceilings),
+            "kernels_s": row.get("kernels_s", {}).get(name),
+            "peak_bytes": row["memory"].get(name),
+        }
         for name in row["passes"]
     ]
 

@@ -47,7 +47,7 @@ def _megafold_attention(problem: Problem, precision: str = "ieee") -> Function:
         return q, k, v, t["bias"][None, None], None if mask is None else mask[None]
 
     def run(t: Tensors, mask: Tensor | None) -> list[Tensor]:
-        return [attention(*inputs(t, mask), precision=precision)[0].transpose(1, 2)]
+        return [attention(*inputs(t, mask), precision=precision).squeeze(0).transpose(1, 2)]
 
     _require(supported(*inputs(problem.tensors, problem.mask)))
     return run

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baselines.compilation import strict_compilation
 from baselines.peers import versions
 from optimized.kernels import timing
 from optimized.kernels.implementations import build
@@ -98,22 +99,27 @@ class Passes:
         return timing.time_calls(self.forward if name == "fwd" else self.both, device, repeat_ms)
 
 
+@strict_compilation()
 def measure(task: Task, errors: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The measured fields of a row: passes, memory, errors, bitwise, cost, versions.
+    """The measured fields of a row: passes, memory, kernels' own time, errors, bitwise, cost, versions.
 
     `errors` of an earlier length of the same implementation are taken over. Exceptions of the implementation pass.
+    Compiled code is compiled anew for every length: PyTorch's own limit of eight times would have the later ones run eager.
     """
     torch.manual_seed(task.seed)
     problem = make_problem(task.op, task.tokens, task.dtype, task.device, task.seed, task.small)
     fn = build(task.implementation, problem)
     row: dict[str, Any] = {"versions": versions(task.implementation)}
     run = Passes(fn, problem)
-    row["memory"] = {}
+    row["memory"], row["kernels_s"] = {}, {}
     for name, call in (("fwd", run.forward), ("fwdbwd", run.both)):
         if name in task.passes:
             call()  # compiles, fills tuning caches
             row["memory"][name] = timing.peak_rise(call, task.device)
     row["passes"] = {name: {"times_s": run.times(name, task.device, task.repeat_ms)} for name in task.passes}
+    for name, call in (("fwd", run.forward), ("fwdbwd", run.both)):
+        if name in task.passes:
+            row["kernels_s"][name] = timing.kernel_seconds(call, task.device)
     del run
     dtype = DTYPES[task.dtype]
     costs = {name: OPERATORS[task.op].cost(name, task.tokens, dtype) for name in task.passes}

@@ -14,7 +14,7 @@ def attention_definition(t: Tensors, mask: Tensor | None) -> list[Tensor]:
     q, k, v = (t[name].transpose(1, 2)[None] for name in ("q", "k", "v"))
     keep = None if mask is None else mask[None]
     out = attention_reference.attention(q, k, v, t["bias"][None, None], keep)
-    return [out[0].transpose(1, 2)]
+    return [out.squeeze(0).transpose(1, 2)]
 
 
 def attention(op: str, rows: int | None, heads: int, width: int) -> Operator:

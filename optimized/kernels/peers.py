@@ -103,6 +103,6 @@ def ds4sci(problem: Problem) -> Function:
         additive = q.new_zeros(1, rows, 1, 1, count)
         if mask is not None:
             additive = additive.masked_fill(~mask[None, :, None, None, :], -1e4)
-        return [attend(q, k, v, [additive, t["bias"][None, None]])[0]]
+        return [attend(q, k, v, [additive, t["bias"][None, None]]).squeeze(0)]
 
     return run

@@ -9,6 +9,7 @@ import torch
 WARMUP_MS = 25
 REPEAT_MS = 100
 CPU_REPEATS = 5
+PROFILED_CALLS = 5
 
 
 def time_calls(call: Callable[[], object], device: str, repeat_ms: int = REPEAT_MS) -> list[float]:
@@ -80,6 +81,24 @@ def peak_rise(call: Callable[[], Any], device: str) -> int | None:
     peak = torch.cuda.max_memory_allocated() - before
     del held
     return peak
+
+
+def kernel_seconds(call: Callable[[], Any], device: str) -> float | None:
+    """Seconds that the device works in a call: its kernels and copies, with a warm L2 cache; None on a CPU.
+
+    What a call takes above that it waits for the host.
+    """
+    if device != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(PROFILED_CALLS):
+            call()
+        torch.cuda.synchronize()
+    return sum(row.device_time_total for row in seen.key_averages()) * 1e-6 / PROFILED_CALLS
 
 
 def measure_ceilings(device: str) -> dict[str, Any]:

@@ -24,3 +24,4 @@ def _exact_fp32() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.cuda.empty_cache()  # the tests past 2**31 elements hold tens of GiB, which tests beside them may need

@@ -22,7 +22,7 @@ def measurement(op, tokens, implementation, ms, run="r", **changes):
     row = {
         "schema_version": 1, "kind": "measurement", "run": run, "time": "t", "op": op, "dtype": "bf16", "tokens": tokens,
         "implementation": implementation, "device": "cuda", "outcome": "ok", "detail": "", "passes": passes,
-        "memory": {"fwd": 2**20, "fwdbwd": 2**25}, "cost": {"fwd": cost, "fwdbwd": cost}, "versions": {},
+        "memory": {"fwd": 2**20, "fwdbwd": 2**25}, "kernels_s": {"fwd": 9e-5, "fwdbwd": 4e-4}, "cost": {"fwd": cost, "fwdbwd": cost}, "versions": {},
         "bitwise": {"repeats": 5, "differing": ["d_bias"] if implementation == "flex" else []},
         "errors": {"tokens": 200, "own": {"out": 0.002, "d_q": 0.004}, "definition": {"out": 0.004, "d_q": 0.003}},
     }  # fmt: skip
@@ -98,6 +98,28 @@ def test_table_and_csv(folder):
     assert "no: d_bias" in text and "1.33× (d_q)" in text and "32 MiB" in text
     assert "definition: oom_device: CUDA out of memory" in text
     assert len(save_kernels_csv(folder).read_text().splitlines()) == 25
+
+
+def test_a_table_in_a_file_is_not_cut(folder):
+    """A console that is no terminal is 80 columns wide, whatever it is told for one table."""
+    file = io.StringIO()
+    print_kernels(folder, Console(file=file))
+    lines = file.getvalue().splitlines()
+    header = next(line for line in lines if line.startswith("implementation"))
+    assert header.split() == (
+        "implementation forward kernels × floor forward + backward kernels × floor peak error bitwise".split()
+    )
+    row = next(line for line in lines if line.startswith("megafold"))
+    assert "150 µs" in row and " 90" in row and "400 µs" in row and "…" not in row
+
+
+def test_rows_from_before_the_kernels_were_timed_apart(folder):
+    rows = [{k: v for k, v in row.items() if k != "kernels_s"} for row in read_rows(folder)]
+    (folder / "kernels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = io.StringIO()
+    print_kernels(folder, Console(file=file))
+    header = next(line for line in file.getvalue().splitlines() if line.startswith("implementation"))
+    assert "kernels" not in header
 
 
 def test_figure(folder):

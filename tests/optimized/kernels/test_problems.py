@@ -4,7 +4,14 @@ import torch
 from megafold_bench.errors import UserError
 from megafold_bench.outcomes import UnsupportedError
 from optimized.kernels.implementations import BUILDERS, build, implements
-from optimized.kernels.measure import Passes, differing, errors_against_fp64, outputs_and_gradients
+from optimized.kernels.measure import (
+    Passes,
+    Task,
+    differing,
+    errors_against_fp64,
+    measure,
+    outputs_and_gradients,
+)
 from optimized.kernels.problems import OPERATORS, make_problem, parse_operators, relative
 
 GIGA, MEGA = 1e9, 1e6
@@ -55,6 +62,23 @@ def test_a_pass_of_both_is_their_sum():
     operator = OPERATORS["attention_pair_bias"]
     parts = [operator.cost(name, 100, torch.float32) for name in ("fwd", "bwd")]
     assert operator.cost("fwdbwd", 100, torch.float32) == parts[0] + parts[1]
+
+
+def test_every_length_is_compiled(monkeypatch):
+    """FlexAttention and torch.compile fell back to eager from the fourth length on, and were timed so."""
+    lengths, compiled = range(5, 5 + 12), []
+
+    def counting(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    once = torch.compile(lambda t, mask: [t["x"] * 2.0], backend=counting, dynamic=False)
+    monkeypatch.setattr("optimized.kernels.measure.build", lambda name, problem: once)
+    monkeypatch.setattr("optimized.kernels.measure.differing", lambda *_: [])
+    torch._dynamo.reset()
+    for n in lengths:
+        measure(Task("transition", "compile", "fp32", n, ("fwd",), "cpu", small=True), {"tokens": 1})
+    assert len(compiled) == len(lengths)
 
 
 def test_operators_by_name():
