@@ -110,12 +110,13 @@ def grad_kv_kernel(
     dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l, mask_b, mask_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a key tile for ROWS rows. Scores are built transposed, [k, q], so that p^T feeds the products;
     FLIPPED is the packed transposed bias.
 
-    A masked key touches only its own row of dk and dv here: those rows are zeroed at the end.
+    A masked key touches only its own row of dk and dv here: those rows are zeroed at the end. Of the last AHEAD rows dp
+    is computed a step early, see `forward`.
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = FLIPPED.dtype.element_ty
@@ -159,8 +160,17 @@ def grad_kv_kernel(
     for i in tl.static_range(ROWS):
         raw_lses = raw_lses + (load_columns(LSE2 + stats[i], 0, BK, BQ),)
         raw_deltas = raw_deltas + (load_columns(DELTA + stats[i], 0, BK, BQ),)
+    dps = ()
+    for i in tl.static_range(ROWS):
+        dp = 0
+        if i >= ROWS - AHEAD:
+            inside = (tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
+            g = tl.load(gbs[i] + g_offsets, mask=inside, other=0.0)
+            dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
+        dps = dps + (dp,)
     for q0 in tl.range(0, LQ, BQ, num_stages=STAGES):
-        inside = (q0 + tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
+        qi = q0 + tl.arange(0, BQ)
+        inside = (qi < LQ)[:, None] & (d < D)[None, :]
         bias = in_units(unpacked(raw, BK, BQ, TYPE), EXACT)
         ahead = tl.minimum(q0 // BQ + 1, q_blocks // (BQ // 16) - 1)
         new_lses = ()
@@ -169,6 +179,7 @@ def grad_kv_kernel(
         new_qbs = ()
         new_gbs = ()
         new_dvs = ()
+        new_dps = ()
         for i in tl.static_range(ROWS):
             lse = spread(raw_lses[i], BK, BQ)
             delta = spread(raw_deltas[i], BK, BQ)
@@ -177,7 +188,7 @@ def grad_kv_kernel(
             new_qbs = new_qbs + (token(qbs[i], BQ, q_l),)
             new_gbs = new_gbs + (token(gbs[i], BQ, g_l),)
             s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION)
-            dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
+            dp = dps[i] if i >= ROWS - AHEAD else tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
             if EXACT:
                 p = powers(s * unit_scale + bias + lse, True)
             else:
@@ -188,7 +199,15 @@ def grad_kv_kernel(
             # Not before: their registers are those of the values in use.
             new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
             new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
+        for i in tl.static_range(ROWS):
+            dp = 0
+            if i >= ROWS - AHEAD:
+                beyond = (qi + BQ < LQ)[:, None] & (d < D)[None, :]
+                g = tl.load(new_gbs[i] + g_offsets, mask=beyond, other=0.0)
+                dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
+            new_dps = new_dps + (dp,)
         raw = load_packed(pointers, ahead, BQ)  # not before: its registers are those of the bias in use
+        dps = new_dps
         dks = new_dks
         qbs = new_qbs
         gbs = new_gbs
@@ -222,11 +241,12 @@ def grad_q_kernel(
     scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, SUMS: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile for ROWS rows, running over keys; the rows are `groups` times ROWS from row `start` on.
 
     With SUMS, the sum of ds over the ROWS rows goes to PLANES [B, groups, H, packed LQ x LK], rounded to their dtype.
+    Of the last AHEAD rows dp is computed a step early, see `forward`.
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
@@ -276,22 +296,35 @@ def grad_q_kernel(
     bits = ()
     for i in tl.static_range(ROWS):
         bits = bits + (load_bits(BITS + bits_at[i], 0, BK) if HAS_MASK else 0,)
+    dps = ()
+    for i in tl.static_range(ROWS):
+        dp = 0
+        if i >= ROWS - AHEAD:
+            inside = (tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
+            v = tl.load(vbs[i] + v_offsets, mask=inside, other=0.0)
+            dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
+        dps = dps + (dp,)
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
-        inside = (k0 + tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
+        ki = k0 + tl.arange(0, BK)
+        inside = (ki < LK)[:, None] & (d < D)[None, :]
         bias = in_units(unpacked(raw, BQ, BK, TYPE), EXACT)
         ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
         new_bits = ()
         new_kbs = ()
         new_vbs = ()
         new_dqs = ()
+        new_dps = ()
         total = tl.zeros((BQ, BK), tl.float32)
         for i in tl.static_range(ROWS):
             k = tl.load(kbs[i] + k_offsets, mask=inside, other=0.0)
-            v = tl.load(vbs[i] + v_offsets, mask=inside, other=0.0)
             new_kbs = new_kbs + (token(kbs[i], BK, k_l),)
             new_vbs = new_vbs + (token(vbs[i], BK, v_l),)
             s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
-            dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
+            if i >= ROWS - AHEAD:
+                dp = dps[i]
+            else:
+                v = tl.load(vbs[i] + v_offsets, mask=inside, other=0.0)
+                dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
             s = (
                 s * unit_scale + bias + lses[i][:, None]
                 if EXACT
@@ -306,7 +339,15 @@ def grad_q_kernel(
             if SUMS:
                 total = ds if i == 0 else total + ds
             new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION),)
+        for i in tl.static_range(ROWS):
+            dp = 0
+            if i >= ROWS - AHEAD:
+                beyond = (ki + BK < LK)[:, None] & (d < D)[None, :]
+                v = tl.load(new_vbs[i] + v_offsets, mask=beyond, other=0.0)
+                dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
+            new_dps = new_dps + (dp,)
         raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
+        dps = new_dps
         if SUMS:
             store_packed(targets, k0 // BK, total, BQ, BK)
         dqs = new_dqs

@@ -66,6 +66,7 @@ def make_case(
         "HAS_DLSE": True,
         "CONTINUES": True,
         "SUMS": True,
+        "AHEAD": 0,
         "FAST": dtype != "fp16",
         **config.constants,
         **extra,

@@ -11,6 +11,10 @@ sums exp2(s) as it is, without maximum or rescaling, and the sum is checked at t
 (|logits| above about 55, or a row without a kept key) the program repeats those rows with the running maximum. With
 16-bit floats of 5 exponent bits (fp16) the running maximum is always used.
 
+A product of scores is waited for where it is asked for, unless it is for the next step: Triton lets products run on
+whose result nothing needs before the first wait of a step. The scores of the last AHEAD rows are therefore computed a
+step early. At least one row must not be ahead, whose wait they need.
+
 Cost for R rows, head size D, e bytes per element: 4*R*H*Q*K*D FLOP, R*H*Q*K exponentials; from HBM q, k, v, o once
 and the bias once per L2 lifetime; from L2 per score 2e*D/BQ (keys and values) + e/ROWS (bias) bytes.
 """
@@ -149,7 +153,7 @@ def forward_kernel(
     q_b, q_r, q_h, q_l, k_b, k_r, k_h, k_l, v_b, v_r, v_h, v_l, o_b, o_r, o_h, o_l, mask_b, mask_r, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ].
 
@@ -199,10 +203,18 @@ def forward_kernel(
         v_at = vbs
         raw = load_packed(pointers, 0, BK)
         raw_masks = ()
+        scores = ()
         for i in tl.static_range(ROWS):
             raw_masks = raw_masks + (load_columns(MASK + masks_at[i], 0, BQ, BK) if HAS_MASK else 0,)
+            s = 0
+            if i >= ROWS - AHEAD:
+                inside = (tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
+                k = tl.load(kbs[i] + k_offsets, mask=inside, other=0.0)
+                s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
+            scores = scores + (s,)
         for k0 in tl.range(0, LK, BK, num_stages=STAGES):
-            inside = (k0 + tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
+            ki = k0 + tl.arange(0, BK)
+            inside = (ki < LK)[:, None] & (d < D)[None, :]
             bias = in_units(unpacked(raw, BQ, BK, TYPE), EXACT)
             ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
             new_masks = ()
@@ -210,12 +222,16 @@ def forward_kernel(
             new_v_at = ()
             new_accs = ()
             new_totals = ()
+            new_scores = ()
             for i in tl.static_range(ROWS):
-                k = tl.load(k_at[i] + k_offsets, mask=inside, other=0.0)
+                if i >= ROWS - AHEAD:
+                    s = scores[i]
+                else:
+                    k = tl.load(k_at[i] + k_offsets, mask=inside, other=0.0)
+                    s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
                 v = tl.load(v_at[i] + v_offsets, mask=inside, other=0.0)
                 new_k_at = new_k_at + (token(k_at[i], BK, k_l),)
                 new_v_at = new_v_at + (token(v_at[i], BK, v_l),)
-                s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
                 if HAS_MASK:
                     s = s * unit_scale + (bias + spread(raw_masks[i], BQ, BK))
                 else:
@@ -226,7 +242,15 @@ def forward_kernel(
                 new_masks = new_masks + (
                     load_columns(MASK + masks_at[i], ahead * BK, BQ, BK) if HAS_MASK else 0,
                 )
+            for i in tl.static_range(ROWS):
+                s = 0
+                if i >= ROWS - AHEAD:
+                    beyond = (ki + BK < LK)[:, None] & (d < D)[None, :]
+                    k = tl.load(new_k_at[i] + k_offsets, mask=beyond, other=0.0)
+                    s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
+                new_scores = new_scores + (s,)
             raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
+            scores = new_scores
             accs = new_accs
             totals = new_totals
             k_at = new_k_at

@@ -266,6 +266,11 @@ def _prepare(call: Call, mask: Tensor | None, *, straight: bool, flipped: bool) 
     )  # fmt: skip
 
 
+def _ahead(config: Config) -> dict[str, int]:
+    """Rows that are a step ahead, where a configuration does not say: none."""
+    return {} if "AHEAD" in config.constants else {"AHEAD": 0}
+
+
 def programs(call: Call, length: int, tile: int, config: Config) -> tuple[int, int, int]:
     """Grid of the kernels that own a tile of `length` tokens of ROWS rows."""
     rows, heads, _, _ = call.sizes
@@ -280,7 +285,8 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
         *strides8(call.q), *strides8(call.k), *strides8(call.v), *strides8(o), *call.mask_strides, call.unit_scale,
     )  # fmt: skip
     grid = programs(call, call.sizes[2], config.constants["BQ"], config)
-    launch(forward_kernel, grid, config, arguments, **call.constants, FAST=call.q.dtype != torch.float16)
+    fast = call.q.dtype != torch.float16
+    launch(forward_kernel, grid, config, arguments, **call.constants, **_ahead(config), FAST=fast)
 
 
 def launch_statistics(
@@ -310,7 +316,7 @@ def launch_grad_kv(
         *call.mask_strides, call.scale, call.unit_scale,
     )  # fmt: skip
     grid = programs(call, call.sizes[3], config.constants["BK"], config)
-    launch(grad_kv_kernel, grid, config, arguments, **call.constants)
+    launch(grad_kv_kernel, grid, config, arguments, **call.constants, **_ahead(config))
 
 
 def launch_grad_q(
@@ -340,6 +346,7 @@ def launch_grad_q(
         if groups * tile < rows and dbias.dtype != torch.float32:
             total = torch.empty(dbias.shape, dtype=torch.float32, device=call.q.device)
     programs_a_group = ceil_div(lq, config.constants["BQ"]) * heads * batch
+    constants = {**call.constants, **_ahead(config), "SUMS": dbias is not None}
     for start in range(0, rows, groups * tile):
         some = min(groups, ceil_div(rows - start, tile))
         arguments = (
@@ -348,7 +355,7 @@ def launch_grad_q(
             call.scale, call.unit_scale,
         )  # fmt: skip
         grid = (programs_a_group * some, 1, 1)
-        launch(grad_q_kernel, grid, config, arguments, **call.constants, SUMS=dbias is not None)
+        launch(grad_q_kernel, grid, config, arguments, **constants)
         if dbias is not None:
             out = dbias if start + groups * tile >= rows else total
             grid = (ceil_div(lq, 16) * ceil_div(lk, FOLD_PLANES["BK"]) * heads * batch, 1, 1)

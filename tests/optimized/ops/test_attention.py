@@ -15,7 +15,7 @@ from optimized.ops.attention import (
     supported,
 )
 from optimized.ops.attention.operator import run_backward
-from optimized.ops.tuning import Config
+from optimized.ops.tuning import Config, forget
 from tests.optimized.ops.attention_checks import (
     DTYPES,
     NAMES,
@@ -124,6 +124,23 @@ def test_several_rows_a_program(monkeypatch):
     plan = launch.Plan(row, row, Config({"BQ": 32, "BK": 16, "STAGES": 1}), row)
     monkeypatch.setattr(launch, "plan_for", lambda q, precision: plan)
     check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_a_step_early(dtype, monkeypatch):
+    """Of some rows or of all, the results are the same in every bit; lengths past the last tile of either loop."""
+    case = make(dtype, rows=5, heads=1, queries=40, keys=52, dim=24)
+
+    def results(forward, grad_kv, grad_q):
+        row = lambda ahead: Config({"ROWS": 3, "BQ": 16, "BK": 16, "STAGES": 1, "AHEAD": ahead})  # noqa: E731
+        plan = launch.Plan(row(forward), row(grad_kv), None, row(grad_q))
+        monkeypatch.setattr(launch, "plan_for", lambda q, precision: plan)
+        forget()
+        return with_grads(attention, case, dtype)
+
+    plain = results(0, 0, 0)
+    for early in ((1, 1, 1), (2, 3, 3)):
+        assert all(torch.equal(a, b) for a, b in zip(results(*early), plain, strict=True))
 
 
 @pytest.fixture
