@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "optimized" / "ops"))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "test_harness_gpu" not in item.nodeid)
+    for item in items:
+        if "two_to_the_31" in item.name:  # tens of GiB each: where tests run side by side, one after another
+            item.add_marker(pytest.mark.xdist_group("large"))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,10 @@ from fused_checks import check_bitwise, distance, gradients
 
 from optimized.ops.linear import linear, linear_reference, supported
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
 
 
 def problem(shape, c, h, bias=True):
