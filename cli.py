@@ -520,10 +520,15 @@ def variants() -> None:
 
 @app.command()
 def show(run: RunArgument) -> None:
-    """The table of a finished or running sweep."""
-    _require_run(run)
+    """The table of a finished or running sweep, or of a folder of `kernels`."""
+    from reports.kernel_rows import ROWS_NAME
+    from reports.kernel_table import print_kernels
     from reports.tables import print_table
 
+    if (run / ROWS_NAME).is_file():
+        print_kernels(run, _console())
+        return
+    _require_run(run)
     print_table(run, _console())
 
 

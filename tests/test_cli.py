@@ -116,6 +116,12 @@ def test_commands_on_a_folder_that_is_no_run(call, tmp_path, command):
     assert code == 2 and "does not exist" in err and len(err.splitlines()) == 1
 
 
+def test_show_prints_measured_kernels(call):
+    code, out, _ = call("show", ROOT / "reports" / "reference" / "kernels-h200")
+    assert code == 0 and "NVIDIA H200" in out
+    assert "triangle_attention · N = 2048 · bf16" in out and "cuequivariance" in out
+
+
 def test_compare_checks_its_threshold(call, tmp_path):
     code, _, err = call("compare", tmp_path, tmp_path, "--fail-above", "lots")
     assert code == 2 and "--fail-above lots" in err
