@@ -3,9 +3,10 @@
 python bench/host_lab.py [--op NAME ...] [--profile NAME]
 
 On a CUDA device kernels are really launched, at a length where the host is slower than they are, and the clock stops
-before they end. Without one the kernels do nothing, and everything around them is as it would be: tensors lie on the
-CPU, where allocations and the library's small products cost about what they cost the host of a GPU. Not in the figure
-is what then happens inside Triton's launcher and the driver, some 4 µs a launch; their number is printed.
+before they end. The first row is PyTorch's own multiplication by two, for what hosts differ by. Without a device the
+kernels do nothing, and everything around them is as it would be: tensors lie on the CPU, where allocations and the
+library's small products cost about what they cost the host of a GPU. Not in the figure is what then happens inside
+Triton's launcher and the driver, some 4 µs a launch; their number is printed.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from optimized.ops.attention import launch as attention
 TOKENS = {"cuda": 64, "cpu": 16}
 KEPT: list[object] = []  # what must live as long as the process
 ROUNDS = 50
+DOUBLING = "x * 2"
 CALLS = 20  # in a row: more launches than a GPU's queue takes would make the host wait
 
 
@@ -82,6 +84,13 @@ def calls(op: str, device: str) -> tuple[Callable[[], object], Callable[[], obje
     return forward, both
 
 
+def doubling(device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """PyTorch's own multiplication of 16 values: what one launch and a walk through a graph cost on this host."""
+    x = torch.randn(16, device=device, requires_grad=True)
+    grad = torch.randn(16, device=device)
+    return lambda: x.detach() * 2.0, lambda: torch.autograd.grad(x * 2.0, x, grad)
+
+
 def microseconds(call: Callable[[], object], device: str) -> float:
     """Least over rounds of the time a call keeps the host, since other processes only add to it."""
     # Without a GPU, gradients too are computed in this thread.
@@ -116,8 +125,9 @@ def main() -> None:
     if device == "cpu":
         without_kernels()
     print(f"kernels: {'launched on ' + torch.cuda.get_device_name() if device == 'cuda' else 'do nothing'}")
-    for op in [chosen.profile] if chosen.profile else chosen.op or OPERATORS:
-        forward, both = calls(op, device)
+    plain = [] if chosen.profile else [DOUBLING]
+    for op in [chosen.profile] if chosen.profile else [*plain, *(chosen.op or OPERATORS)]:
+        forward, both = doubling(device) if op == DOUBLING else calls(op, device)
         for call in (forward, both):
             for _ in range(20):
                 call()
