@@ -71,12 +71,14 @@ def parts() -> dict[str, Part]:
     for op, names in IMPLEMENTATIONS.items():
         kernels = f"{cli} kernels --op {op} --n {LENGTHS} --impl {names}"
         found[f"kernels-{op}"] = Part(f"{kernels} --out {{out}}", 400 if "attention" in op else 250)
+    sweep = (
+        f"{cli} sweep --preset af3 --device cuda --steps 2 --warmup 1 --repeats 1 --no-sampler --out {{out}}"
+    )
     for tokens in LADDER:
-        sweep = f"{cli} sweep --preset af3 --device cuda --variants {PEERS} --seq-lens {tokens}"
         limit = 150 + 0.6 * tokens
-        found[f"steps-{tokens}"] = Part(
-            f"{sweep} --steps 2 --warmup 1 --repeats 1 --no-sampler --out {{out}}", limit
-        )
+        found[f"steps-{tokens}"] = Part(f"{sweep} --seq-lens {tokens} --variants {PEERS}", limit)
+        graphs = f"{sweep} --seq-lens {tokens} --variants pytorch,megafold --option graphs=true"
+        found[f"graphs-{tokens}"] = Part(graphs, limit / 3)
     for variant, start, limit in (("megafold", 2176, 500), ("inductor", 1664, 500), ("pytorch", 1536, 400),
         ("flex", 1664, 500), ("cuequivariance", 1664, 500), ("trifast", 1664, 500),
     ):  # fmt: skip
