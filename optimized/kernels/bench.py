@@ -10,7 +10,8 @@ from typing import Any
 
 from megafold_bench.environment import collect, detect_accelerator
 from megafold_bench.errors import UserError
-from optimized.kernels.implementations import implements, parse_implementations
+from megafold_bench.outcomes import Outcome
+from optimized.kernels.implementations import hindrance, implements, parse_implementations
 from optimized.kernels.measure import PASSES
 from optimized.kernels.names import parse_list, parse_tokens
 from optimized.kernels.problems import parse_dtypes, parse_operators
@@ -120,8 +121,20 @@ def run(request: Request, folder: Path) -> Iterator[Row]:
     rows = RowFile(folder)
     yield rows.append({"kind": "environment", "environment": collect()})
     for name, tasks in groups(request):
-        for row in run_group(tasks, folder / "logs" / f"{name}.log", request.timeout_s):
+        for row in _rows(tasks, folder / "logs" / f"{name}.log", request.timeout_s):
             yield rows.append(row)
+
+
+def _rows(tasks: list[Row], log: Path, timeout_s: float) -> Iterator[Row]:
+    """The rows of one process, which is not started for what cannot run here."""
+    first = tasks[0]["arguments"]
+    reason = hindrance(first["implementation"], first["dtype"]) if "implementation" in first else ""
+    if not reason:
+        yield from run_group(tasks, log, timeout_s)
+        return
+    for each in tasks:
+        outcome = {"outcome": Outcome.UNSUPPORTED.value, "detail": reason}
+        yield {"kind": each["kind"], **each["arguments"], **outcome}
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ calls it has to make it.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from optimized.ops.triangle_multiplication.reference import TriangleWeights
 Builder = Callable[[Problem], Function]
 """Makes the function for problems like this one, or raises `UnsupportedError` with the reason."""
 
+MODULES = {"cuequivariance": "cuequivariance_torch", "trifast": "trifast", "ds4sci": "deepspeed"}
+"""What an implementation imports, where that need not be installed."""
+NOT_FLOAT32 = "tf32x3 is about products of float32"
 ATTENTION = ("triangle_attention", "attention_pair_bias")
 TRIANGLE = ("triangle_multiplication_outgoing", "triangle_multiplication_incoming")
 
@@ -56,7 +60,7 @@ def _megafold_attention(problem: Problem, precision: str = "ieee") -> Function:
 def _megafold_tf32x3(problem: Problem) -> Function:
     """Three TF32 products for each of float32, as PyTorch's memory-efficient attention takes them on NVIDIA GPUs."""
     if problem.tensors["q"].dtype != torch.float32:
-        raise UnsupportedError("tf32x3 is about products of float32")
+        raise UnsupportedError(NOT_FLOAT32)
     if torch.version.hip is not None:
         raise UnsupportedError("TF32 products exist on NVIDIA only")
     return _megafold_attention(problem, "tf32x3")
@@ -221,6 +225,13 @@ def parse_implementations(names: tuple[str, ...]) -> tuple[str, ...]:
 def implements(name: str, op: str) -> bool:
     """Whether an implementation has the operator at all."""
     return op in BUILDERS[name]
+
+
+def hindrance(name: str, dtype: str) -> str:
+    """Why an implementation can run nowhere here in `dtype`, as far as is seen without loading it; else empty."""
+    if name in MODULES and find_spec(MODULES[name]) is None:
+        return f"not installed: no module {MODULES[name]}"
+    return NOT_FLOAT32 if name == "megafold-tf32x3" and dtype != "fp32" else ""
 
 
 def build(name: str, problem: Problem) -> Function:

@@ -4,9 +4,11 @@ import sys
 import pytest
 
 from megafold_bench.errors import UserError
-from optimized.kernels import processes
+from optimized.kernels import bench, processes
 from optimized.kernels.bench import Request, groups, run, summary
+from optimized.kernels.implementations import MODULES
 from optimized.kernels.processes import run_group, task
+from reports.kernel_rows import kernel_frame, read_rows
 
 WORKER = """
 import json, os, sys, time
@@ -88,3 +90,17 @@ def test_measurements_on_a_cpu_end_up_in_the_folder(tmp_path):
     assert "fwd" in summary(first)
     assert rows[4]["outcome"] == "unsupported" and "flex has no" in summary(rows[4])
     assert list((tmp_path / "logs").iterdir())
+
+
+def test_no_process_is_started_for_what_cannot_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODULES, "ds4sci", "no_such_module")
+    impl = "ds4sci,megafold-tf32x3"
+    request = Request.parse("triangle_attention", "6,9", "bf16", "fwd", impl, "cpu")
+    monkeypatch.setattr(bench, "groups", lambda request: groups(request)[1:])  # the ceilings have a process
+    monkeypatch.setattr(bench, "run_group", lambda *_: pytest.fail("a process was started"))
+    rows = list(run(request, tmp_path))[1:]
+    assert [row["implementation"] for row in rows] == ["ds4sci"] * 2 + ["megafold-tf32x3"] * 2
+    assert {row["outcome"] for row in rows} == {"unsupported"}
+    assert rows[0]["detail"] == "not installed: no module no_such_module"
+    assert rows[3]["tokens"] == 9 and "float32" in rows[3]["detail"]
+    assert kernel_frame(read_rows(tmp_path))["outcome"].eq("unsupported").sum() == 4
