@@ -50,7 +50,8 @@ class Recorder:
             except BaseException:
                 with suppress(RuntimeError):  # what went wrong first says more
                     graph.capture_end()
-                _end_of_capture()
+                with suppress(RuntimeError):
+                    _end_of_capture()
                 raise
             graph.capture_end()
         if not fits:

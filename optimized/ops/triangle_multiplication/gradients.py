@@ -93,9 +93,8 @@ def input_gradient_kernel(
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     d_gamma = tl.zeros([SHARE_ROWS, BC], tl.float32)
     d_beta = tl.zeros([SHARE_ROWS, BC], tl.float32)
-    both = tl.arange(
-        0, 2 * BN
-    )  # rows of the linear part, then as many of the gate: one product, one wait for both
+    # Rows of the linear part, then as many of the gate: one product, and one wait for both.
+    both = tl.arange(0, 2 * BN)
     # What does not change from tile to tile is computed again in each: it would be spilled beside the loop inside.
     for step in tl.range(0, group, disable_licm=True):
         start = (tl.program_id(0) * group + step) * BM
