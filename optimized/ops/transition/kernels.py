@@ -224,18 +224,14 @@ def input_gradient_kernel(
         tl.store(n_ptr + tile, n, mask=inside)
         dy = tl.load(dy_ptr + tile, mask=inside, other=0.0).to(dtype)
         acc = tl.zeros([BM, BC], tl.float32)
-        if JOINT:
-            dh = tl.dot(dy, load_out(wo_ptr, 0, c, C, H, BN, FULL), input_precision="ieee")
         for start in tl.range(0, H, BN, num_stages=STAGES):
             if JOINT:
                 w = load_pair(w_ptr, start, c, C, H, BN, FULL)
+                wo = load_out(wo_ptr, start, c, C, H, BN, FULL)
                 a, b = apart(tl.dot(n, tl.trans(w), input_precision="ieee"))
+                dh = tl.dot(dy, wo, input_precision="ieee")
                 _h, da, db = hidden_gradients(a, b, dh, FAST)
                 acc = accumulate(acc, together(da, db).to(dtype), w)
-                # A step early: Triton waits for a product that its own step uses, and lets this one run.
-                after = tl.minimum(start + BN, H - BN) if FULL else start + BN
-                wo = load_out(wo_ptr, after, c, C, H, BN, FULL)
-                dh = tl.dot(dy, wo, input_precision="ieee")
             else:
                 wa = load_chunk(w_ptr, start, c, C, H, BN, FULL)
                 wb = load_chunk(w_ptr + H * C, start, c, C, H, BN, FULL)
