@@ -17,7 +17,7 @@ import triton.language as tl
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import normalise_rows_backward, sigmoid
 from optimized.ops.triangle_multiplication.folded import place_rows, scale_and_shift
-from optimized.ops.triangle_multiplication.project import keep_rows
+from optimized.ops.triangle_multiplication.project import keep_rows, load_weights
 
 SHARE_ROWS = tl.constexpr(8)
 """Rows of the sums over positions that a program keeps: as many as four warps read at a time at 128 channels."""
@@ -93,8 +93,6 @@ def input_gradient_kernel(
     beta = tl.load(beta_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     d_gamma = tl.zeros([SHARE_ROWS, BC], tl.float32)
     d_beta = tl.zeros([SHARE_ROWS, BC], tl.float32)
-    # Rows of the linear part, then as many of the gate: one product, and one wait for both.
-    both = tl.arange(0, 2 * BN)
     # What does not change from tile to tile is computed again in each: it would be spilled beside the loop inside.
     for step in tl.range(0, group, disable_licm=True):
         start = (tl.program_id(0) * group + step) * BM
@@ -119,16 +117,7 @@ def input_gradient_kernel(
         dn = tl.zeros([BM, BC], tl.float32)
         for channel in tl.range(0, 2 * H, BN, num_stages=STAGES):
             t = channel + tl.arange(0, BN)
-            row = channel + both % BN + both // BN * (2 * H)
-            if FULL:
-                w = tl.load(w_ptr + row[:, None] * C + c[None, :])
-            else:
-                real_row = channel + both % BN < 2 * H
-                w = tl.load(
-                    w_ptr + row[:, None] * C + c[None, :],
-                    mask=real_row[:, None] & (c < C)[None, :],
-                    other=0.0,
-                )
+            wp, wg = load_weights(w_ptr, t, c, H, C, FULL)
             where = grad_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
             if EVEN and FULL:
                 grad = tl.load(where, mask=inside[None, :], other=0.0).to(tl.float32)
@@ -136,12 +125,12 @@ def input_gradient_kernel(
                 grad = tl.load(where, mask=(p < area)[None, :] & (t < 2 * H)[:, None], other=0.0).to(
                     tl.float32
                 )
-            linear, gate = tl.split(tl.permute(tl.reshape(tl.dot(w, tl.trans(n)), (2, BN, BM)), (1, 2, 0)))
-            gate = sigmoid(gate, FAST)
+            linear = tl.dot(wp, tl.trans(n))
+            gate = sigmoid(tl.dot(wg, tl.trans(n)), FAST)
             d_linear = grad * gate
             d_gate = d_linear * linear * (1.0 - gate)
-            gradients = tl.permute(tl.join(d_linear.to(dtype), d_gate.to(dtype)), (2, 0, 1))
-            dn = tl.dot(tl.trans(tl.reshape(gradients, (2 * BN, BM))), w, dn)
+            dn = tl.dot(tl.trans(d_linear.to(dtype)), wp, dn)
+            dn = tl.dot(tl.trans(d_gate.to(dtype)), wg, dn)
         if MASKED or not EVEN:
             # Not of the gradients as they are read: a mask of their positions would make that 2 bytes at a time.
             dn = tl.where(keep[:, None], dn, 0.0)
