@@ -69,7 +69,8 @@ def predictions() -> list[str]:
 
 def config(warps: int, stages: int, cap: int, ahead: int = 0, **constants: int) -> Config:
     """Shorthand; STAGES is the pipelining of the kernel's loop, AHEAD the rows whose products are a step early."""
-    return Config({**constants, "STAGES": stages, "AHEAD": ahead}, warps, 2, cap)
+    early = {"AHEAD": ahead} if ahead else {}
+    return Config({**constants, "STAGES": stages, **early}, warps, 2, cap)
 
 
 KERNELS = ("forward", "grad_kv", "grad_bias", "grad_q", "planes")
@@ -101,7 +102,8 @@ def candidates(head_dim: int) -> dict[str, list[Config]]:
             "grad_q": rows([(1, 64, 32, 4, 2, 0), (1, 64, 32, 4, 3, 0)]),
             "planes": rows([
                 (1, 64, 32, 4, 2, 0), (1, 64, 32, 4, 3, 0), (1, 64, 32, 4, 3, 128), (1, 64, 64, 4, 3, 0), (2, 64, 32, 4, 3, 168),
-                (1, 64, 32, 4, 3, 128, 1), (1, 64, 32, 4, 3, 0, 1), (2, 64, 16, 4, 3, 168, 1), (2, 64, 32, 4, 3, 0, 1),
+                (2, 64, 16, 4, 3, 168, 1), (2, 64, 32, 4, 3, 0, 1), (2, 64, 32, 4, 3, 0), (2, 64, 32, 4, 3, 0, 2), (2, 64, 32, 4, 4, 0, 1),
+                (2, 64, 64, 4, 3, 0, 1), (3, 64, 16, 4, 3, 0, 1), (3, 64, 32, 4, 3, 0, 1),
             ]),
         }  # fmt: skip
     return {
@@ -119,7 +121,7 @@ def candidates(head_dim: int) -> dict[str, list[Config]]:
         "planes": rows([
             (2, 64, 32, 4, 2, 128), (2, 64, 32, 4, 3, 128), (2, 64, 32, 4, 3, 168), (3, 64, 32, 4, 3, 168), (4, 64, 32, 4, 3, 0),
             (2, 64, 64, 4, 3, 0), (2, 64, 32, 4, 4, 168),
-            (2, 64, 32, 4, 3, 168, 1), (2, 64, 32, 4, 3, 168, 2), (2, 64, 32, 4, 3, 0, 2), (2, 64, 16, 4, 3, 128, 2),
+            (2, 64, 32, 4, 3, 168, 1), (2, 64, 32, 4, 3, 168, 2), (3, 64, 32, 4, 3, 0, 1), (4, 64, 32, 4, 3, 0, 1),
         ]),
     }  # fmt: skip
 

@@ -48,8 +48,9 @@ class Plan:
     grad_q: Config
 
 
-def _rows(rows: int, bq: int, bk: int, stages: int = 2, cap: int = 0) -> Config:
-    return Config({"ROWS": rows, "BQ": bq, "BK": bk, "STAGES": stages}, max_registers=cap)
+def _rows(rows: int, bq: int, bk: int, stages: int = 2, cap: int = 0, ahead: int = 0) -> Config:
+    early = {"AHEAD": ahead} if ahead else {}
+    return Config({"ROWS": rows, "BQ": bq, "BK": bk, "STAGES": stages, **early}, max_registers=cap)
 
 
 def _tile(bq: int, bk: int, stages: int = 2, cap: int = 0) -> Config:
@@ -74,9 +75,9 @@ def default_plan(dtype: torch.dtype, head_dim: int, arch: str, precision: str = 
             _rows(1, 64, 64),
         )
     if wide:
-        return Plan(_rows(1, 64, 32, 3), _rows(1, 32, 64, 3, cap=168), None, _rows(2, 64, 32, cap=168))
+        return Plan(_rows(1, 64, 32, 3), _rows(1, 32, 64, 3, cap=168), None, _rows(2, 64, 32, 3, ahead=1))
     return Plan(
-        _rows(2, 64, 32, 3, cap=128), _rows(1, 32, 64, 3, cap=128), None, _rows(2, 64, 32, 3, cap=168)
+        _rows(2, 64, 32, 3, cap=128, ahead=1), _rows(1, 32, 64, 3, cap=128), None, _rows(2, 64, 32, 3, cap=168)
     )
 
 
