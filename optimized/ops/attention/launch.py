@@ -75,7 +75,7 @@ def default_plan(dtype: torch.dtype, head_dim: int, arch: str, precision: str = 
             _rows(1, 64, 64),
         )
     if wide:
-        return Plan(_rows(1, 64, 32, 3), _rows(1, 32, 64, 3, cap=168), None, _rows(2, 64, 32, 3, ahead=1))
+        return Plan(_rows(1, 64, 32, 3), _rows(1, 32, 64, 3, cap=168), None, _rows(2, 64, 32, 3))
     return Plan(
         _rows(2, 64, 32, 3, cap=128, ahead=1), _rows(1, 32, 64, 3, cap=128), None, _rows(2, 64, 32, 3, cap=168)
     )
