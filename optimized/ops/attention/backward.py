@@ -47,6 +47,7 @@ from optimized.ops.attention.packing import (
     load_packed,
     packed_head,
     packed_pointers,
+    retyped,
     spread,
     store_packed,
     unpacked,
@@ -110,13 +111,15 @@ def grad_kv_kernel(
     dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l, mask_b, mask_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a key tile for ROWS rows. Scores are built transposed, [k, q], so that p^T feeds the products;
     FLIPPED is the packed transposed bias.
 
-    A masked key touches only its own row of dk and dv here: those rows are zeroed at the end. Of the last AHEAD rows dp
-    is computed a step early, see `forward`.
+    A masked key touches only its own row of dk and dv here: those rows are zeroed at the end.
+
+    What the next step adds to its scores is asked for at the end of this one (FETCH = 0), or as soon as what this one adds
+    was used (1); the bias alone also a step sooner (2), see `forward`.
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = FLIPPED.dtype.element_ty
@@ -154,32 +157,27 @@ def grad_kv_kernel(
         gbs = gbs + (head_of(G, b, row, h, g_b, g_r, g_h),)
         stats = stats + (statistics_row(b, row, h, R, H, LQ, TILE),)
 
+    last = q_blocks // (BQ // 16) - 1
     raw = load_packed(pointers, 0, BQ)
+    after = raw
+    if FETCH == 2:
+        raw = retyped(raw)
+        after = load_packed(pointers, tl.minimum(1, last), BQ)
     raw_lses = ()
     raw_deltas = ()
     for i in tl.static_range(ROWS):
         raw_lses = raw_lses + (load_columns(LSE2 + stats[i], 0, BK, BQ),)
         raw_deltas = raw_deltas + (load_columns(DELTA + stats[i], 0, BK, BQ),)
-    dps = ()
-    for i in tl.static_range(ROWS):
-        dp = 0
-        if i >= ROWS - AHEAD:
-            inside = (tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
-            g = tl.load(gbs[i] + g_offsets, mask=inside, other=0.0)
-            dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
-        dps = dps + (dp,)
     for q0 in tl.range(0, LQ, BQ, num_stages=STAGES):
-        qi = q0 + tl.arange(0, BQ)
-        inside = (qi < LQ)[:, None] & (d < D)[None, :]
+        inside = (q0 + tl.arange(0, BQ) < LQ)[:, None] & (d < D)[None, :]
         bias = in_units(unpacked(raw, BK, BQ, TYPE), EXACT)
-        ahead = tl.minimum(q0 // BQ + 1, q_blocks // (BQ // 16) - 1)
+        ahead = tl.minimum(q0 // BQ + 1, last)
         new_lses = ()
         new_deltas = ()
         new_dks = ()
         new_qbs = ()
         new_gbs = ()
         new_dvs = ()
-        new_dps = ()
         for i in tl.static_range(ROWS):
             lse = spread(raw_lses[i], BK, BQ)
             delta = spread(raw_deltas[i], BK, BQ)
@@ -188,26 +186,31 @@ def grad_kv_kernel(
             new_qbs = new_qbs + (token(qbs[i], BQ, q_l),)
             new_gbs = new_gbs + (token(gbs[i], BQ, g_l),)
             s = tl.dot(ks[i], tl.trans(q), input_precision=PRECISION)
-            dp = dps[i] if i >= ROWS - AHEAD else tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
+            dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
             if EXACT:
                 p = powers(s * unit_scale + bias + lse, True)
             else:
                 p = powers(s * unit_scale + (bias + lse), False)
+            if FETCH == 1:  # the compiler does not move these by itself
+                if i == ROWS - 1:
+                    after = load_packed(pointers, ahead, BQ)
+                new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
             new_dvs = new_dvs + (multiply_add(p.to(g.dtype), g, dvs[i], PRECISION),)
             ds = p * (dp - delta)
+            if FETCH == 1:
+                new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
             new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION),)
             # Not before: their registers are those of the values in use.
-            new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
-            new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
-        for i in tl.static_range(ROWS):
-            dp = 0
-            if i >= ROWS - AHEAD:
-                beyond = (qi + BQ < LQ)[:, None] & (d < D)[None, :]
-                g = tl.load(new_gbs[i] + g_offsets, mask=beyond, other=0.0)
-                dp = tl.dot(vs[i], tl.trans(g), input_precision=PRECISION)
-            new_dps = new_dps + (dp,)
-        raw = load_packed(pointers, ahead, BQ)  # not before: its registers are those of the bias in use
-        dps = new_dps
+            if FETCH != 1:
+                new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
+                new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
+        if FETCH == 2:
+            raw = retyped(after)
+            after = load_packed(pointers, tl.minimum(q0 // BQ + 2, last), BQ)
+        elif FETCH == 1:
+            raw = after
+        else:
+            raw = load_packed(pointers, ahead, BQ)
         dks = new_dks
         qbs = new_qbs
         gbs = new_gbs
@@ -241,12 +244,12 @@ def grad_q_kernel(
     scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, SUMS: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile for ROWS rows, running over keys; the rows are `groups` times ROWS from row `start` on.
 
     With SUMS, the sum of ds over the ROWS rows goes to PLANES [B, groups, H, packed LQ x LK], rounded to their dtype.
-    Of the last AHEAD rows dp is computed a step early, see `forward`.
+    FETCH: see `forward`.
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
@@ -292,39 +295,31 @@ def grad_q_kernel(
         vbs = vbs + (head_of(V, b, row, h, v_b, v_r, v_h),)
         bits_at = bits_at + ((b * R + row) * (k_blocks if HAS_MASK else 0),)
 
+    last = k_blocks // (BK // 16) - 1
     raw = load_packed(pointers, 0, BK)
+    after = raw
+    if FETCH == 2:
+        raw = retyped(raw)
+        after = load_packed(pointers, tl.minimum(1, last), BK)
     bits = ()
     for i in tl.static_range(ROWS):
         bits = bits + (load_bits(BITS + bits_at[i], 0, BK) if HAS_MASK else 0,)
-    dps = ()
-    for i in tl.static_range(ROWS):
-        dp = 0
-        if i >= ROWS - AHEAD:
-            inside = (tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
-            v = tl.load(vbs[i] + v_offsets, mask=inside, other=0.0)
-            dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
-        dps = dps + (dp,)
     for k0 in tl.range(0, LK, BK, num_stages=STAGES):
-        ki = k0 + tl.arange(0, BK)
-        inside = (ki < LK)[:, None] & (d < D)[None, :]
+        inside = (k0 + tl.arange(0, BK) < LK)[:, None] & (d < D)[None, :]
         bias = in_units(unpacked(raw, BQ, BK, TYPE), EXACT)
-        ahead = tl.minimum(k0 // BK + 1, k_blocks // (BK // 16) - 1)
+        ahead = tl.minimum(k0 // BK + 1, last)
         new_bits = ()
         new_kbs = ()
         new_vbs = ()
         new_dqs = ()
-        new_dps = ()
         total = tl.zeros((BQ, BK), tl.float32)
         for i in tl.static_range(ROWS):
             k = tl.load(kbs[i] + k_offsets, mask=inside, other=0.0)
+            v = tl.load(vbs[i] + v_offsets, mask=inside, other=0.0)
             new_kbs = new_kbs + (token(kbs[i], BK, k_l),)
             new_vbs = new_vbs + (token(vbs[i], BK, v_l),)
             s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
-            if i >= ROWS - AHEAD:
-                dp = dps[i]
-            else:
-                v = tl.load(vbs[i] + v_offsets, mask=inside, other=0.0)
-                dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
+            dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
             s = (
                 s * unit_scale + bias + lses[i][:, None]
                 if EXACT
@@ -339,15 +334,11 @@ def grad_q_kernel(
             if SUMS:
                 total = ds if i == 0 else total + ds
             new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION),)
-        for i in tl.static_range(ROWS):
-            dp = 0
-            if i >= ROWS - AHEAD:
-                beyond = (ki + BK < LK)[:, None] & (d < D)[None, :]
-                v = tl.load(new_vbs[i] + v_offsets, mask=beyond, other=0.0)
-                dp = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
-            new_dps = new_dps + (dp,)
-        raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
-        dps = new_dps
+        if FETCH == 2:
+            raw = retyped(after)
+            after = load_packed(pointers, tl.minimum(k0 // BK + 2, last), BK)
+        else:
+            raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
         if SUMS:
             store_packed(targets, k0 // BK, total, BQ, BK)
         dqs = new_dqs

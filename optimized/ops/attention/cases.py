@@ -67,6 +67,7 @@ def make_case(
         "CONTINUES": True,
         "SUMS": True,
         "AHEAD": 0,
+        "FETCH": 0,
         "FAST": dtype != "fp16",
         **config.constants,
         **extra,

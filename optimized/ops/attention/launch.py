@@ -77,7 +77,10 @@ def default_plan(dtype: torch.dtype, head_dim: int, arch: str, precision: str = 
     if wide:
         return Plan(_rows(1, 64, 32, 3), _rows(1, 32, 64, 3, cap=168), None, _rows(2, 64, 32, 3))
     return Plan(
-        _rows(2, 64, 32, 3, cap=128, ahead=1), _rows(1, 32, 64, 3, cap=128), None, _rows(2, 64, 32, 3, cap=168)
+        _rows(2, 64, 32, 3, cap=128, ahead=1),
+        _rows(1, 32, 64, 3, cap=128),
+        None,
+        _rows(2, 64, 32, 3, cap=168),
     )
 
 
@@ -267,9 +270,9 @@ def _prepare(call: Call, mask: Tensor | None, *, straight: bool, flipped: bool) 
     )  # fmt: skip
 
 
-def _ahead(config: Config) -> dict[str, int]:
-    """Rows that are a step ahead, where a configuration does not say: none."""
-    return {} if "AHEAD" in config.constants else {"AHEAD": 0}
+def _early(config: Config, *names: str) -> dict[str, int]:
+    """What is done a step early, AHEAD or FETCH, where a configuration does not say: nothing."""
+    return {name: 0 for name in names if name not in config.constants}
 
 
 def programs(call: Call, length: int, tile: int, config: Config) -> tuple[int, int, int]:
@@ -287,7 +290,15 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
     )  # fmt: skip
     grid = programs(call, call.sizes[2], config.constants["BQ"], config)
     fast = call.q.dtype != torch.float16
-    launch(forward_kernel, grid, config, arguments, **call.constants, **_ahead(config), FAST=fast)
+    launch(
+        forward_kernel,
+        grid,
+        config,
+        arguments,
+        **call.constants,
+        **_early(config, "AHEAD", "FETCH"),
+        FAST=fast,
+    )
 
 
 def launch_statistics(
@@ -317,7 +328,7 @@ def launch_grad_kv(
         *call.mask_strides, call.scale, call.unit_scale,
     )  # fmt: skip
     grid = programs(call, call.sizes[3], config.constants["BK"], config)
-    launch(grad_kv_kernel, grid, config, arguments, **call.constants, **_ahead(config))
+    launch(grad_kv_kernel, grid, config, arguments, **call.constants, **_early(config, "FETCH"))
 
 
 def launch_grad_q(
@@ -347,7 +358,7 @@ def launch_grad_q(
         if groups * tile < rows and dbias.dtype != torch.float32:
             total = torch.empty(dbias.shape, dtype=torch.float32, device=call.q.device)
     programs_a_group = ceil_div(lq, config.constants["BQ"]) * heads * batch
-    constants = {**call.constants, **_ahead(config), "SUMS": dbias is not None}
+    constants = {**call.constants, **_early(config, "FETCH"), "SUMS": dbias is not None}
     for start in range(0, rows, groups * tile):
         some = min(groups, ceil_div(rows - start, tile))
         arguments = (
