@@ -31,10 +31,16 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = "pytorch,inductor,flex,cuequivariance,trifast,megafold"
+GRAPHED = "pytorch,cuequivariance,megafold"
+"""From graphs: the baseline, and the fastest two where the host sets the pace."""
 STEP_GIB = {256: 12, 384: 16, 512: 21, 640: 28, 768: 38}
 """What a step may hold by tokens, with some to spare."""
 LADDER = tuple(STEP_GIB)
 COMPILED = ("inductor", "flex", "cuequivariance", "trifast")
+WAYS = (
+    "--set plain: --set compiled:compile=true --set graphs:graphs=true --set 'both:compile=true;graphs=true'"
+)
+"""To run `megafold` where the host sets the pace."""
 IMPLEMENTATIONS = {
     "triangle_attention": "definition,compile,sdpa,flex,cuequivariance,trifast,megafold",
     "attention_pair_bias": "definition,compile,sdpa,flex,cuequivariance,megafold",
@@ -67,6 +73,7 @@ def parts() -> dict[str, Part]:
         "attention": Part(f"{lab}/attention_lab.py --out {{out}} --budget 120", 150),
         "triangle": Part(f"{lab}/triangle_lab.py --out {{out}}", 150),
         "host": Part(f"{lab}/host_lab.py", 60),
+        "options": Part(f"{lab}/step_options.py --out {{out}} --seq-len 384,640 {WAYS}", 400),
     }
     for op, names in IMPLEMENTATIONS.items():
         kernels = f"{cli} kernels --op {op} --n {LENGTHS} --impl {names}"
@@ -77,8 +84,8 @@ def parts() -> dict[str, Part]:
     for tokens in LADDER:
         limit = 150 + 0.6 * tokens
         found[f"steps-{tokens}"] = Part(f"{sweep} --seq-lens {tokens} --variants {PEERS}", limit)
-        graphs = f"{sweep} --seq-lens {tokens} --variants pytorch,megafold --option graphs=true"
-        found[f"graphs-{tokens}"] = Part(graphs, limit / 3)
+        graphs = f"{sweep} --seq-lens {tokens} --variants {GRAPHED} --option graphs=true"
+        found[f"graphs-{tokens}"] = Part(graphs, limit / 2)
     for variant, start, limit in (("megafold", 2176, 500), ("inductor", 1664, 500), ("pytorch", 1536, 400),
         ("flex", 1664, 500), ("cuequivariance", 1664, 500), ("trifast", 1664, 500),
     ):  # fmt: skip
