@@ -178,13 +178,14 @@ def project_kernel(
     c = tl.arange(0, BC)
     t = tl.program_id(1) * BN + tl.arange(0, BN)
     area = padded.to(tl.int64) * padded
-    # Rows of the linear part, then as many of the gate.
+    # Eight rows of the linear part, then the eight of their gates: products of both lie in one thread.
     both = tl.arange(0, 2 * BN)
-    row = tl.program_id(1) * BN + both % BN + both // BN * (2 * H)
+    own_row = both // 16 * 8 + both % 8
+    row = tl.program_id(1) * BN + own_row + both // 8 % 2 * (2 * H)
     if FULL:
         w = tl.load(folded_ptr + row[:, None] * C + c[None, :])
     else:
-        real = (tl.program_id(1) * BN + both % BN < 2 * H)[:, None] & (c < C)[None, :]
+        real = (tl.program_id(1) * BN + own_row < 2 * H)[:, None] & (c < C)[None, :]
         w = tl.load(folded_ptr + row[:, None] * C + c[None, :], mask=real, other=0.0)
     own = t < 2 * H
     sum_linear = tl.load(sums_partial_ptr + t, mask=own, other=0.0)
@@ -207,7 +208,9 @@ def project_kernel(
         rstd = tl.load(stats)
         shift = tl.load(stats + area)
         products = tl.dot(w, tl.trans(z))
-        linear, gate = tl.split(tl.permute(tl.reshape(products, (2, BN, BM)), (1, 2, 0)))
+        linear, gate = tl.split(tl.permute(tl.reshape(products, (BN // 8, 2, 8, BM)), (0, 2, 3, 1)))
+        linear = tl.reshape(linear, (BN, BM))
+        gate = tl.reshape(gate, (BN, BM))
         shift = shift[None, :]
         rstd = rstd[None, :]
         linear = linear * rstd + (sum_linear[:, None] * shift + bias_linear[:, None])
