@@ -32,7 +32,7 @@ def summarise_model(preset_name: str, tokens: int) -> dict[str, Any]:
         samples=whole("diffusion_samples"),
         chunk=whole("diffusion_chunk"),
         rollout_steps=whole("rollout_steps"),
-        checkpointing=factors["checkpointing"] == "block",
+        checkpointing=factors["checkpointing"] != "none",
     )
     forward = forward_flops(config, size)
     return {

@@ -92,9 +92,9 @@ class TrainingSession:
         self.optimizer = Optimizer(self.model.parameters(), config.optimizer)
         self._condition = self.model.diffusion.condition
         self._recorder = Recorder(device) if config.graphs else None
-        if config.checkpointing == "block":
-            checkpoint_units(self.model.checkpoint_units())
-            self._condition = recomputed(self._condition)
+        if config.checkpointing != "none":
+            checkpoint_units(self.model.checkpoint_units(), config.checkpointing)
+            self._condition = recomputed(self._condition, mode=config.checkpointing)
 
     def step(self, features: Features, index: int) -> Losses:
         """One optimiser step on features that are on the device; detached scalars, ``"loss"`` the total."""

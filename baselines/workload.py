@@ -147,7 +147,7 @@ def step_flops(model: AlphaFold3, config: TrainingConfig, features: Features) ->
         samples=config.diffusion_samples,
         chunk=config.diffusion_chunk,
         rollout_steps=config.rollout_steps,
-        checkpointing=config.checkpointing == "block",
+        checkpointing=config.checkpointing != "none",
     )
     flops = training_flops(forward_flops(model.config, size), factors)
     return {"model_flops_per_step": flops["model"], "step_flops": flops["total"]}

@@ -48,7 +48,7 @@ Fn = Callable[..., Any]
 # in its other form, which `FORMS` names.
 TILES: dict[str, list[tuple[int, ...]]] = {
     "tr.forward": [(64, 64, 4, 2)],
-    "tr.forward'": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3)],
+    "tr.forward'": [(64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2, 128), (128, 32, 8, 3, 128)],
     "tr.input_gradient": [(128, 64, 8, 3)],
     "tr.input_gradient'": [(64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 3)],
     "tr.weight_gradient": [(128, 64, 8, 2)],

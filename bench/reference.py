@@ -38,7 +38,8 @@ STEP_GIB = {256: 12, 384: 16, 512: 21, 640: 28, 768: 38}
 LADDER = tuple(STEP_GIB)
 COMPILED = ("inductor", "flex", "cuequivariance", "trifast")
 WAYS = (
-    "--set plain: --set compiled:compile=true --set graphs:graphs=true --set 'both:compile=true;graphs=true'"
+    "--set plain: --set reentrant:checkpointing=reentrant --set 'compiled:compile=true;checkpointing=reentrant' "
+    "--set 'graphs:graphs=true;checkpointing=reentrant' --set 'all:compile=true;graphs=true;checkpointing=reentrant'"
 )
 """To run `megafold` where the host sets the pace."""
 IMPLEMENTATIONS = {

@@ -33,10 +33,14 @@ PARTS = {"distogram", "mse", "bond", "smooth_lddt", "diffusion", "plddt", "pde",
 
 
 def make_session(
-    config: TrainingConfig = CONFIG, perturb: float = 0.02, seed: int = 1, device: torch.device = CPU
+    config: TrainingConfig = CONFIG,
+    perturb: float = 0.02,
+    seed: int = 1,
+    device: torch.device = CPU,
+    attention: str = "sdpa",
 ) -> TrainingSession:
     torch.manual_seed(0)
-    model = AlphaFold3(preset("tiny"))
+    model = AlphaFold3(replace(preset("tiny"), attention=attention))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * perturb)
@@ -47,8 +51,14 @@ def gradients(session: TrainingSession) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in session.model.named_parameters()}
 
 
+ROUNDING = 1e-9
+"""What is left of gradients that are zero: of a bias, say, that shifts all logits of a row."""
+
+
 def assert_same_gradients(a: TrainingSession, b: TrainingSession, tolerance: float) -> None:
     for (name, g), h in zip(gradients(a).items(), gradients(b).values(), strict=True):
+        if max(g.abs().max(), h.abs().max()) < ROUNDING:
+            continue
         scale = g.abs().max().clamp(min=1e-6)
         assert (g - h).abs().max() <= tolerance * scale, name
 
@@ -63,15 +73,20 @@ def test_every_parameter_learns():
     assert without == []
 
 
-def test_checkpointing_changes_nothing():
-    plain, wrapped = make_session(), make_session(replace(CONFIG, checkpointing="block"))
+@pytest.mark.parametrize(("mode", "attention"), [("block", "sdpa"), ("reentrant", "softmax")])
+def test_checkpointing_changes_nothing(mode, attention):
+    """Of its own attention PyTorch takes another kernel without gradient, as reentrant checkpointing runs first. That also
+    adds the gradients of what several blocks read in another order."""
+    plain, wrapped = (
+        make_session(replace(CONFIG, checkpointing=which), attention=attention) for which in ("none", mode)
+    )
     features = make_features()
     a, b = plain.backward(features, 0), wrapped.backward(features, 0)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert_same_gradients(plain, wrapped, 1e-6)
+    assert_same_gradients(plain, wrapped, 1e-6 if mode == "block" else 1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "block", "reentrant"])
 def test_chunks_share_no_accumulators(checkpointing, monkeypatch):
     """Where gradients arrive is made anew in every chunk: a CUDA graph cannot record what exists before it.
 

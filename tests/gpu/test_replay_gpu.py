@@ -78,6 +78,15 @@ def test_step(variant, precision):
     assert_as_repeatable(plain, again, replayed, FLOORS[precision])
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+@pytest.mark.parametrize("variant", [PYTORCH, MEGAFOLD], ids=lambda v: v.name)
+def test_reentrant_step(variant, graphs):
+    """Its first runs make no graph, for which PyTorch may take other kernels; the losses are theirs."""
+    plain, again = (second(variant, precision="bf16") for _ in range(2))
+    reentrant = second(variant, precision="bf16", checkpointing="reentrant", graphs=graphs)
+    assert_as_repeatable(plain, again, reentrant, FLOORS["bf16"])
+
+
 def test_compiled_step():
     torch._dynamo.reset()
     plain, again = (second(INDUCTOR, precision="bf16") for _ in range(2))

@@ -35,7 +35,7 @@ def reference() -> tuple[dict, dict]:
     return losses_and_gradients(build(PYTORCH))
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "block", "reentrant"])
 def test_loss_and_every_gradient(reference, checkpointing):
     losses, gradients = reference
     found_losses, found = losses_and_gradients(build(MEGAFOLD, checkpointing=checkpointing, ops="all"))
