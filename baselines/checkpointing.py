@@ -3,10 +3,10 @@
 Each unit keeps only its inputs in the forward pass and runs again in backward. The random state is kept and
 restored around the second run, so dropout masks repeat.
 
-PyTorch has two ways to do this. Today's trainers take the one through hooks on everything that a graph saves (``block``),
-which calls Python for each saved tensor in both runs. The ``reentrant`` one makes no graph in the first run and
-calls Python once a unit: a token block of the diffusion module with its backward pass takes the host 2.4 ms that way,
-3.5 with hooks (CPU, small tensors). Its first run is one without gradient, for which PyTorch may choose other
+PyTorch has two ways to do this. Protenix and OpenFold3 take the one through hooks on everything that a graph saves
+(``block``), which calls Python for each saved tensor in both runs. The ``reentrant`` one makes no graph in the first run
+and calls Python once a unit: a token block of the diffusion module with its backward pass takes the host 2.4 ms that
+way, 3.5 with hooks (CPU, small tensors). Its first run is one without gradient, for which PyTorch may choose other
 kernels than for the second, in attention for instance: they agree as far as rounding goes.
 """
 
