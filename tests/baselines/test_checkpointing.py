@@ -69,27 +69,23 @@ def test_only_inputs_are_kept(mode):
 
 
 @pytest.mark.parametrize(
-    "nested", [lambda t: {"a": [t]}, lambda t: (t,), Holder], ids=["dict", "tuple", "dataclass"]
+    ("packed", "unpacked"),
+    [
+        (lambda t: {"a": [t]}, lambda held: held["a"][0]),
+        (lambda t: (t,), lambda held: held[0]),
+        (Holder, lambda held: held.tensor),
+    ],
+    ids=["dict", "tuple", "dataclass"],
 )
-def test_gradients_reach_tensors_inside_arguments_and_keywords(nested):
+@pytest.mark.parametrize("needs", [True, False])
+def test_gradients_reach_tensors_inside_arguments_and_keywords(packed, unpacked, needs):
     """Reentrant checkpointing by itself would give them none, or run through their history twice."""
     x, y, z = (torch.full((3,), value, requires_grad=True) for value in (2.0, 3.0, 5.0))
-
-    def function(x, held, *, z):
-        inner = (
-            held["a"][0] if isinstance(held, dict) else held[0] if isinstance(held, tuple) else held.tensor
-        )
-        return x * inner * z
-
-    for held in (nested(y * 1), nested(y.detach())):
-        for t in (x, y, z):
-            t.grad = None
-        recomputed(function, mode="reentrant")(x, held, z=z * 1).sum().backward()
-        assert x.grad.tolist() == [15.0] * 3
-        assert z.grad.tolist() == [6.0] * 3
-        assert y.grad is None or y.grad.tolist() == [10.0] * 3
-    recomputed(function, mode="reentrant")(x, nested(y * 1), z=z).sum().backward()
-    assert y.grad.tolist() == [10.0] * 3
+    function = recomputed(lambda x, held, *, z: x * unpacked(held) * z, mode="reentrant")
+    function(x, packed(y * 1 if needs else y.detach()), z=z * 1).sum().backward()
+    assert x.grad.tolist() == [15.0] * 3
+    assert z.grad.tolist() == [6.0] * 3
+    assert (y.grad.tolist() == [10.0] * 3) if needs else (y.grad is None)
 
 
 def test_reentrant_calls_no_hook_of_saved_tensors():

@@ -268,10 +268,8 @@ def forward_kernel(
             if FETCH == 2:
                 raw = retyped(after)
                 after = load_packed(pointers, tl.minimum(k0 // BK + 2, last), BK)
-            else:
-                raw = load_packed(
-                    pointers, ahead, BK
-                )  # not before: its registers are those of the bias in use
+            else:  # not before: its registers are those of the bias in use
+                raw = load_packed(pointers, ahead, BK)
             scores = new_scores
             accs = new_accs
             totals = new_totals
