@@ -412,6 +412,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--flex", action="store_true", help="time FlexAttention too, at 768 tokens")
     args = parser.parse_args()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     begun = time.time()
     left = lambda: args.budget - (time.time() - begun)  # noqa: E731
     found: dict[str, object] = {

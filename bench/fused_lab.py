@@ -519,6 +519,7 @@ def main() -> None:
     elif options.group:
         work(options.group, options.first)
     else:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
         Lab(Path(options.out)).everything()
 
 

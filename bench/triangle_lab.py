@@ -361,6 +361,7 @@ def main() -> None:
         for row in measured(options.first):
             print("@" + json.dumps(row), flush=True)
     else:
+        options.out.mkdir(parents=True, exist_ok=True)
         everything(options.out / "triangle_lab.json")
 
 

@@ -46,14 +46,19 @@ FLOORS = {"fp32": 1e-4, "bf16": 5e-2, "bf16-diffusion": 5e-2}
 """Relative distances of one gradient that mean nothing. In float32 the library's products differ where it has a graph's
 workspace (H200: 3e-5 of small gradients). A sum by atomics that falls on the other side of a rounding to bf16 moves small
 gradients by 1 to 3 %, and in one repetition of a step four times as far as in another."""
-WHOLE_FLOOR = 1e-4
+WHOLE_FLOORS = {"fp32": 1e-4, "bf16": 1e-3, "bf16-diffusion": 1e-3}
+"""The same for all gradients together. Between repetitions of a step in bf16 they are 1e-5 to 3e-4 apart (H200)."""
+REENTRANT = 1e-3
+"""The same, of each gradient and of all, where PyTorch may take another kernel for a run without gradient (float32)."""
 
 
 def whole(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([g.flatten() for g in gradients.values()])
 
 
-def assert_as_repeatable(plain: Result, again: Result, replayed: Result, floor: float) -> None:
+def assert_as_repeatable(
+    plain: Result, again: Result, replayed: Result, floor: float, whole_floor: float
+) -> None:
     """As near to a step without graphs as its own repetition: sums by atomics differ a little from run to run.
 
     Gradients that are zero but for rounding (`SHIFTS`) count in the whole alone.
@@ -67,7 +72,7 @@ def assert_as_repeatable(plain: Result, again: Result, replayed: Result, floor: 
         }
         assert far == {}
     a, b, c = (whole(result[1]) for result in (plain, again, replayed))
-    assert distance(c, a) <= max(WHOLE_FLOOR, 2 * distance(b, a))
+    assert distance(c, a) <= max(whole_floor, 2 * distance(b, a))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-diffusion"])
@@ -75,22 +80,25 @@ def assert_as_repeatable(plain: Result, again: Result, replayed: Result, floor: 
 def test_step(variant, precision):
     plain, again = (second(variant, precision=precision) for _ in range(2))
     replayed = second(variant, precision=precision, graphs=True)
-    assert_as_repeatable(plain, again, replayed, FLOORS[precision])
+    assert_as_repeatable(plain, again, replayed, FLOORS[precision], WHOLE_FLOORS[precision])
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
 @pytest.mark.parametrize("variant", [PYTORCH, MEGAFOLD], ids=lambda v: v.name)
 def test_reentrant_step(variant, graphs):
-    """Its first runs make no graph, for which PyTorch may take other kernels; the losses are theirs."""
-    plain, again = (second(variant, precision="bf16") for _ in range(2))
-    reentrant = second(variant, precision="bf16", checkpointing="reentrant", graphs=graphs)
-    assert_as_repeatable(plain, again, reentrant, FLOORS["bf16"])
+    """Its first runs make no graph, for which PyTorch may take other kernels; the losses are theirs. So in float32, where
+    another kernel's rounding is far below any mistake: in bf16 it moves small gradients by 5 to 7 % (H200).
+    """
+    plain, again = (second(variant, precision="fp32") for _ in range(2))
+    reentrant = second(variant, precision="fp32", checkpointing="reentrant", graphs=graphs)
+    assert_as_repeatable(plain, again, reentrant, REENTRANT, REENTRANT)
 
 
 def test_compiled_step():
     torch._dynamo.reset()
     plain, again = (second(INDUCTOR, precision="bf16") for _ in range(2))
-    assert_as_repeatable(plain, again, second(INDUCTOR, precision="bf16", graphs=True), FLOORS["bf16"])
+    replayed = second(INDUCTOR, precision="bf16", graphs=True)
+    assert_as_repeatable(plain, again, replayed, FLOORS["bf16"], WHOLE_FLOORS["bf16"])
 
 
 def quadratic(weight: Tensor) -> Any:
