@@ -43,9 +43,9 @@ START = time.time()
 # BM, BN, warps, depth of the pipeline, and a limit on registers: the shipped tile first.
 TILES: dict[str, list[tuple[int, ...]]] = {
     "project_folded": [
-        (64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2), (32, 64, 8, 3), (64, 128, 8, 3), (64, 32, 4, 3),
+        (64, 64, 4, 3), (64, 128, 8, 3), (64, 128, 4, 3), (32, 128, 8, 3, 128), (32, 64, 4, 3), (32, 64, 4, 4),
     ],
-    "output_folded": [(64, 128, 8, 3), (64, 64, 4, 3)],
+    "output_folded": [(64, 128, 8, 3), (32, 128, 8, 2, 128), (32, 128, 4, 2), (64, 64, 4, 3)],
     "output_backward_folded": [(64, 128, 8, 3), (32, 128, 8, 2, 128), (32, 128, 4, 2), (64, 128, 8, 2)],
     "output_weight_folded": [(64, 64, 4, 3), (64, 64, 4, 4)],
     "gate_gradient": [()],
@@ -54,7 +54,9 @@ TILES: dict[str, list[tuple[int, ...]]] = {
     "output_backward": [(64, 128, 4, 1), (64, 32, 4, 1)],
     "output_weight": [(64, 64, 4, 3)],
     "input_gradient": [(64, 64, 4, 2)],
-    "input_gradient_kept": [(64, 64, 4, 2), (64, 32, 4, 3)],
+    "input_gradient_kept": [
+        (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2),
+    ],
     "project_weight": [(64, 64, 4, 3), (64, 64, 4, 4)],
     # Channels at a time, positions and warps.
     "z_statistics": [(32, 32, 4), (32, 64, 4), (32, 64, 8), (64, 32, 4), (128, 32, 4)],

@@ -69,16 +69,15 @@ def fast_sigmoid(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None
 
 
-# Kernels whose products have BN rows: the tile's BM positions are their columns or summed over.
+# Kernels whose products have BN rows, or twice as many: the tile's BM positions are their columns or summed over.
 SUMMING = (
     "triangle_multiplication.output_weight",
     "triangle_multiplication.output_folded",
     "triangle_multiplication.output_backward_folded",
     "triangle_multiplication.output_weight_folded",
+    "triangle_multiplication.project_folded",
     "layer_norm_linear.weight_gradient",
 )
-# The same with twice as many rows: linear part and gate in one product.
-PAIRED = ("triangle_multiplication.project_folded",)
 
 
 def checked(config: Config, kernel: str = "") -> Config:
@@ -90,7 +89,7 @@ def checked(config: Config, kernel: str = "") -> Config:
     every address in its PTX lies inside its buffers.
     """
     summing = kernel in SUMMING or config.constants.get("TURNED", 0)
-    rows = 2 * config.constants["BN"] if kernel in PAIRED else config.constants["BN" if summing else "BM"]
+    rows = config.constants["BN" if summing else "BM"]
     if 64 <= rows < 16 * config.num_warps:
         raise ValueError(
             f"{rows} rows for {config.num_warps} warps; at most {rows // 16} warps can share them"

@@ -178,14 +178,13 @@ def project_kernel(
     c = tl.arange(0, BC)
     t = tl.program_id(1) * BN + tl.arange(0, BN)
     area = padded.to(tl.int64) * padded
-    # Eight rows of the linear part, then the eight of their gates: products of both lie in one thread.
+    # Rows of the linear part, then as many of the gate.
     both = tl.arange(0, 2 * BN)
-    own_row = both // 16 * 8 + both % 8
-    row = tl.program_id(1) * BN + own_row + both // 8 % 2 * (2 * H)
+    row = tl.program_id(1) * BN + both % BN + both // BN * (2 * H)
     if FULL:
         w = tl.load(folded_ptr + row[:, None] * C + c[None, :])
     else:
-        real = (tl.program_id(1) * BN + own_row < 2 * H)[:, None] & (c < C)[None, :]
+        real = (tl.program_id(1) * BN + both % BN < 2 * H)[:, None] & (c < C)[None, :]
         w = tl.load(folded_ptr + row[:, None] * C + c[None, :], mask=real, other=0.0)
     own = t < 2 * H
     sum_linear = tl.load(sums_partial_ptr + t, mask=own, other=0.0)
@@ -208,9 +207,7 @@ def project_kernel(
         rstd = tl.load(stats)
         shift = tl.load(stats + area)
         products = tl.dot(w, tl.trans(z))
-        linear, gate = tl.split(tl.permute(tl.reshape(products, (BN // 8, 2, 8, BM)), (0, 2, 3, 1)))
-        linear = tl.reshape(linear, (BN, BM))
-        gate = tl.reshape(gate, (BN, BM))
+        linear, gate = tl.split(tl.permute(tl.reshape(products, (2, BN, BM)), (1, 2, 0)))
         shift = shift[None, :]
         rstd = rstd[None, :]
         linear = linear * rstd + (sum_linear[:, None] * shift + bias_linear[:, None])
