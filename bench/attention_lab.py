@@ -67,9 +67,9 @@ def predictions() -> list[str]:
     return lines
 
 
-def config(warps: int, stages: int, cap: int, ahead: int = 0, fetch: int = 0, **constants: int) -> Config:
-    """Shorthand; STAGES is the pipelining of the kernel's loop, AHEAD and FETCH what is done a step early (`forward`)."""
-    early = {name: value for name, value in (("AHEAD", ahead), ("FETCH", fetch)) if value}
+def config(warps: int, stages: int, cap: int, ahead: int = 0, **constants: int) -> Config:
+    """Shorthand; STAGES is the pipelining of the kernel's loop, AHEAD what is done a step early (`forward`)."""
+    early = {"AHEAD": ahead} if ahead else {}
     return Config({**constants, "STAGES": stages, **early}, warps, 2, cap)
 
 
@@ -81,7 +81,7 @@ def candidates(head_dim: int) -> dict[str, list[Config]]:
     """Configurations by kernel for a head size: the fastest of some 200 timed before, and what the counts favour."""
 
     def rows(table: list[tuple[int, ...]]) -> list[Config]:
-        """ROWS, BQ, BK, warps, STAGES, limit on registers, and AHEAD and FETCH where they are not 0."""
+        """ROWS, BQ, BK, warps, STAGES, limit on registers, and AHEAD where it is not 0."""
         return [config(w, s, cap, *early, ROWS=r, BQ=q, BK=k) for r, q, k, w, s, cap, *early in table]
 
     def tiles(table: list[tuple[int, ...]]) -> list[Config]:
@@ -90,35 +90,23 @@ def candidates(head_dim: int) -> dict[str, list[Config]]:
 
     if head_dim > 32:
         return {
-            "forward": rows([
-                (1, 64, 32, 4, 3, 0), (1, 64, 32, 4, 3, 0, 0, 2), (1, 64, 32, 4, 3, 128, 0, 2), (2, 64, 32, 4, 3, 0, 1),
-                (2, 64, 32, 4, 3, 0, 1, 2),
-            ]),
-            "grad_kv": rows([
-                (1, 32, 64, 4, 3, 168), (1, 32, 64, 4, 3, 168, 0, 1), (1, 32, 64, 4, 3, 168, 0, 2), (1, 64, 64, 4, 3, 0),
-                (1, 64, 64, 4, 3, 0, 0, 1), (1, 64, 64, 4, 3, 0, 0, 2),
-            ]),
+            "forward": rows([(1, 64, 32, 4, 3, 0), (2, 64, 32, 4, 3, 0, 1)]),
+            "grad_kv": rows([(1, 32, 64, 4, 3, 168), (1, 64, 64, 4, 3, 0)]),
             "grad_bias": tiles([(64, 64, 4, 3, 0), (64, 64, 4, 3, 168)]),
-            "grad_q": rows([(1, 64, 32, 4, 3, 0), (1, 64, 32, 4, 3, 0, 0, 2)]),
-            "planes": rows([
-                (2, 64, 32, 4, 3, 0), (2, 64, 32, 4, 3, 0, 0, 2), (2, 64, 32, 4, 4, 0), (3, 64, 16, 4, 3, 0), (3, 64, 16, 4, 3, 0, 0, 2),
-                (1, 64, 64, 4, 3, 0),
-            ]),
+            "grad_q": rows([(1, 64, 32, 4, 3, 0)]),
+            "planes": rows([(2, 64, 32, 4, 3, 0), (2, 64, 32, 4, 4, 0), (3, 64, 16, 4, 3, 0), (1, 64, 64, 4, 3, 0)]),
         }  # fmt: skip
     return {
         "forward": rows([
-            (2, 64, 32, 4, 3, 128), (2, 64, 32, 4, 3, 128, 1), (2, 64, 32, 4, 3, 128, 0, 2), (2, 64, 32, 4, 4, 128, 1),
-            (2, 64, 32, 4, 3, 168, 1, 2), (2, 64, 64, 4, 3, 168),
+            (2, 64, 32, 4, 3, 128), (2, 64, 32, 4, 3, 128, 1), (2, 64, 32, 4, 4, 128, 1), (2, 64, 64, 4, 3, 168),
         ]),
         "grad_kv": rows([
-            (1, 32, 64, 4, 3, 128), (1, 32, 64, 4, 3, 128, 0, 1), (1, 32, 64, 4, 3, 168, 0, 2), (1, 64, 64, 4, 3, 168),
-            (1, 64, 64, 4, 3, 168, 0, 1), (2, 32, 64, 4, 3, 168), (2, 32, 64, 4, 3, 168, 0, 1),
+            (1, 32, 64, 4, 3, 128), (1, 64, 64, 4, 3, 168), (1, 64, 64, 4, 4, 168), (2, 32, 64, 4, 3, 168),
         ]),
         "grad_bias": tiles([(64, 64, 4, 2, 168), (64, 64, 4, 3, 168), (64, 64, 4, 3, 0)]),
-        "grad_q": rows([(2, 64, 32, 4, 3, 128), (2, 64, 32, 4, 3, 128, 0, 2), (1, 64, 64, 4, 3, 168)]),
+        "grad_q": rows([(2, 64, 32, 4, 3, 128), (3, 64, 32, 4, 3, 0), (1, 64, 64, 4, 3, 168)]),
         "planes": rows([
-            (2, 64, 32, 4, 3, 168), (2, 64, 32, 4, 3, 168, 0, 2), (2, 64, 32, 4, 3, 0, 0, 2), (3, 64, 32, 4, 3, 0),
-            (3, 64, 32, 4, 3, 0, 0, 2), (4, 64, 32, 4, 3, 0), (2, 64, 64, 4, 3, 0),
+            (2, 64, 32, 4, 3, 168), (3, 64, 32, 4, 3, 0), (3, 64, 32, 4, 4, 0), (4, 64, 32, 4, 3, 0), (2, 64, 64, 4, 3, 0),
         ]),
     }  # fmt: skip
 
@@ -190,7 +178,7 @@ class Bench:
 def label(c: Config) -> str:
     """Short name of a configuration."""
     k = c.constants
-    return f"{k.get('ROWS', '-')}x{k['BQ']}x{k['BK']} w{c.num_warps} s{k['STAGES']} r{c.max_registers or '-'} a{k.get('AHEAD', 0)} f{k.get('FETCH', 0)}"
+    return f"{k.get('ROWS', '-')}x{k['BQ']}x{k['BK']} w{c.num_warps} s{k['STAGES']} r{c.max_registers or '-'} a{k.get('AHEAD', 0)}"
 
 
 def compile_share(args: tuple[int, int, list[tuple[int, int, int, int]]]) -> int:

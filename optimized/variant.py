@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+import torch
+
 from baselines.af3.model import AlphaFold3
 from baselines.compilation import compile_units, strict_compilation
 from baselines.factors import Choice, Flag
@@ -20,6 +22,8 @@ from optimized.recipes import DEFAULT_OPS, OPS, PRODUCTS
 
 ALL = "all"
 COMPILE = Flag(False)
+GRAPHED_TOKENS = 640
+"""Up to this length an H200 waits for the host, unless the denoiser is replayed from graphs."""
 WAYS = Choice(PRECISIONS, tiny=PRODUCTS, small=PRODUCTS, af3=PRODUCTS)
 
 
@@ -30,7 +34,8 @@ class MegaFoldVariant(PyTorchVariant):
     Same weights, input, random choices, losses, precision policy, checkpointing and optimiser. The option
     ``ops`` names the operators to use, separated by commas, or ``all``; by default those of `DEFAULT_OPS`. With the option
     ``compile`` the patched blocks are compiled as `inductor` compiles them; off by default. ``products`` is how
-    attention, and with the operator ``linear`` linear layers, take products of float32: see `optimized.apply`.
+    attention, and with the operator ``linear`` linear layers, take products of float32: see `optimized.apply`. ``graphs`` is on
+    by default up to `GRAPHED_TOKENS` on a CUDA device; for longer crops, where it would hold memory and gain less, it is off.
     """
 
     name: str = "megafold"
@@ -52,6 +57,8 @@ class MegaFoldVariant(PyTorchVariant):
         """The factors of `pytorch`, ``ops`` in a fixed order, ``compile`` and ``products``. Raises `UserError`."""
         own = ("ops", "compile", "products")
         rest = {name: value for name, value in options.items() if name not in own}
+        if rest.get("graphs") is None:
+            rest["graphs"] = _waits_for_host(seq_len)
         wish = options.get("compile")
         compiled = COMPILE.default if wish is None else COMPILE.parse("compile", wish)
         products = options.get("products")
@@ -78,6 +85,11 @@ class MegaFoldVariant(PyTorchVariant):
         workload = build_workload(factors, seq_len, seed, device, prepare=patch, around_step=around)
         facts = {**workload.facts, "fused_operators": reports[0].summary()}
         return replace(workload, facts=facts)
+
+
+def _waits_for_host(seq_len: int) -> bool:
+    """Whether graphs pay; of ROCm, where they were not measured, nothing is assumed."""
+    return seq_len <= GRAPHED_TOKENS and torch.cuda.is_available() and torch.version.hip is None
 
 
 def _names(ops: Scalar) -> tuple[str, ...]:

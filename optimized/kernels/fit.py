@@ -38,7 +38,7 @@ def candidates(case: KernelCase) -> Iterator[Config]:
     # A launch makes BN no wider than the hidden channels.
     most = {"BN": int(str(case.constants["H"]))} if "H" in case.constants else {}
     sides = [_sides(side, most.get(name, 2 * side)) for name, side in zip(names, start, strict=True)]
-    others = ("ROWS", "STAGES", "AHEAD", "FETCH")
+    others = ("ROWS", "STAGES", "AHEAD")
     rest = {name: int(str(case.constants[name])) for name in others if name in case.constants}
     rest |= {form: 1 for form in FORMS if case.constants.get(form)}
     stages = list(dict.fromkeys([rest["STAGES"], 1])) if "STAGES" in rest else [0]

@@ -19,7 +19,7 @@ pytestmark = [
 TOKENS = 64
 OPTIONS = {
     "preset": "tiny", "stage": "all", "cycles": 1, "rollout_steps": 4, "templates": 1, "checkpointing": "block",
-    "diffusion_samples": 9, "diffusion_chunk": 2,
+    "diffusion_samples": 9, "diffusion_chunk": 2, "graphs": False,
 }  # fmt: skip
 """Five chunks, of which the last has another shape than the recorded one."""
 

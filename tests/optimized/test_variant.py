@@ -11,7 +11,7 @@ from baselines.workload import FixedCropWorkload
 from megafold_bench.errors import UserError
 from megafold_bench.variants import Variant
 from optimized.recipes import DEFAULT_OPS, OPS, Fused
-from optimized.variant import MEGAFOLD
+from optimized.variant import GRAPHED_TOKENS, MEGAFOLD
 from tests.optimized.drop_in import definitions_on_the_cpu  # noqa: F401
 
 TINY = {"preset": "tiny", "precision": "fp32", "stage": "all"}
@@ -84,15 +84,26 @@ def test_contract_and_options():
     chosen = MEGAFOLD.resolve({**TINY, "ops": "transition, triangle_attention"}, TOKENS)
     assert chosen["ops"] == "triangle_attention,transition"
     assert chosen["compile"] is False
-    assert {k: v for k, v in chosen.items() if k not in ("ops", "compile", "products")} == PYTORCH.resolve(
-        TINY, TOKENS
-    )
+    own = ("ops", "compile", "products", "graphs")
+    assert {k: v for k, v in chosen.items() if k not in own} == PYTORCH.resolve(TINY, TOKENS)
     assert MEGAFOLD.resolve({**TINY, "compile": "true"}, TOKENS)["compile"] is True
     assert chosen["products"] == "tf32x3"
     with pytest.raises(UserError, match="products='bf16' is unknown: choose from ieee, tf32x3, tf32"):
         MEGAFOLD.resolve({**TINY, "products": "bf16"}, TOKENS)
     with pytest.raises(UserError, match="unknown operator 'softmax'"):
         MEGAFOLD.resolve({**TINY, "ops": "softmax"}, TOKENS)
+
+
+def test_graphs_where_a_cuda_device_waits_for_the_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    graphs = lambda tokens, **options: MEGAFOLD.resolve({**TINY, **options}, tokens).get("graphs", False)  # noqa: E731
+    assert graphs(GRAPHED_TOKENS) and not graphs(GRAPHED_TOKENS + 1)
+    assert graphs(GRAPHED_TOKENS + 1, graphs="true") and not graphs(GRAPHED_TOKENS, graphs="false")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not graphs(GRAPHED_TOKENS)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not graphs(GRAPHED_TOKENS)
 
 
 def test_compiled_blocks_are_patched_blocks():

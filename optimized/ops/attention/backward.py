@@ -47,7 +47,6 @@ from optimized.ops.attention.packing import (
     load_packed,
     packed_head,
     packed_pointers,
-    retyped,
     spread,
     store_packed,
     unpacked,
@@ -111,15 +110,12 @@ def grad_kv_kernel(
     dk_b, dk_r, dk_h, dk_l, dv_b, dv_r, dv_h, dv_l, mask_b, mask_r, scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, FETCH: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a key tile for ROWS rows. Scores are built transposed, [k, q], so that p^T feeds the products;
     FLIPPED is the packed transposed bias.
 
     A masked key touches only its own row of dk and dv here: those rows are zeroed at the end.
-
-    What the next step adds to its scores is asked for at the end of this one (FETCH = 0), or as soon as what this one adds
-    was used (1); the bias alone also a step sooner (2), see `forward`.
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = FLIPPED.dtype.element_ty
@@ -159,10 +155,6 @@ def grad_kv_kernel(
 
     last = q_blocks // (BQ // 16) - 1
     raw = load_packed(pointers, 0, BQ)
-    after = raw
-    if FETCH == 2:
-        raw = retyped(raw)
-        after = load_packed(pointers, tl.minimum(1, last), BQ)
     raw_lses = ()
     raw_deltas = ()
     for i in tl.static_range(ROWS):
@@ -191,26 +183,13 @@ def grad_kv_kernel(
                 p = powers(s * unit_scale + bias + lse, True)
             else:
                 p = powers(s * unit_scale + (bias + lse), False)
-            if FETCH == 1:  # the compiler does not move these by itself
-                if i == ROWS - 1:
-                    after = load_packed(pointers, ahead, BQ)
-                new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
             new_dvs = new_dvs + (multiply_add(p.to(g.dtype), g, dvs[i], PRECISION),)
             ds = p * (dp - delta)
-            if FETCH == 1:
-                new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
             new_dks = new_dks + (multiply_add(ds.to(q.dtype), q, dks[i], PRECISION),)
             # Not before: their registers are those of the values in use.
-            if FETCH != 1:
-                new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
-                new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
-        if FETCH == 2:
-            raw = retyped(after)
-            after = load_packed(pointers, tl.minimum(q0 // BQ + 2, last), BQ)
-        elif FETCH == 1:
-            raw = after
-        else:
-            raw = load_packed(pointers, ahead, BQ)
+            new_lses = new_lses + (load_columns(LSE2 + stats[i], ahead * BQ, BK, BQ),)
+            new_deltas = new_deltas + (load_columns(DELTA + stats[i], ahead * BQ, BK, BQ),)
+        raw = load_packed(pointers, ahead, BQ)
         dks = new_dks
         qbs = new_qbs
         gbs = new_gbs
@@ -244,12 +223,11 @@ def grad_q_kernel(
     scale, unit_scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, SUMS: tl.constexpr,
-    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, FETCH: tl.constexpr,
+    ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of a query tile for ROWS rows, running over keys; the rows are `groups` times ROWS from row `start` on.
 
     With SUMS, the sum of ds over the ROWS rows goes to PLANES [B, groups, H, packed LQ x LK], rounded to their dtype.
-    FETCH: see `forward`.
     """
     EXACT: tl.constexpr = Q.dtype.element_ty == tl.float32
     TYPE: tl.constexpr = BIAS.dtype.element_ty
@@ -297,10 +275,6 @@ def grad_q_kernel(
 
     last = k_blocks // (BK // 16) - 1
     raw = load_packed(pointers, 0, BK)
-    after = raw
-    if FETCH == 2:
-        raw = retyped(raw)
-        after = load_packed(pointers, tl.minimum(1, last), BK)
     bits = ()
     for i in tl.static_range(ROWS):
         bits = bits + (load_bits(BITS + bits_at[i], 0, BK) if HAS_MASK else 0,)
@@ -334,11 +308,7 @@ def grad_q_kernel(
             if SUMS:
                 total = ds if i == 0 else total + ds
             new_dqs = new_dqs + (multiply_add(ds.to(k.dtype), k, dqs[i], PRECISION),)
-        if FETCH == 2:
-            raw = retyped(after)
-            after = load_packed(pointers, tl.minimum(k0 // BK + 2, last), BK)
-        else:
-            raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
+        raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
         if SUMS:
             store_packed(targets, k0 // BK, total, BQ, BK)
         dqs = new_dqs

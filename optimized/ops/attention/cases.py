@@ -67,7 +67,6 @@ def make_case(
         "CONTINUES": True,
         "SUMS": True,
         "AHEAD": 0,
-        "FETCH": 0,
         "FAST": dtype != "fp16",
         **config.constants,
         **extra,
@@ -108,6 +107,8 @@ SHIPPED = (
     ("fp32", 48, "ieee"),
     ("fp32", 48, "tf32x3"),
 )
+SINGLE_HEAD_DIM = 24
+"""Of the single representation, whose attention has one row."""
 
 
 def cases(arch: str) -> list[KernelCase]:
@@ -117,6 +118,8 @@ def cases(arch: str) -> list[KernelCase]:
         if precision != "ieee" and not arch.startswith("sm_"):
             continue
         plan = default_plan(getattr(torch, DTYPES[short]), head_dim, arch, precision)
+        if head_dim == SINGLE_HEAD_DIM:
+            plan = plan.for_rows(1)
         label = f"attention.{short}.d{head_dim}" + ("" if precision == "ieee" else f".{precision}")
         found += plan_cases(plan, label, dtype=short, head_dim=head_dim, precision=precision)
     return found

@@ -15,9 +15,6 @@ A product of scores is waited for where it is asked for, unless it is for the ne
 whose result nothing needs before the first wait of a step. The scores of the last AHEAD rows are therefore computed a
 step early. At least one row must not be ahead, whose wait they need.
 
-The bias of the next step is asked for when that of this step was used (FETCH = 0), which leaves it half a step to come
-from L2, or a whole step sooner (FETCH = 2), which takes registers for another tile.
-
 Cost for R rows, head size D, e bytes per element: 4*R*H*Q*K*D FLOP, R*H*Q*K exponentials; from HBM q, k, v, o once
 and the bias once per L2 lifetime; from L2 per score 2e*D/BQ (keys and values) + e/ROWS (bias) bytes.
 """
@@ -32,7 +29,6 @@ from optimized.ops.attention.packing import (
     load_columns,
     load_packed,
     packed_pointers,
-    retyped,
     spread,
     unpacked,
 )
@@ -164,7 +160,6 @@ def forward_kernel(
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
 ):  # fmt: skip
     """Strides are in units of 8 elements. BIAS and MASK as `prepare_kernel` writes them, LSE contiguous [B, R, H, LQ].
 
@@ -214,10 +209,6 @@ def forward_kernel(
         v_at = vbs
         last = k_blocks // (BK // 16) - 1
         raw = load_packed(pointers, 0, BK)
-        after = raw
-        if FETCH == 2:
-            raw = retyped(raw)
-            after = load_packed(pointers, tl.minimum(1, last), BK)
         raw_masks = ()
         scores = ()
         for i in tl.static_range(ROWS):
@@ -265,11 +256,7 @@ def forward_kernel(
                     k = tl.load(new_k_at[i] + k_offsets, mask=beyond, other=0.0)
                     s = tl.dot(qs[i], tl.trans(k), input_precision=PRECISION)
                 new_scores = new_scores + (s,)
-            if FETCH == 2:
-                raw = retyped(after)
-                after = load_packed(pointers, tl.minimum(k0 // BK + 2, last), BK)
-            else:  # not before: its registers are those of the bias in use
-                raw = load_packed(pointers, ahead, BK)
+            raw = load_packed(pointers, ahead, BK)  # not before: its registers are those of the bias in use
             scores = new_scores
             accs = new_accs
             totals = new_totals

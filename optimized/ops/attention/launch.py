@@ -34,6 +34,7 @@ FOLD_PLANES = {
     "BK": 64,
     "TOGETHER": 4,
 }  # 2 KiB of a plane a program; four planes in flight hide the memory's latency
+MOST_ROWS = 4  # a program of any configuration has
 FOUR_WARPS = Config()  # of the kernels that have nothing to choose
 FARTHEST = 2**31 // TILE  # token stride, in elements, up to which offsets inside a tile fit 32 bits
 
@@ -46,6 +47,19 @@ class Plan:
     grad_kv: Config
     grad_bias: Config | None
     grad_q: Config
+
+    def for_rows(self, rows: int) -> "Plan":
+        """The same with no more rows a program than there are: it would repeat the last (the single representation has one)."""
+        forward, grad_kv, grad_q = (_at_most(c, rows) for c in (self.forward, self.grad_kv, self.grad_q))
+        return Plan(forward, grad_kv, self.grad_bias, grad_q)
+
+
+def _at_most(config: Config, rows: int) -> Config:
+    """At least one row a program is not ahead: see `forward`."""
+    constants = {**config.constants, "ROWS": min(config.constants["ROWS"], rows)}
+    if "AHEAD" in constants:
+        constants["AHEAD"] = min(constants["AHEAD"], constants["ROWS"] - 1)
+    return replace(config, constants=constants)
 
 
 def _rows(rows: int, bq: int, bk: int, stages: int = 2, cap: int = 0, ahead: int = 0) -> Config:
@@ -60,8 +74,9 @@ def _tile(bq: int, bk: int, stages: int = 2, cap: int = 0) -> Config:
 def default_plan(dtype: torch.dtype, head_dim: int, arch: str, precision: str = "ieee") -> Plan:
     """Configurations that run everywhere; of 16 bits on sm_90 the fastest of some 180 on an H200 at 384 and 768 tokens.
 
-    Four programs of 128 registers a multiprocessor beat fewer, larger ones there, even where the limit costs a few
-    spilled registers; dq with planes does better without. Loads two steps ahead are worth a tenth to a fifth.
+    In the forward kernel four programs of 128 registers a multiprocessor beat fewer, larger ones there. The backward
+    kernels do better without such a limit, with 64 queries a step or three rows: 2 to 13 % at 768 and 1024 tokens, and
+    no less at 384. Loads two steps ahead are worth a tenth to a fifth.
     """
     wide = head_dim > 32
     if dtype == torch.float32:
@@ -75,12 +90,12 @@ def default_plan(dtype: torch.dtype, head_dim: int, arch: str, precision: str = 
             _rows(1, 64, 64),
         )
     if wide:
-        return Plan(_rows(1, 64, 32, 3), _rows(1, 32, 64, 3, cap=168), None, _rows(2, 64, 32, 3))
+        return Plan(_rows(1, 64, 32, 3), _rows(1, 64, 64, 3), None, _rows(2, 64, 32, 4))
     return Plan(
         _rows(2, 64, 32, 3, cap=128, ahead=1),
-        _rows(1, 32, 64, 3, cap=128),
+        _rows(1, 64, 64, 3, cap=168),
         None,
-        _rows(2, 64, 32, 3, cap=168),
+        _rows(3, 64, 32, 3),
     )
 
 
@@ -100,23 +115,26 @@ def plan_for(q: Tensor, precision: str) -> Plan:
     """The plan for these inputs: measured on this device, shipped for it, or the default."""
     if device_name(q.device) == "cpu":
         row = _rows(2, 16, 32, stages=1)
-        return Plan(row, row, _tile(16, 32, stages=1) if q.dtype == torch.float32 else None, row)
-    return _measured_plan(q.dtype, q.shape[-1], length_bucket(q.shape[-2]), q.device, precision)
+        plan = Plan(row, row, _tile(16, 32, stages=1) if q.dtype == torch.float32 else None, row)
+        return plan.for_rows(q.shape[-4])
+    rows = min(q.shape[-4], MOST_ROWS)
+    return _measured_plan(q.dtype, q.shape[-1], length_bucket(q.shape[-2]), rows, q.device, precision)
 
 
 @cache
 def _measured_plan(
-    dtype: torch.dtype, head_dim: int, length: str, device: torch.device, precision: str
+    dtype: torch.dtype, head_dim: int, length: str, rows: int, device: torch.device, precision: str
 ) -> Plan:
     base = default_plan(dtype, head_dim, architecture(device), precision)
     kind = str(dtype).removeprefix("torch.")
     key = (kind if precision == "ieee" else f"{kind}-{precision}", head_dim, length)
-    return Plan(
+    plan = Plan(
         lookup("attention.forward", key, device, base.forward),
         lookup("attention.grad_kv", key, device, base.grad_kv),
         base.grad_bias and lookup("attention.grad_bias", key, device, base.grad_bias),
         lookup("attention.grad_q", key, device, base.grad_q),
     )
+    return plan.for_rows(rows)
 
 
 forget_with(_measured_plan.cache_clear)
@@ -270,11 +288,6 @@ def _prepare(call: Call, mask: Tensor | None, *, straight: bool, flipped: bool) 
     )  # fmt: skip
 
 
-def _early(config: Config, *names: str) -> dict[str, int]:
-    """What is done a step early, AHEAD or FETCH, where a configuration does not say: nothing."""
-    return {name: 0 for name in names if name not in config.constants}
-
-
 def programs(call: Call, length: int, tile: int, config: Config) -> tuple[int, int, int]:
     """Grid of the kernels that own a tile of `length` tokens of ROWS rows."""
     rows, heads, _, _ = call.sizes
@@ -296,7 +309,7 @@ def launch_forward(call: Call, o: Tensor, lse: Tensor, config: Config) -> None:
         config,
         arguments,
         **call.constants,
-        **_early(config, "AHEAD", "FETCH"),
+        **({} if "AHEAD" in config.constants else {"AHEAD": 0}),
         FAST=fast,
     )
 
@@ -328,7 +341,7 @@ def launch_grad_kv(
         *call.mask_strides, call.scale, call.unit_scale,
     )  # fmt: skip
     grid = programs(call, call.sizes[3], config.constants["BK"], config)
-    launch(grad_kv_kernel, grid, config, arguments, **call.constants, **_early(config, "FETCH"))
+    launch(grad_kv_kernel, grid, config, arguments, **call.constants)
 
 
 def launch_grad_q(
@@ -358,7 +371,7 @@ def launch_grad_q(
         if groups * tile < rows and dbias.dtype != torch.float32:
             total = torch.empty(dbias.shape, dtype=torch.float32, device=call.q.device)
     programs_a_group = ceil_div(lq, config.constants["BQ"]) * heads * batch
-    constants = {**call.constants, **_early(config, "FETCH"), "SUMS": dbias is not None}
+    constants = {**call.constants, "SUMS": dbias is not None}
     for start in range(0, rows, groups * tile):
         some = min(groups, ceil_div(rows - start, tile))
         arguments = (

@@ -90,26 +90,8 @@ def load_packed(pointers, y_tile, BY: tl.constexpr):
 
 
 @triton.jit
-def retyped(blocks):
-    """The same bits as another type: fp32 as integers, integers as fp32.
-
-    For raw tiles that a loop hands on from a step to the next but one. The compiler's pipeline leaves a loop alone
-    whose step hands on what it was handed itself; with another type it is something new, at no cost.
-    """
-    other = ()
-    for j in tl.static_range(len(blocks)):
-        if blocks[j].dtype == tl.float32:
-            other = other + (blocks[j].to(tl.int32, bitcast=True),)
-        else:
-            other = other + (blocks[j].to(tl.float32, bitcast=True),)
-    return other
-
-
-@triton.jit
 def unpacked(blocks, BX: tl.constexpr, BY: tl.constexpr, TYPE: tl.constexpr):
-    """A raw tile of a bias of dtype TYPE, `retyped` or not, as [BX, BY] in fp32; every value stays in its register."""
-    if (TYPE == tl.float32) != (blocks[0].dtype == tl.float32):  # noqa: SIM300
-        blocks = retyped(blocks)
+    """A raw tile of a bias of dtype TYPE as [BX, BY] in fp32; every value stays in its register."""
     raw = _side_by_side(blocks)
     if TYPE == tl.float32:  # noqa: SIM300
         x = tl.permute(tl.reshape(raw, (BX // 16, BY // 16, 2, 8, 4, 2, 2)), (0, 2, 3, 1, 5, 4, 6))
