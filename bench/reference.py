@@ -78,7 +78,7 @@ def parts() -> dict[str, Part]:
     }
     for op, names in IMPLEMENTATIONS.items():
         kernels = f"{cli} kernels --op {op} --n {LENGTHS} --impl {names}"
-        found[f"kernels-{op}"] = Part(f"{kernels} --out {{out}}", 400 if "attention" in op else 250)
+        found[f"kernels-{op}"] = Part(f"{kernels} --out {{out}}", 600 if "attention" in op else 400)
     sweep = (
         f"{cli} sweep --preset af3 --device cuda --steps 2 --warmup 1 --repeats 1 --no-sampler --out {{out}}"
     )
