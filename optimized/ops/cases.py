@@ -104,7 +104,7 @@ def cases(arch: str) -> list[KernelCase]:
         for name, fn, config in (
             ("normalise", statistics.normalise_kernel, triangle.NORMALISE),
             ("x_statistics", statistics.x_kernel, triangle.X_STATISTICS),
-            ("moments", folded_output.moments_kernel, triangle.MOMENTS),
+            ("moments", statistics.moments_kernel, triangle.MOMENTS),
         ):
             found.append(make_case(f"triangle_multiplication.bf16.{name}", fn, config, "bf16", sizes))
     name, sizes = "parameters.bf16.fold_linear_weights", {"C": 128, "BC": 128}

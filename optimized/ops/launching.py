@@ -75,7 +75,6 @@ SUMMING = (
     "triangle_multiplication.output_folded",
     "triangle_multiplication.output_backward_folded",
     "triangle_multiplication.output_weight_folded",
-    "triangle_multiplication.project_folded",
     "layer_norm_linear.weight_gradient",
 )
 

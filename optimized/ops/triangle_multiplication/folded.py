@@ -140,10 +140,32 @@ def fold_weights_kernel(
     tl.store(sums + other, tl.sum(w * beta[None, :], 1), mask=r < rows)
 
 
+@triton.jit
+def moment_of(e):
+    """Which row of the moments (1 / rstd high and low, -mean high and low) is multiplied by column e of `beside_weights`."""
+    return tl.where(e == 1, 1, tl.where((e == 3) | (e == 5), 2, tl.where(e == 4, 3, 0)))
+
+
+@triton.jit
+def beside_weights(sums_ptr, rows, real, e, other, dtype: tl.constexpr):
+    """`[rows, 16]`: what the moments of a position are multiplied by, from Σw' and, `other` further on, β·w in fp32.
+
+    Of two numbers in two parts the product of the small ones is left out. Columns from 6 on are zero.
+    """
+    sums = tl.load(sums_ptr + rows, mask=real, other=0.0)
+    biases = tl.load(sums_ptr + other + rows, mask=real, other=0.0)
+    sums_high = sums.to(dtype).to(tl.float32)
+    biases_high = biases.to(dtype).to(tl.float32)
+    b = tl.where((e < 2)[None, :], biases_high[:, None], (biases - biases_high)[:, None])
+    s = tl.where((e < 5)[None, :], sums_high[:, None], (sums - sums_high)[:, None])
+    return tl.where((e < 3)[None, :], b, tl.where((e < 6)[None, :], s, 0.0)).to(dtype)
+
+
 @triton.jit(repr=profiled_as("triangle_multiplication_project_folded"), do_not_specialize=["group"])
 def project_kernel(
     z_ptr,
-    stats_ptr,
+    rstd_ptr,
+    moments_ptr,
     folded_ptr,
     sums_partial_ptr,
     mask_ptr,
@@ -165,8 +187,9 @@ def project_kernel(
 ):
     """BN channels (by `program_id(1)`) of a and b, `[2h, P, P]`, over `group` tiles of BM positions.
 
-    stats `[2, P, P]` of z, zero in the padding. BM divides the padded square, whose sides are multiples of 16.
-    The weights of both the linear part and the gate stay on the chip; one product gives both.
+    rstd `[P, P]` and moments `[4, P, P]` of z, zero in the padding, whose results are zero by that. BM divides the padded
+    square, whose sides are multiples of 16. The weights of both the linear part and the gate stay on the chip; one product
+    gives both.
     """
     # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
     tl.assume(n_tokens > 0)
@@ -187,11 +210,11 @@ def project_kernel(
         real = (tl.program_id(1) * BN + both % BN < 2 * H)[:, None] & (c < C)[None, :]
         w = tl.load(folded_ptr + row[:, None] * C + c[None, :], mask=real, other=0.0)
     own = t < 2 * H
-    sum_linear = tl.load(sums_partial_ptr + t, mask=own, other=0.0)
-    sum_gate = tl.load(sums_partial_ptr + 2 * H + t, mask=own, other=0.0)
-    bias_ptr = sums_partial_ptr + 4 * H
-    bias_linear = tl.load(bias_ptr + t, mask=own, other=0.0)
-    bias_gate = tl.load(bias_ptr + 2 * H + t, mask=own, other=0.0)
+    e = tl.arange(0, 16)
+    beside = beside_weights(
+        sums_partial_ptr, row, both % BN + tl.program_id(1) * BN < 2 * H, e, 4 * H, w.dtype
+    )
+    m_rows = moment_of(e).to(tl.int64)[:, None] * area + tl.arange(0, BM)[None, :]
     first = tl.program_id(0) * group
     last = tl.minimum(first + group, (padded * padded + BM - 1) // BM)
     for step in tl.range(first, last, num_stages=STAGES):
@@ -203,21 +226,18 @@ def project_kernel(
             z = tl.load(
                 z_ptr + source[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0
             )
-        stats = stats_ptr + start + tl.arange(0, BM)
-        rstd = tl.load(stats)
-        shift = tl.load(stats + area)
-        products = tl.dot(w, tl.trans(z))
-        linear, gate = tl.split(tl.permute(tl.reshape(products, (2, BN, BM)), (1, 2, 0)))
-        shift = shift[None, :]
-        rstd = rstd[None, :]
-        linear = linear * rstd + (sum_linear[:, None] * shift + bias_linear[:, None])
-        gate = gate * rstd + (sum_gate[:, None] * shift + bias_gate[:, None])
-        value = gated(linear, gate, FAST)
-        if MASKED or not EVEN:
-            keep = keep_rows(mask_ptr, inside, dense, MASKED)
-            value *= keep.to(tl.float32)[None, :]  # as defined, and in fewer instructions than a choice
+        moments = tl.load(moments_ptr + start + m_rows)
+        rstd = tl.load(rstd_ptr + start + tl.arange(0, BM))
+        products = tl.dot(z, tl.trans(w))
+        products = tl.dot(tl.trans(moments), tl.trans(beside), products)
+        linear, gate = tl.split(tl.permute(tl.reshape(products, (BM, 2, BN)), (0, 2, 1)))
+        kept = rstd
+        if MASKED:
+            kept = tl.where(keep_rows(mask_ptr, inside, dense, MASKED), rstd, 0.0)
+        value = gated(linear * kept[:, None], gate * rstd[:, None], FAST)
+        value = tl.trans(value.to(out_ptr.dtype.element_ty))
         where = out_ptr + start + t.to(tl.int64)[:, None] * area + tl.arange(0, BM)[None, :]
         if FULL:
-            tl.store(where, value.to(out_ptr.dtype.element_ty))
+            tl.store(where, value)
         else:
-            tl.store(where, value.to(out_ptr.dtype.element_ty), mask=own[:, None])
+            tl.store(where, value, mask=own[:, None])

@@ -34,27 +34,6 @@ from optimized.ops.names import profiled_as
 from optimized.ops.triangle_multiplication.folded import place_rows
 from optimized.ops.triangle_multiplication.output import load_weights
 
-MOMENTS = 8
-"""Rows of the moments: 1 / rstd of x in two parts, -mean of x in two parts, and as many of z."""
-
-
-@triton.jit(repr=profiled_as("triangle_multiplication_moments"))
-def moments_kernel(stats_ptr, moments_ptr, padded, BLOCK: tl.constexpr):
-    """Moments `[8, P, P]` of the statistics `[4, P, P]`, BLOCK positions of x or z; zero in the padding."""
-    area = padded.to(tl.int64) * padded
-    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    stats = stats_ptr + 2 * tl.program_id(1) * area + p
-    rstd = tl.load(stats, mask=p < area, other=0.0)
-    deviation = tl.where(rstd > 0.0, 1.0 / tl.where(rstd > 0.0, rstd, 1.0), 0.0)
-    less_mean = tl.load(stats + area, mask=p < area, other=0.0) * deviation
-    moments = moments_ptr + 4 * tl.program_id(1) * area + p
-    for k in tl.static_range(2):
-        value = deviation if k == 0 else less_mean
-        high = value.to(moments_ptr.dtype.element_ty)
-        low = (value - high.to(tl.float32)).to(moments_ptr.dtype.element_ty)
-        tl.store(moments + 2 * k * area, high, mask=p < area)
-        tl.store(moments + (2 * k + 1) * area, low, mask=p < area)
-
 
 @triton.jit
 def folded_sigmoid(gate, FAST: tl.constexpr):

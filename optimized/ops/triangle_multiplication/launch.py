@@ -40,23 +40,23 @@ from optimized.ops.triangle_multiplication.reference import TriangleWeights
 from optimized.ops.tuning import Config
 
 
-def z_statistics(z: Tensor, shape: Shape, eps: float, stats: Tensor, config: Config = Z_STATISTICS) -> Tensor:
-    """rstd and -mean·rstd of the rows of z, put into `stats [2, P, P]`."""
+def z_statistics(
+    z: Tensor, shape: Shape, eps: float, stats: Tensor, moments: Tensor, config: Config = Z_STATISTICS
+) -> None:
+    """rstd and -mean·rstd of the rows of z, put into `stats [2, P, P]`, and their `moments [4, P, P]`."""
     grid = (ceil_div(shape.padded, config.constants["BLOCK"]), shape.padded, 1)
-    arguments = (z, stats, *shape.place(z), eps)
+    arguments = (z, stats, moments, *shape.place(z), eps)
     launch(statistics.z_kernel, grid, config, arguments, C=shape.channels)
-    return stats
 
 
-def normalise(
-    z: Tensor, shape: Shape, eps: float, stats: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """x̂ of z `[N, N, c]` in `dtype` and rstd `[P, P]`; the statistics `[2, P, P]` of x̂ are put into `stats`."""
-    sizes = shape.inner(stats)
+def normalise(z: Tensor, shape: Shape, eps: float, stats: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """x̂ of z `[N, N, c]` in the dtype of the moments and rstd `[P, P]`; the statistics `[2, P, P]` of x̂ and its moments
+    `[4, P, P]` are put into `stats` and `moments`."""
+    dtype, sizes = moments.dtype, shape.inner(stats)
     normal = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=dtype, device=z.device)
     rstd = torch.empty((shape.padded, shape.padded), dtype=torch.float32, device=z.device)
     grid = (ceil_div(shape.padded, NORMALISE.constants["BLOCK"]), shape.padded, 1)
-    arguments = (z, normal, stats, rstd, *shape.place(z), eps)
+    arguments = (z, normal, stats, moments, rstd, *shape.place(z), eps)
     launch(statistics.normalise_kernel, grid, NORMALISE, arguments, C=sizes["C"], BC=sizes["BC"])
     return normal, rstd
 
@@ -70,15 +70,21 @@ def x_statistics(x: Tensor, shape: Shape, eps: float, stats: Tensor, config: Con
 
 
 def project_folded(
-    z: Tensor, stats: Tensor, w: Folded, mask: Tensor | None, shape: Shape, config: Config | None = None
+    z: Tensor,
+    stats: Tensor,
+    moments: Tensor,
+    w: Folded,
+    mask: Tensor | None,
+    shape: Shape,
+    config: Config | None = None,
 ) -> Tensor:
-    """As `project_forward`, from raw rows, their statistics `[2, P, P]` and folded weights."""
+    """As `project_forward`, from raw rows, their statistics `[2, P, P]` and moments `[4, P, P]`, and folded weights."""
     config = config or config_of("project_folded", shape, w.weights)
     rows, width = config.constants["BM"], config.constants["BN"]
     columns = ceil_div(2 * shape.hidden, width)
     programs, group = spread(ceil_div(shape.padded**2, rows), columns, 4, z.device)
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
-    arguments = (z, stats, *w, mask if mask is not None else z, ab, *shape.place(z), group)
+    arguments = (z, stats, moments, *w, mask if mask is not None else z, ab, *shape.place(z), group)
     sizes = shape.inner(w.weights) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0}
     launch(folded.project_kernel, (programs, columns, 1), config, arguments, **sizes)
     return ab
@@ -219,10 +225,10 @@ def output_backward_folded(
 
 
 def moments_of(stats: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """What `output_weight_folded` multiplies for sums with the statistics, `[8, P, P]`."""
-    moments = torch.empty((folded_output.MOMENTS, *stats.shape[1:]), dtype=dtype, device=stats.device)
+    """What products with the statistics of x and z multiply, `[8, P, P]`."""
+    moments = torch.empty((2 * statistics.MOMENTS, *stats.shape[1:]), dtype=dtype, device=stats.device)
     grid = (ceil_div(shape.padded**2, MOMENTS.constants["BLOCK"]), 2, 1)
-    launch(folded_output.moments_kernel, grid, MOMENTS, (stats, moments, shape.padded))
+    launch(statistics.moments_kernel, grid, MOMENTS, (stats, moments, shape.padded))
     return moments
 
 
@@ -352,21 +358,26 @@ def packed_weights(w: TriangleWeights, z: Tensor, dtype: torch.dtype) -> tuple[F
 
 def project_in(
     z: Tensor,
-    stats: Tensor | None,
     norm: tuple[Tensor, Tensor],
     weights: tuple[Folded | None, Tensor],
     mask: Tensor | None,
     shape: Shape,
     eps: float,
 ) -> Tensor:
-    """a and b, `[2h, P, P]`, by the kernel that `packed_weights` chose; statistics of z that nobody has are taken."""
+    """a and b, `[2h, P, P]`, by the kernel that `packed_weights` chose, where nobody has statistics of z."""
     of_folded, packed = weights
     if of_folded is None:
         return project_forward(z, norm, packed, mask, shape, eps)
-    if stats is None:
-        square = (2, shape.padded, shape.padded)
-        stats = z_statistics(z, shape, eps, torch.empty(square, dtype=torch.float32, device=z.device))
-    return project_folded(z, stats, of_folded, mask, shape)
+    stats = torch.empty((2, shape.padded, shape.padded), dtype=torch.float32, device=z.device)
+    moments = empty_moments(z, shape, of_folded)
+    z_statistics(z, shape, eps, stats, moments)
+    return project_folded(z, stats, moments, of_folded, mask, shape)
+
+
+def empty_moments(z: Tensor, shape: Shape, w: Folded) -> Tensor:
+    """Room for the moments of z, `[4, P, P]`."""
+    square = (statistics.MOMENTS, shape.padded, shape.padded)
+    return torch.empty(square, dtype=w.weights.dtype, device=z.device)
 
 
 def forward(
@@ -379,14 +390,15 @@ def forward(
     keep = folds_output(z, shape.hidden, dtype)
     stats = torch.empty(shape.statistics(keep), dtype=torch.float32, device=z.device)
     if keep and weights[0] is not None:
+        moments = empty_moments(z, shape, weights[0])
         if normalises(z, shape.hidden, dtype):
-            z, _ = normalise(z, shape, eps, stats[2:], dtype)
+            z, _ = normalise(z, shape, eps, stats[2:], moments)
         else:
-            z_statistics(z, shape, eps, stats[2:])
-        x = contract(project_in(z, stats[2:], norm_in, weights, mask, shape, eps), outgoing)
+            z_statistics(z, shape, eps, stats[2:], moments)
+        x = contract(project_folded(z, stats[2:], moments, weights[0], mask, shape), outgoing)
         x_statistics(x, shape, eps, stats[:2])
         return output_folded(x, z, stats, weights[0], shape), x, stats
-    x = contract(project_in(z, None, norm_in, weights, mask, shape, eps), outgoing)
+    x = contract(project_in(z, norm_in, weights, mask, shape, eps), outgoing)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
     return output_forward(x, z, norms, weights[1], shape, eps), x, stats
 
@@ -414,19 +426,23 @@ def backward(
     of_folded, packed = weights
     kept = stats.numel() > 0
     rstd = None
-    if kept and z.dtype != x.dtype:
-        z, rstd = normalise(z, shape, eps, torch.empty_like(stats[2:]), x.dtype)
     if kept and of_folded is not None:
+        if z.dtype != x.dtype:
+            z, rstd = normalise(
+                z, shape, eps, torch.empty_like(stats[2:]), empty_moments(z, shape, of_folded)
+            )
         dx, d_linear, d_gate = output_backward_folded(x, z, stats, of_folded, dy, shape)
         moments = moments_of(stats, shape, x.dtype)
         d_ends, shares_out = output_weight_folded(d_linear, d_gate, x, z, moments, norms, packed, shape)
         dn = gate_gradient(d_gate, packed, shape)
-        del d_linear, d_gate, moments
+        del d_linear, d_gate
+        ab = project_folded(z, stats[2:], moments[statistics.MOMENTS :], of_folded, mask, shape)
+        del moments
     else:
         dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
         d_ends = output_weight_gradient(pairs, shape)
         del pairs
-    ab = project_in(z, stats[2:] if kept else None, norm_in, weights, mask, shape, eps)
+        ab = project_in(z, norm_in, weights, mask, shape, eps)
     grad = contract_backward(dx, ab, outgoing)
     del dx
     # a and b are spent: their memory takes LN(z) where it is large enough.

@@ -4,7 +4,7 @@ Those kernels (`folded`, `folded_output`) then bring their operands into the mat
 reduced across threads between two products: at 768 tokens that took a third of their time on an H200.
 
 Sums are of differences to the first channel, so that a mean larger than the deviation cancels nothing. Bytes: the
-tensor once, and 8 for every position, in fp32: rstd, then -mean·rstd.
+tensor once, and 8 for every position, in fp32: rstd, then -mean·rstd; of z 8 more for its moments.
 
 A z in float32, as under autocast, is normalised by a kernel of its own instead, and x̂ takes its place in bfloat16.
 """
@@ -17,15 +17,47 @@ import triton.language as tl
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import normalise_rows
 
+MOMENTS = 4
+"""Rows of moments of x or of z: 1 / rstd in two parts, -mean in two parts."""
+
 
 @triton.jit
 def put_statistics(stats_ptr, p, area, real, inside, first, total, squares, eps, CHANNELS: tl.constexpr):
-    """From the sum and the sum of squares of differences to `first`; real positions that are not inside get zeros."""
+    """From the sum and the sum of squares of differences to `first`; real positions that are not inside get zeros.
+
+    Returns rstd and -mean·rstd.
+    """
     off = total / CHANNELS
     rstd = tl.rsqrt(tl.maximum(squares / CHANNELS - off * off, 0.0) + eps)
     rstd = tl.where(inside, rstd, 0.0)
+    shift = -(first + off) * rstd
     tl.store(stats_ptr + p, rstd, mask=real)
-    tl.store(stats_ptr + area + p, -(first + off) * rstd, mask=real)
+    tl.store(stats_ptr + area + p, shift, mask=real)
+    return rstd, shift
+
+
+@triton.jit
+def put_moments(moments_ptr, p, area, real, rstd, shift):
+    """1 / rstd and -mean, each as two numbers: what the first leaves is the second. Zero where rstd is."""
+    deviation = tl.where(rstd > 0.0, 1.0 / tl.where(rstd > 0.0, rstd, 1.0), 0.0)
+    less_mean = shift * deviation
+    for k in tl.static_range(2):
+        value = deviation if k == 0 else less_mean
+        high = value.to(moments_ptr.dtype.element_ty)
+        low = (value - high.to(tl.float32)).to(moments_ptr.dtype.element_ty)
+        tl.store(moments_ptr + 2 * k * area + p, high, mask=real)
+        tl.store(moments_ptr + (2 * k + 1) * area + p, low, mask=real)
+
+
+@triton.jit(repr=profiled_as("triangle_multiplication_moments"))
+def moments_kernel(stats_ptr, moments_ptr, padded, BLOCK: tl.constexpr):
+    """Moments `[8, P, P]` of the statistics `[4, P, P]`, BLOCK positions of x or z; zero in the padding."""
+    area = padded.to(tl.int64) * padded
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    stats = stats_ptr + 2 * tl.program_id(1) * area + p
+    rstd = tl.load(stats, mask=p < area, other=0.0)
+    shift = tl.load(stats + area, mask=p < area, other=0.0)
+    put_moments(moments_ptr + 4 * tl.program_id(1) * area, p, area, p < area, rstd, shift)
 
 
 @triton.jit
@@ -41,6 +73,7 @@ def rows_of_block(z_ptr, n_tokens, stride_i, stride_j, BLOCK: tl.constexpr):
 def z_kernel(
     z_ptr,
     stats_ptr,
+    moments_ptr,
     n_tokens,
     padded,
     stride_i,
@@ -50,7 +83,8 @@ def z_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`[2, P, P]` of the rows of z `[N, N, c]`, zero in the padding; BLOCK positions of row `program_id(1)`.
+    """`[2, P, P]` of the rows of z `[N, N, c]` and their moments `[4, P, P]`, zero in the padding; BLOCK positions of row
+    `program_id(1)`.
 
     CHANNELS at a time: four lanes hold a row, and its sums need two exchanges between lanes, not four or five.
     """
@@ -69,7 +103,8 @@ def z_kernel(
         squares += off * off
     p = i.to(tl.int64) * padded + j
     total, squares = tl.sum(total, 1), tl.sum(squares, 1)
-    put_statistics(stats_ptr, p, area, j < padded, inside, first, total, squares, eps, C)
+    rstd, shift = put_statistics(stats_ptr, p, area, j < padded, inside, first, total, squares, eps, C)
+    put_moments(moments_ptr, p, area, j < padded, rstd, shift)
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_x_statistics"))
@@ -103,6 +138,7 @@ def normalise_kernel(
     z_ptr,
     normal_ptr,
     stats_ptr,
+    moments_ptr,
     rstd_ptr,
     n_tokens,
     padded,
@@ -113,7 +149,7 @@ def normalise_kernel(
     BC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x̂ of the rows of z, in fp32, rounded, `[N, N, c]`; rstd `[P, P]`; and the statistics of rows that are normalised.
+    """x̂ of the rows of z, in fp32, rounded, `[N, N, c]`; rstd `[P, P]`; statistics and moments of rows that are normalised.
 
     Those, 1 and 0 inside the square and 0 outside, are what kernels that normalise raw rows find in their place.
     """
@@ -128,5 +164,7 @@ def normalise_kernel(
     tl.store(normal_ptr + dense[:, None] * C + c[None, :], normal, mask=real)
     p = i.to(tl.int64) * padded + j
     tl.store(rstd_ptr + p, tl.where(inside, rstd, 0.0), mask=j < padded)
-    tl.store(stats_ptr + p, inside.to(tl.float32), mask=j < padded)
-    tl.store(stats_ptr + area + p, tl.zeros_like(rstd), mask=j < padded)
+    one, nothing = inside.to(tl.float32), tl.zeros_like(rstd)
+    tl.store(stats_ptr + p, one, mask=j < padded)
+    tl.store(stats_ptr + area + p, nothing, mask=j < padded)
+    put_moments(moments_ptr, p, area, j < padded, one, nothing)

@@ -60,7 +60,7 @@ FIXED = (
     statistics.z_kernel,
     statistics.normalise_kernel,
     statistics.x_kernel,
-    folded_output.moments_kernel,
+    statistics.moments_kernel,
 )
 """Launched with one configuration everywhere."""
 
