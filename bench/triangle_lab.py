@@ -145,7 +145,7 @@ class Bench:
         x = self.grad[:C]
         inner = (z, self.norm, w, None, self.grad, self.dn, self.n, s, EPS, config)
         outer = (x, z, self.norms, w, self.dy, s, EPS, config)
-        raw = (x, z, self.stats, self.folded, self.dy, s, config)
+        raw = (x, z, self.stats, self.moments, self.folded, self.dy, s, config)
         projected = (z, self.stats[2:], self.moments[4:], self.folded, None, s)
         sums = (self.square, self.grad[C:], x, z, self.moments, self.norms, w, s, config)
         calls: dict[str, Callable[[], object]] = {

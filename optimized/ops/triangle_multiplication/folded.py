@@ -147,18 +147,22 @@ def moment_of(e):
 
 
 @triton.jit
-def beside_weights(sums_ptr, rows, real, e, other, dtype: tl.constexpr):
-    """`[rows, 16]`: what the moments of a position are multiplied by, from Σw' and, `other` further on, β·w in fp32.
+def in_two_parts(x, e, dtype: tl.constexpr):
+    """`[rows, 16]` in fp32: x in columns e = 0 and 1 as it is rounded, in column 2 what that leaves, else zero.
 
-    Of two numbers in two parts the product of the small ones is left out. Columns from 6 on are zero.
+    Beside the high and low part of another number and the high one again: the product of the low ones is left out.
     """
+    high = x.to(dtype).to(tl.float32)
+    first = ((e == 0) | (e == 1))[None, :]
+    return tl.where(first, high[:, None], tl.where((e == 2)[None, :], (x - high)[:, None], 0.0))
+
+
+@triton.jit
+def beside_weights(sums_ptr, rows, real, e, other, dtype: tl.constexpr):
+    """`[rows, 16]`: what `moment_of` a position is multiplied by, from Σw' and, `other` further on, β·w in fp32."""
     sums = tl.load(sums_ptr + rows, mask=real, other=0.0)
     biases = tl.load(sums_ptr + other + rows, mask=real, other=0.0)
-    sums_high = sums.to(dtype).to(tl.float32)
-    biases_high = biases.to(dtype).to(tl.float32)
-    b = tl.where((e < 2)[None, :], biases_high[:, None], (biases - biases_high)[:, None])
-    s = tl.where((e < 5)[None, :], sums_high[:, None], (sums - sums_high)[:, None])
-    return tl.where((e < 3)[None, :], b, tl.where((e < 6)[None, :], s, 0.0)).to(dtype)
+    return (in_two_parts(biases, e, dtype) + in_two_parts(sums, e - 3, dtype)).to(dtype)
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_project_folded"), do_not_specialize=["group"])

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.folded import place_rows
+from optimized.ops.triangle_multiplication.folded import beside_weights, moment_of, place_rows
 from optimized.ops.triangle_multiplication.output import load_weights
 
 
@@ -142,11 +142,18 @@ def forward_kernel(
             tl.store(cells, y, mask=inside[:, None] & own[None, :])
 
 
+@triton.jit
+def both_moments_of(e):
+    """Which row of the moments of x and z column e of a joint tile is: six of z for the gate, then six of x."""
+    return tl.where(e < 6, 4 + moment_of(e), tl.where(e < 12, moment_of(e - 6), 0))
+
+
 @triton.jit(repr=profiled_as("triangle_multiplication_output_backward_folded"), do_not_specialize=["group"])
 def backward_kernel(
     x_ptr,
     z_ptr,
     stats_ptr,
+    moments_ptr,
     folded_ptr,
     sums_partial_ptr,
     dy_ptr,
@@ -170,7 +177,7 @@ def backward_kernel(
 ):
     """dx `[h, P, P]` of `group` tiles of BM positions, and rstd · d of output projection and gate, `[c, P, P]` each.
 
-    The padding is zero in all three. BM divides the padded square, whose sides are multiples of 16. The folded weights of
+    The padding is zero in all three. moments `[8, P, P]` of x, then of z: see `folded`. BM divides the padded square, whose sides are multiples of 16. The folded weights of
     all c channels, for which BN rows are enough, stay on the chip; the next tiles are on their way meanwhile. EVEN: as in
     `folded`; nothing is masked then.
     """
@@ -189,17 +196,22 @@ def backward_kernel(
     area = padded.to(tl.int64) * padded
     own = t < C
     wo, wg = load_weights(folded_ptr, t, c, h, C, H, FULL)
-    rest, bias, gate_sum, gate_bias = load_sums(sums_partial_ptr, t, C, H)
+    e = tl.arange(0, 16)
+    sums_ptr = sums_partial_ptr + 8 * H
+    beside_gate = beside_weights(sums_ptr + 2 * C, t, own, e, C, wg.dtype)
+    beside_linear = beside_weights(sums_ptr, t, own, e - 6, C, wo.dtype)
+    bias = tl.load(sums_ptr + C + t, mask=own, other=0.0)
     # Rows of a tile, to which the loop adds a number that is one for all threads.
     k = tl.arange(0, BM)
     x_rows = h.to(tl.int64)[:, None] * area + k[None, :]
     d_rows = t.to(tl.int64)[:, None] * area + k[None, :]
+    m_rows = both_moments_of(e).to(tl.int64)[:, None] * area + k[None, :]
     first = tl.program_id(0) * group
     last = tl.minimum(first + group, (padded * padded + BM - 1) // BM)
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BM
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
-        x, z, rstd, shift, rstd_z, shift_z = load_raw(
+        x, z, rstd, shift, rstd_z, _ = load_raw(
             x_ptr, z_ptr, stats_ptr, x_rows, source, inside, start, c, h, area, C, H, FULL, EVEN, BM
         )
         dy_cells = dense[:, None] * C + t[None, :]
@@ -207,22 +219,22 @@ def backward_kernel(
             dy = tl.load(dy_ptr + dy_cells)
         else:
             dy = tl.load(dy_ptr + dy_cells, mask=inside[:, None] & own[None, :], other=0.0)
-        gate = tl.dot(wg, tl.trans(z))
-        linear = tl.dot(wo, x)
-        gate = gate * rstd_z[None, :] + (gate_sum[:, None] * shift_z[None, :] + gate_bias[:, None])
-        linear = linear * rstd[None, :] + rest[:, None] * shift[None, :]
-        gate = folded_sigmoid(gate, FAST)
-        d_linear = tl.trans(dy).to(tl.float32) * gate
-        d_gate = d_linear * (linear + bias[:, None]) * (1.0 - gate)
-        d_linear = (d_linear * rstd[None, :]).to(dtype)
-        d_gate = (d_gate * rstd_z[None, :]).to(dtype)
+        moments = tl.load(moments_ptr + start + m_rows)
+        gate = tl.dot(beside_gate, moments, tl.dot(wg, tl.trans(z)))
+        linear = tl.dot(beside_linear, moments, tl.dot(wo, x))
+        gate = folded_sigmoid(gate * rstd_z[None, :], FAST)
+        # The projected row is rstd · linear, and u that less its bias.
+        d_linear = tl.trans(dy).to(tl.float32) * rstd[None, :] * gate
+        d_gate = d_linear * linear * (rstd_z[None, :] - gate * rstd_z[None, :])
+        second = tl.sum(d_linear * (linear * rstd[None, :] - bias[:, None]), 0) / H
+        d_linear = d_linear.to(dtype)
+        d_gate = d_gate.to(dtype)
         if FULL:
             tl.store(d_linear_ptr + start + d_rows, d_linear)
             tl.store(d_gate_ptr + start + d_rows, d_gate)
         else:
             tl.store(d_linear_ptr + start + d_rows, d_linear, mask=own[:, None])
             tl.store(d_gate_ptr + start + d_rows, d_gate, mask=own[:, None])
-        second = tl.sum(d_linear.to(tl.float32) * linear, 0) / H
         dx = tl.dot(tl.trans(wo), d_linear)
         normal = x.to(tl.float32) * rstd[None, :] + shift[None, :]
         dx = (dx - normal * second[None, :]).to(dtype)

@@ -209,7 +209,14 @@ def output_weight_gradient(
 
 
 def output_backward_folded(
-    x: Tensor, z: Tensor, stats: Tensor, w: Folded, dy: Tensor, shape: Shape, config: Config | None = None
+    x: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    moments: Tensor,
+    w: Folded,
+    dy: Tensor,
+    shape: Shape,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx `[h, P, P]`, and rstd · d of output projection and gate, `[c, P, P]` each: see `folded_output`."""
     config = config or config_of("output_backward_folded", shape, x)
@@ -218,7 +225,7 @@ def output_backward_folded(
     square = (shape.channels, shape.padded, shape.padded)
     dx = torch.empty_like(x)
     d_linear, d_gate = (torch.empty(square, dtype=x.dtype, device=x.device) for _ in range(2))
-    arguments = (x, z, stats, *w, dy, dx, d_linear, d_gate, *shape.place(z), group)
+    arguments = (x, z, stats, moments, *w, dy, dx, d_linear, d_gate, *shape.place(z), group)
     sizes = shape.blocks(w.weights) | {"EVEN": shape.tokens % rows == 0}
     launch(folded_output.backward_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dx, d_linear, d_gate
@@ -431,8 +438,8 @@ def backward(
             z, rstd = normalise(
                 z, shape, eps, torch.empty_like(stats[2:]), empty_moments(z, shape, of_folded)
             )
-        dx, d_linear, d_gate = output_backward_folded(x, z, stats, of_folded, dy, shape)
         moments = moments_of(stats, shape, x.dtype)
+        dx, d_linear, d_gate = output_backward_folded(x, z, stats, moments, of_folded, dy, shape)
         d_ends, shares_out = output_weight_folded(d_linear, d_gate, x, z, moments, norms, packed, shape)
         dn = gate_gradient(d_gate, packed, shape)
         del d_linear, d_gate
