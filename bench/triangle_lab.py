@@ -150,11 +150,11 @@ class Bench:
         sums = (self.square, self.grad[C:], x, z, self.moments, self.norms, w, s, config)
         calls: dict[str, Callable[[], object]] = {
             "z_statistics": lambda: tm.z_statistics(z, s, EPS, self.stats[2:], self.moments[4:], config),
-            "x_statistics": lambda: tm.x_statistics(x, s, EPS, self.stats[:2], config),
+            "x_statistics": lambda: tm.x_statistics(x, s, EPS, self.stats[:2], self.moments[:4], config),
             "moments": lambda: tm.moments_of(self.stats, s, BF),
             "project_folded": lambda: tm.project_folded(*projected, config),
             "output": lambda: tm.output_forward(x, z, self.norms, w, s, EPS, config),
-            "output_folded": lambda: tm.output_folded(x, z, self.stats, self.folded, s, config),
+            "output_folded": lambda: tm.output_folded(x, z, self.stats, self.moments, self.folded, s, config),
             "output_backward_folded": lambda: tm.output_backward_folded(*raw),
             "output_weight_folded": lambda: tm.output_weight_folded(*sums),
             "gate_gradient": lambda: tm.gate_gradient(self.square, w, s),

@@ -48,14 +48,9 @@ def folded_sigmoid(gate, FAST: tl.constexpr):
 
 
 @triton.jit
-def load_sums(sums_partial_ptr, t, C: tl.constexpr, H: tl.constexpr):
-    """Σw' and β·w of rows t of the output projection, then of the gate."""
-    sums = sums_partial_ptr + 8 * H + t
-    rest = tl.load(sums, mask=t < C, other=0.0)
-    bias = tl.load(sums + C, mask=t < C, other=0.0)
-    gate_sum = tl.load(sums + 2 * C, mask=t < C, other=0.0)
-    gate_bias = tl.load(sums + 3 * C, mask=t < C, other=0.0)
-    return rest, bias, gate_sum, gate_bias
+def both_moments_of(e):
+    """Which row of the moments of x and z column e of a joint tile is: six of z for the gate, then six of x."""
+    return tl.where(e < 6, 4 + moment_of(e), tl.where(e < 12, moment_of(e - 6), 0))
 
 
 @triton.jit
@@ -63,7 +58,7 @@ def load_raw(
     x_ptr, z_ptr, stats_ptr, x_rows, source, inside, start, c, h, area,
     C: tl.constexpr, H: tl.constexpr, FULL: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """x `[BH, BM]` and z `[BM, BC]` of a tile as they lie, and rstd and shift of x and of z."""
+    """x `[BH, BM]` and z `[BM, BC]` of a tile as they lie, rstd and shift of x, and rstd of z."""
     z_cells = source[:, None] + c[None, :]
     if FULL:
         x = tl.load(x_ptr + start + x_rows)
@@ -77,8 +72,7 @@ def load_raw(
     rstd = tl.load(stats)
     shift = tl.load(stats + area)
     rstd_z = tl.load(stats + 2 * area)
-    shift_z = tl.load(stats + 3 * area)
-    return x, z, rstd, shift, rstd_z, shift_z
+    return x, z, rstd, shift, rstd_z
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_output_folded"), do_not_specialize=["group"])
@@ -86,6 +80,7 @@ def forward_kernel(
     x_ptr,
     z_ptr,
     stats_ptr,
+    moments_ptr,
     folded_ptr,
     sums_partial_ptr,
     out_ptr,
@@ -106,7 +101,7 @@ def forward_kernel(
 ):
     """BN channels (by `program_id(1)`) of y `[N·N, c]` of `group` tiles of BM positions, from raw rows of x and z.
 
-    stats `[4, P, P]` of x, then of z. EVEN: as in `folded`.
+    stats `[4, P, P]` and moments `[8, P, P]` of x, then of z. EVEN: as in `folded`.
     """
     tl.assume(n_tokens > 0)
     tl.assume(padded > 0)
@@ -120,32 +115,30 @@ def forward_kernel(
     area = padded.to(tl.int64) * padded
     own = t < C
     wo, wg = load_weights(folded_ptr, t, c, h, C, H, FULL)
-    rest, bias, gate_sum, gate_bias = load_sums(sums_partial_ptr, t, C, H)
+    e = tl.arange(0, 16)
+    sums_ptr = sums_partial_ptr + 8 * H
+    beside_gate = beside_weights(sums_ptr + 2 * C, t, own, e, C, wg.dtype)
+    beside_linear = beside_weights(sums_ptr, t, own, e - 6, C, wo.dtype)
     x_rows = h.to(tl.int64)[:, None] * area + tl.arange(0, BM)[None, :]
+    m_rows = both_moments_of(e).to(tl.int64)[:, None] * area + tl.arange(0, BM)[None, :]
     first = tl.program_id(0) * group
     last = tl.minimum(first + group, (n_tokens * padded + BM - 1) // BM)
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BM
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
-        x, z, rstd, shift, rstd_z, shift_z = load_raw(
+        x, z, rstd, _, rstd_z = load_raw(
             x_ptr, z_ptr, stats_ptr, x_rows, source, inside, start, c, h, area, C, H, FULL, EVEN, BM
         )
-        gate = tl.dot(wg, tl.trans(z))
-        linear = tl.dot(wo, x)
-        gate = gate * rstd_z[None, :] + (gate_sum[:, None] * shift_z[None, :] + gate_bias[:, None])
-        linear = linear * rstd[None, :] + (rest[:, None] * shift[None, :] + bias[:, None])
-        y = tl.trans((linear * folded_sigmoid(gate, FAST)).to(out_ptr.dtype.element_ty))
+        moments = tl.load(moments_ptr + start + m_rows)
+        gate = tl.dot(beside_gate, moments, tl.dot(wg, tl.trans(z)))
+        linear = tl.dot(beside_linear, moments, tl.dot(wo, x))
+        gate = folded_sigmoid(gate * rstd_z[None, :], FAST)
+        y = tl.trans((linear * rstd[None, :] * gate).to(out_ptr.dtype.element_ty))
         cells = out_ptr + dense[:, None] * C + t[None, :]
         if EVEN and FULL:
             tl.store(cells, y)
         else:
             tl.store(cells, y, mask=inside[:, None] & own[None, :])
-
-
-@triton.jit
-def both_moments_of(e):
-    """Which row of the moments of x and z column e of a joint tile is: six of z for the gate, then six of x."""
-    return tl.where(e < 6, 4 + moment_of(e), tl.where(e < 12, moment_of(e - 6), 0))
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_output_backward_folded"), do_not_specialize=["group"])
@@ -211,7 +204,7 @@ def backward_kernel(
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BM
         inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
-        x, z, rstd, shift, rstd_z, _ = load_raw(
+        x, z, rstd, shift, rstd_z = load_raw(
             x_ptr, z_ptr, stats_ptr, x_rows, source, inside, start, c, h, area, C, H, FULL, EVEN, BM
         )
         dy_cells = dense[:, None] * C + t[None, :]

@@ -61,12 +61,13 @@ def normalise(z: Tensor, shape: Shape, eps: float, stats: Tensor, moments: Tenso
     return normal, rstd
 
 
-def x_statistics(x: Tensor, shape: Shape, eps: float, stats: Tensor, config: Config = X_STATISTICS) -> Tensor:
-    """rstd and -mean·rstd of the columns of the contraction, put into `stats [2, P, P]`."""
+def x_statistics(
+    x: Tensor, shape: Shape, eps: float, stats: Tensor, moments: Tensor, config: Config = X_STATISTICS
+) -> None:
+    """rstd and -mean·rstd of the columns of the contraction, put into `stats [2, P, P]`, and their `moments [4, P, P]`."""
     grid = (ceil_div(shape.padded, config.constants["BLOCK"]), shape.padded, 1)
-    arguments = (x, stats, shape.tokens, shape.padded, eps)
+    arguments = (x, stats, moments, shape.tokens, shape.padded, eps)
     launch(statistics.x_kernel, grid, config, arguments, H=shape.hidden)
-    return stats
 
 
 def project_folded(
@@ -148,15 +149,21 @@ def output_forward(
 
 
 def output_folded(
-    x: Tensor, z: Tensor, stats: Tensor, w: Folded, shape: Shape, config: Config | None = None
+    x: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    moments: Tensor,
+    w: Folded,
+    shape: Shape,
+    config: Config | None = None,
 ) -> Tensor:
-    """As `output_forward`, from raw rows, their statistics `[4, P, P]` and folded weights."""
+    """As `output_forward`, from raw rows, their statistics `[4, P, P]` and moments `[8, P, P]`, and folded weights."""
     config = config or config_of("output_folded", shape, x)
     rows, width = config.constants["BM"], config.constants["BN"]
     columns = ceil_div(shape.channels, width)
     programs, group = spread(ceil_div(shape.tokens * shape.padded, rows), columns, 4, z.device)
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
-    arguments = (x, z, stats, *w, y, *shape.place(z), group)
+    arguments = (x, z, stats, moments, *w, y, *shape.place(z), group)
     sizes = shape.blocks(w.weights) | {"EVEN": shape.tokens % rows == 0}
     launch(folded_output.forward_kernel, (programs, columns, 1), config, arguments, **sizes)
     return y
@@ -376,14 +383,14 @@ def project_in(
     if of_folded is None:
         return project_forward(z, norm, packed, mask, shape, eps)
     stats = torch.empty((2, shape.padded, shape.padded), dtype=torch.float32, device=z.device)
-    moments = empty_moments(z, shape, of_folded)
+    moments = empty_moments(z, shape, of_folded, 1)
     z_statistics(z, shape, eps, stats, moments)
     return project_folded(z, stats, moments, of_folded, mask, shape)
 
 
-def empty_moments(z: Tensor, shape: Shape, w: Folded) -> Tensor:
-    """Room for the moments of z, `[4, P, P]`."""
-    square = (statistics.MOMENTS, shape.padded, shape.padded)
+def empty_moments(z: Tensor, shape: Shape, w: Folded, tensors: int) -> Tensor:
+    """Room for the moments of z, or of x and then z, `[4 · tensors, P, P]`."""
+    square = (tensors * statistics.MOMENTS, shape.padded, shape.padded)
     return torch.empty(square, dtype=w.weights.dtype, device=z.device)
 
 
@@ -397,14 +404,15 @@ def forward(
     keep = folds_output(z, shape.hidden, dtype)
     stats = torch.empty(shape.statistics(keep), dtype=torch.float32, device=z.device)
     if keep and weights[0] is not None:
-        moments = empty_moments(z, shape, weights[0])
+        moments = empty_moments(z, shape, weights[0], 2)
+        of_x, of_z = moments.chunk(2)
         if normalises(z, shape.hidden, dtype):
-            z, _ = normalise(z, shape, eps, stats[2:], moments)
+            z, _ = normalise(z, shape, eps, stats[2:], of_z)
         else:
-            z_statistics(z, shape, eps, stats[2:], moments)
-        x = contract(project_folded(z, stats[2:], moments, weights[0], mask, shape), outgoing)
-        x_statistics(x, shape, eps, stats[:2])
-        return output_folded(x, z, stats, weights[0], shape), x, stats
+            z_statistics(z, shape, eps, stats[2:], of_z)
+        x = contract(project_folded(z, stats[2:], of_z, weights[0], mask, shape), outgoing)
+        x_statistics(x, shape, eps, stats[:2], of_x)
+        return output_folded(x, z, stats, moments, weights[0], shape), x, stats
     x = contract(project_in(z, norm_in, weights, mask, shape, eps), outgoing)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
     return output_forward(x, z, norms, weights[1], shape, eps), x, stats
@@ -436,7 +444,7 @@ def backward(
     if kept and of_folded is not None:
         if z.dtype != x.dtype:
             z, rstd = normalise(
-                z, shape, eps, torch.empty_like(stats[2:]), empty_moments(z, shape, of_folded)
+                z, shape, eps, torch.empty_like(stats[2:]), empty_moments(z, shape, of_folded, 1)
             )
         moments = moments_of(stats, shape, x.dtype)
         dx, d_linear, d_gate = output_backward_folded(x, z, stats, moments, of_folded, dy, shape)

@@ -4,7 +4,7 @@ Those kernels (`folded`, `folded_output`) then bring their operands into the mat
 reduced across threads between two products: at 768 tokens that took a third of their time on an H200.
 
 Sums are of differences to the first channel, so that a mean larger than the deviation cancels nothing. Bytes: the
-tensor once, and 8 for every position, in fp32: rstd, then -mean·rstd; of z 8 more for its moments.
+tensor once, and 16 for every position: rstd, then -mean·rstd, in fp32, and four moments.
 
 A z in float32, as under autocast, is normalised by a kernel of its own instead, and x̂ takes its place in bfloat16.
 """
@@ -109,9 +109,18 @@ def z_kernel(
 
 @triton.jit(repr=profiled_as("triangle_multiplication_x_statistics"))
 def x_kernel(
-    x_ptr, stats_ptr, n_tokens, padded, eps, H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    stats_ptr,
+    moments_ptr,
+    n_tokens,
+    padded,
+    eps,
+    H: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """`[2, P, P]` of the columns of the contraction x `[h, P, P]`; CHANNELS at a time of BLOCK positions of a row."""
+    """`[2, P, P]` of the columns of the contraction x `[h, P, P]` and their moments `[4, P, P]`; CHANNELS at a time of
+    BLOCK positions of a row."""
     area = padded.to(tl.int64) * padded
     i = tl.program_id(1)
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -130,7 +139,8 @@ def x_kernel(
         total += off
         squares += off * off
     total, squares = tl.sum(total, 0), tl.sum(squares, 0)
-    put_statistics(stats_ptr, p, area, j < padded, inside, first, total, squares, eps, H)
+    rstd, shift = put_statistics(stats_ptr, p, area, j < padded, inside, first, total, squares, eps, H)
+    put_moments(moments_ptr, p, area, j < padded, rstd, shift)
 
 
 @triton.jit(repr=profiled_as("triangle_multiplication_normalise"))
