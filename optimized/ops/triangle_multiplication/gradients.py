@@ -6,7 +6,8 @@ transposed reading of shared memory. Statistics are kept from the first normalis
 positions stay in registers from tile to tile, until the program's end. For products in 16 bits only.
 
 One GEMM unit is 2·N²·c·h FLOP: 8 units, as its namesake in `project`, which has float32. It reads z twice (the second
-time from L2), the gradients of a and b and the gate's share of dn, and writes dz and LN(z).
+time from L2), the gradients of a and b and the gate's share of dn, and writes dz and LN(z) / 2, which is what the
+recomputed products take: see `gated_gradients`.
 """
 
 # ruff: noqa: ANN001, ANN201 (Triton compiles these functions: an annotation would mean a compile-time constant)
@@ -15,9 +16,9 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import normalise_rows_backward, sigmoid
+from optimized.ops.rows import normalise_rows_backward
 from optimized.ops.triangle_multiplication.folded import place_rows, scale_and_shift
-from optimized.ops.triangle_multiplication.project import keep_rows, load_weights
+from optimized.ops.triangle_multiplication.project import doubled, gated_gradients, keep_rows, load_weights
 
 SHARE_ROWS = tl.constexpr(8)
 """Rows of the sums over positions that a program keeps: as many as four warps read at a time at 128 channels."""
@@ -77,7 +78,7 @@ def input_gradient_kernel(
     KEPT: statistics are those that the forward pass kept for `folded_output`, and the gate's dn is rstd · dn `[P·P, c]`.
     NORMAL: z is x̂ of what dz is the gradient to, and rstd `[P, P]` that one's.
     MORE: another gradient of z `[N·N, c]` is added to dz.
-    Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
+    Also writes mask · n / 2 `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
     """
     # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
     tl.assume(n_tokens > 0)
@@ -108,7 +109,7 @@ def input_gradient_kernel(
             shift = tl.load(stats + area, mask=inside, other=0.0)
         else:
             rstd, shift = scale_and_shift(z, c, eps, C)
-        n = standardised_rows(z, rstd, shift, c, C) * gamma[None, :] + beta[None, :]
+        n = standardised_rows(z, rstd, shift, c, C) * (0.5 * gamma)[None, :] + (0.5 * beta)[None, :]
         if MASKED or not EVEN:
             n = tl.where(keep[:, None], n, 0.0)
         n = n.to(dtype)
@@ -126,9 +127,8 @@ def input_gradient_kernel(
                     tl.float32
                 )
             linear = tl.dot(wp, tl.trans(n))
-            gate = sigmoid(tl.dot(wg, tl.trans(n)), FAST)
-            d_linear = grad * gate
-            d_gate = d_linear * linear * (1.0 - gate)
+            gate = tl.dot(wg, tl.trans(n))
+            d_linear, d_gate = gated_gradients(grad, linear, gate, FAST)
             dn = tl.dot(tl.trans(d_linear.to(dtype)), wp, dn)
             dn = tl.dot(tl.trans(d_gate.to(dtype)), wg, dn)
         if MASKED or not EVEN:
@@ -137,9 +137,12 @@ def input_gradient_kernel(
         cells = dense[:, None] * C + c[None, :]
         if KEPT:
             square = p.to(tl.int64)[:, None] * C + c[None, :]
-            dn += tl.load(dn_gate_ptr + square, mask=real, other=0.0).to(tl.float32) * (1.0 / rstd)[:, None]
+            of_gate = (
+                tl.load(dn_gate_ptr + square, mask=real, other=0.0).to(tl.float32) * (1.0 / rstd)[:, None]
+            )
         else:
-            dn += tl.load(dn_gate_ptr + cells, mask=real, other=0.0).to(tl.float32)
+            of_gate = tl.load(dn_gate_ptr + cells, mask=real, other=0.0).to(tl.float32)
+        dn = dn * (1.0 / doubled(FAST)) + of_gate
         # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
         normal = standardised_rows(tl.load(rows, mask=real, other=0.0), rstd, shift, c, C)
         d_beta += some_rows(dn, SHARE_ROWS)

@@ -332,7 +332,7 @@ def project_input_gradient(
     config: Config | None = None,
     more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dz, written over `dn`, and shares of the input norm's gradients; LN(z), masked, goes to `n` `[P·P, c]`.
+    """dz, written over `dn`, and shares of the input norm's gradients; LN(z) / 2, masked, goes to `n` `[P·P, c]`.
 
     `more`: another gradient of z `[N, N, c]`, contiguous, which is added to dz.
     """
@@ -349,7 +349,7 @@ def project_input_gradient(
 def project_weight_gradient(
     n: Tensor, grad: Tensor, w: Tensor, shape: Shape, config: Config | None = None
 ) -> Tensor:
-    """Partial gradients of the four input projections, `[splits, 4h·c]` in fp32."""
+    """Partial gradients of the four input projections, `[splits, 4h·c]` in fp32, from n = LN(z) / 2."""
     config = config or config_of("project_weight", shape, w)
     area = shape.padded**2
     chunks = ceil_div(2 * shape.hidden, config.constants["BN"])

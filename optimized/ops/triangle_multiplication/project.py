@@ -62,6 +62,32 @@ def keep_rows(mask_ptr, inside, dense, MASKED: tl.constexpr):
 
 
 @triton.jit
+def doubled(FAST: tl.constexpr):
+    """What `gated_gradients` come multiplied by."""
+    return 2.0 if FAST else 1.0
+
+
+@triton.jit
+def gated_gradients(grad, linear, gate, FAST: tl.constexpr, EXACT: tl.constexpr = False):
+    """Gradients of linear part and gate, from the gradient of linear · σ(gate) and half of both, products of n / 2.
+
+    With T = tanh(gate / 2) = 2σ - 1 the first is grad · (1 + T) / 2 and the second that times linear · (1 - T) / 2: FAST, for
+    bfloat16, gives them doubled, so that no constant is left beside T. In float16 that would cost range.
+    """
+    if FAST:
+        t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1
+        )
+        d_linear = grad * t + grad
+        d_gate = d_linear * (linear - linear * t)
+    else:
+        s = sigmoid(2.0 * gate, FAST, EXACT)
+        d_linear = grad * s
+        d_gate = d_linear * (2.0 * linear) * (1.0 - s)
+    return d_linear, d_gate
+
+
+@triton.jit
 def load_weights(w_ptr, t, c, H: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
     """Rows t of the projections and of their gates, `[BN, BC]` each; FULL: every row and column is real."""
     cells = t[:, None] * C + c[None, :]
@@ -164,7 +190,7 @@ def input_gradient_kernel(
     """dz of `group` tiles of BM positions from the gradients of a and b `[2h, P, P]` and the gate's dn `[N·N, c]`.
 
     MORE: another gradient of z `[N·N, c]` is added to dz.
-    Also writes mask · n `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
+    Also writes mask · n / 2 `[P·P, c]` for the weight gradients, and the program's share of dγ and dβ.
     """
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
     dtype = w_ptr.dtype.element_ty
@@ -176,7 +202,7 @@ def input_gradient_kernel(
         inside, source, dense = pair_rows(p, n_tokens, padded, stride_i, stride_j)
         keep = keep_rows(mask_ptr, inside, dense, MASKED)
         n, _, _, _, _ = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C, EXACT)
-        n = tl.where(keep[:, None], n, 0.0).to(dtype)
+        n = tl.where(keep[:, None], n * 0.5, 0.0).to(dtype)
         square = (p < area)[:, None]
         tl.store(n_ptr + p.to(tl.int64)[:, None] * C + c[None, :], n, mask=square & (c < C)[None, :])
         acc = tl.zeros([BM, BC], tl.float32)
@@ -186,14 +212,13 @@ def input_gradient_kernel(
             where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
             grad = tl.load(where, mask=keep[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
             linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
-            gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"), FAST, EXACT)
-            d_linear = grad * gate
-            d_gate = d_linear * linear * (1.0 - gate)
+            gate = tl.dot(n, tl.trans(wg), input_precision="ieee")
+            d_linear, d_gate = gated_gradients(grad, linear, gate, FAST, EXACT)
             acc = accumulate(acc, d_linear.to(dtype), wp)
             acc = accumulate(acc, d_gate.to(dtype), wg)
         tile = dense[:, None] * C + c[None, :]
         valid = inside[:, None] & (c < C)[None, :]
-        acc += tl.load(dn_gate_ptr + tile, mask=valid, other=0.0).to(tl.float32)
+        acc = acc * (1.0 / doubled(FAST)) + tl.load(dn_gate_ptr + tile, mask=valid, other=0.0).to(tl.float32)
         # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
         _, normal, _, rstd, gamma = load_rows(z_ptr, gamma_ptr, beta_ptr, source, inside, c, eps, C, EXACT)
         dz = normalise_rows_backward(acc, normal, gamma, rstd, C)
@@ -222,7 +247,7 @@ def weight_gradient_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Partial gradients `[4h, c]` of the packed weights for BN channels over every `splits`-th tile of positions.
+    """Partial gradients `[4h, c]` of the packed weights for BN channels over every `splits`-th tile of positions of n / 2.
 
     TURNED: channels are the rows of every product. The gate's gradients then go from one product to the next in
     registers, and the gradients of a and b are read as they lie; else positions are the rows of the recomputation.
@@ -252,20 +277,20 @@ def weight_gradient_kernel(
             where = grad_ptr + t.to(tl.int64)[:, None] * area + p[None, :]
             grad = tl.load(where, mask=inside[None, :] & (t < 2 * H)[:, None], other=0.0).to(tl.float32)
             linear = tl.dot(wp, tl.trans(n), input_precision="ieee")
-            gate = sigmoid(tl.dot(wg, tl.trans(n), input_precision="ieee"), FAST, EXACT)
-            d_linear = grad * gate
-            d_gate = d_linear * linear * (1.0 - gate)
+            gate = tl.dot(wg, tl.trans(n), input_precision="ieee")
+            d_linear, d_gate = gated_gradients(grad, linear, gate, FAST, EXACT)
             dwp = accumulate(dwp, d_linear.to(dtype), n)
             dwg = accumulate(dwg, d_gate.to(dtype), n)
         else:
             where = grad_ptr + t.to(tl.int64)[None, :] * area + p[:, None]
             grad = tl.load(where, mask=inside[:, None] & (t < 2 * H)[None, :], other=0.0).to(tl.float32)
             linear = tl.dot(n, tl.trans(wp), input_precision="ieee")
-            gate = sigmoid(tl.dot(n, tl.trans(wg), input_precision="ieee"), FAST, EXACT)
-            d_linear = grad * gate
-            d_gate = d_linear * linear * (1.0 - gate)
+            gate = tl.dot(n, tl.trans(wg), input_precision="ieee")
+            d_linear, d_gate = gated_gradients(grad, linear, gate, FAST, EXACT)
             dwp = accumulate(dwp, tl.trans(n), d_linear.to(dtype))
             dwg = accumulate(dwg, tl.trans(n), d_gate.to(dtype))
+    dwp *= 2.0 / doubled(FAST)
+    dwg *= 2.0 / doubled(FAST)
     share = partial_ptr + split.to(tl.int64) * 4 * H * C
     if TURNED:
         cells = t[:, None] * C + c[None, :]
