@@ -36,15 +36,15 @@ from optimized.ops.triangle_multiplication.output import load_weights
 
 
 @triton.jit
-def folded_sigmoid(gate, FAST: tl.constexpr):
-    """σ of a gate whose weights hold the sigmoid's factor: see `folded`."""
+def folded_tanh(gate, FAST: tl.constexpr):
+    """2σ - 1 of a gate whose weights hold the sigmoid's factor: see `folded`. With half of another factor beside it, no
+    constant is: x · σ = x/2 + x/2 · (2σ - 1)."""
     if FAST:
-        tanh = tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1
         )
-        return tanh * 0.5 + 0.5
     else:
-        return 1.0 / (1.0 + tl.exp2(gate))
+        return 2.0 / (1.0 + tl.exp2(gate)) - 1.0
 
 
 @triton.jit
@@ -132,8 +132,9 @@ def forward_kernel(
         moments = tl.load(moments_ptr + start + m_rows)
         gate = tl.dot(beside_gate, moments, tl.dot(wg, tl.trans(z)))
         linear = tl.dot(beside_linear, moments, tl.dot(wo, x))
-        gate = folded_sigmoid(gate * rstd_z[None, :], FAST)
-        y = tl.trans((linear * rstd[None, :] * gate).to(out_ptr.dtype.element_ty))
+        gate = folded_tanh(gate * rstd_z[None, :], FAST)
+        linear = linear * (0.5 * rstd)[None, :]
+        y = tl.trans((linear * gate + linear).to(out_ptr.dtype.element_ty))
         cells = out_ptr + dense[:, None] * C + t[None, :]
         if EVEN and FULL:
             tl.store(cells, y)
@@ -215,10 +216,12 @@ def backward_kernel(
         moments = tl.load(moments_ptr + start + m_rows)
         gate = tl.dot(beside_gate, moments, tl.dot(wg, tl.trans(z)))
         linear = tl.dot(beside_linear, moments, tl.dot(wo, x))
-        gate = folded_sigmoid(gate * rstd_z[None, :], FAST)
+        gate = folded_tanh(gate * rstd_z[None, :], FAST)
         # The projected row is rstd · linear, and u that less its bias.
-        d_linear = tl.trans(dy).to(tl.float32) * rstd[None, :] * gate
-        d_gate = d_linear * linear * (rstd_z[None, :] - gate * rstd_z[None, :])
+        d_linear = tl.trans(dy).to(tl.float32) * (0.5 * rstd)[None, :]
+        d_linear = d_linear * gate + d_linear
+        half = (0.5 * rstd_z)[None, :]
+        d_gate = d_linear * linear * (half - gate * half)
         second = tl.sum(d_linear * (linear * rstd[None, :] - bias[:, None]), 0) / H
         d_linear = d_linear.to(dtype)
         d_gate = d_gate.to(dtype)
