@@ -28,15 +28,29 @@ from optimized.ops.rows import accumulate, as_memory_lies, finish_rows, normalis
 
 
 @triton.jit
+def fast_tanh(a):
+    """tanh(a) in fp32 by NVIDIA's instruction, error 2⁻¹²."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def gate(a, FAST: tl.constexpr):
     """2σ(2a) = 1 + tanh(a) in fp32; FAST: with NVIDIA's tanh instruction, as `sigmoid`."""
     if FAST:
-        t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return t + 1.0
+        return fast_tanh(a) + 1.0
     else:
         return 2.0 / (1.0 + tl.exp2(a * -2.8853900817779268))
+
+
+@triton.jit
+def swish_of_half(a, FAST: tl.constexpr):
+    """swish(2a) = 2a · σ(2a) in fp32, with FAST in one instruction less."""
+    if FAST:
+        return a * fast_tanh(a) + a
+    else:
+        return a * gate(a, False)
 
 
 @triton.jit
@@ -165,7 +179,7 @@ def forward_kernel(
             wo = load_out(wo_ptr, start, c, C, H, BN, FULL)
             a = tl.dot(n, tl.trans(wa), input_precision="ieee")
             b = tl.dot(n, tl.trans(wb), input_precision="ieee")
-        h = (a * gate(a, FAST) * b).to(dtype)
+        h = (swish_of_half(a, FAST) * b).to(dtype)
         acc = accumulate(acc, h, tl.trans(wo))
     y = acc * 2.0
     if ADDED:
@@ -178,9 +192,16 @@ def forward_kernel(
 @triton.jit
 def hidden_gradients(a, b, dh, FAST: tl.constexpr):
     """From halves of the pre-activations and dh: h / 2, da, db (fp32)."""
-    g = gate(a, FAST)
-    swish = a * g
-    return swish * b, dh * b * (g + swish * (2.0 - g)), dh * swish
+    if FAST:  # with T = g - 1 the slope is 1 + (T + swish · (1 - T)), one instruction less
+        t = fast_tanh(a)
+        swish = a * t + a
+        db = dh * b
+        da = db * (swish * (1.0 - t) + t) + db
+    else:
+        g = gate(a, False)
+        swish = a * g
+        da = dh * b * (g + swish * (2.0 - g))
+    return swish * b, da, dh * swish
 
 
 @triton.jit(repr=profiled_as("transition_input_gradient"), do_not_specialize=["group"])
