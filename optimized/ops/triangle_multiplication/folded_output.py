@@ -171,9 +171,9 @@ def backward_kernel(
 ):
     """dx `[h, P, P]` of `group` tiles of BM positions, and rstd · d of output projection and gate, `[c, P, P]` each.
 
-    The padding is zero in all three. moments `[8, P, P]` of x, then of z: see `folded`. BM divides the padded square, whose sides are multiples of 16. The folded weights of
-    all c channels, for which BN rows are enough, stay on the chip; the next tiles are on their way meanwhile. EVEN: as in
-    `folded`; nothing is masked then.
+    The padding is zero in all three. moments `[8, P, P]` of x, then of z: see `folded`. BM divides the padded square,
+    whose sides are multiples of 16. The folded weights of all c channels, for which BN rows are enough, stay on the chip;
+    the next tiles are on their way meanwhile. EVEN: as in `folded`; nothing is masked then.
     """
     tl.static_assert(BN >= C, "a tile holds all output channels")
     # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
