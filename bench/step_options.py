@@ -25,13 +25,13 @@ DIFFUSION = "adaptive_layer_norm,conditioned_transition"
 
 
 def default_sets() -> list[str]:
-    """Operators by default, with those of the diffusion module, with all; replayed from graphs and not."""
+    """Operators by default, replayed from graphs and not; from graphs with those of the diffusion module, with all."""
     from optimized.recipes import DEFAULT_OPS
 
     wide = f"ops={','.join(DEFAULT_OPS)},{DIFFUSION}"
     return [
-        "default:",
-        "default+graphs:graphs=true",
+        "plain:graphs=false",
+        "graphs:graphs=true",
         f"wide+graphs:{wide};graphs=true",
         "all+graphs:ops=all;graphs=true",
     ]
