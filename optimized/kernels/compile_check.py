@@ -52,7 +52,7 @@ ACCEPTED = (
     Accepted("sm_90", "triangle_multiplication.*16.128.output_backward", 416, _FASTEST),
     Accepted("sm_90", "triangle_multiplication.*16.128.output_backward (*", 416, _FASTEST),
     Accepted("sm_90", "triangle_multiplication.*16.128.*input_gradient*", 264, _CARRIED),
-    Accepted("sm_90", "triangle_multiplication.bf16.128.normal.input_gradient*", 640, _FLOAT),
+    Accepted("sm_90", "triangle_multiplication.bf16.128.normal.input_gradient*", 712, _FLOAT),
     Accepted("sm_90", "layer_norm_linear.*16.128.input_gradient*", 64, _ENDING),
     Accepted("sm_90", "triangle_multiplication.fp32.128.project_weight", 24, _FP32),
     Accepted("sm_90", "outer_product_mean.*16.weight", 72, _OLDER),

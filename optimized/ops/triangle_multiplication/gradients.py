@@ -18,7 +18,7 @@ import triton.language as tl
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import normalise_rows_backward
 from optimized.ops.triangle_multiplication.folded import place_rows, scale_and_shift
-from optimized.ops.triangle_multiplication.project import doubled, gated_gradients, keep_rows, load_weights
+from optimized.ops.triangle_multiplication.project import gated_gradients, keep_rows, load_weights
 
 SHARE_ROWS = tl.constexpr(8)
 """Rows of the sums over positions that a program keeps: as many as four warps read at a time at 128 channels."""
@@ -87,6 +87,8 @@ def input_gradient_kernel(
     tl.assume(stride_j >= 0)
     tl.assume(group > 0)
     FULL: tl.constexpr = C == BC and 2 * H % BN == 0
+    # dn and its sums are so many times what they should be, until the end: see `gated_gradients`.
+    TIMES: tl.constexpr = 2.0 if FAST else 1.0
     dtype = w_ptr.dtype.element_ty
     c = tl.arange(0, BC)
     area = padded.to(tl.int64) * padded
@@ -137,22 +139,20 @@ def input_gradient_kernel(
         cells = dense[:, None] * C + c[None, :]
         if KEPT:
             square = p.to(tl.int64)[:, None] * C + c[None, :]
-            of_gate = (
-                tl.load(dn_gate_ptr + square, mask=real, other=0.0).to(tl.float32) * (1.0 / rstd)[:, None]
-            )
+            of_gate = tl.load(dn_gate_ptr + square, mask=real, other=0.0).to(tl.float32)
+            dn += of_gate * (TIMES / rstd)[:, None]
         else:
-            of_gate = tl.load(dn_gate_ptr + cells, mask=real, other=0.0).to(tl.float32)
-        dn = dn * (1.0 / doubled(FAST)) + of_gate
+            dn += tl.load(dn_gate_ptr + cells, mask=real, other=0.0).to(tl.float32) * TIMES
         # z is read again (from L2): keeping the tile would cost BM·BC registers through the loop.
         normal = standardised_rows(tl.load(rows, mask=real, other=0.0), rstd, shift, c, C)
         d_beta += some_rows(dn, SHARE_ROWS)
         d_gamma += some_rows(dn * normal, SHARE_ROWS)
         if NORMAL:
             rstd = tl.load(rstd_ptr + p, mask=inside, other=1.0)
-        dz = normalise_rows_backward(dn, normal, gamma, rstd, C)
+        dz = normalise_rows_backward(dn, normal, gamma, rstd * (1.0 / TIMES), C)
         if MORE:
             dz += tl.load(more_ptr + cells, mask=real, other=0.0).to(tl.float32)
         tl.store(dz_ptr + cells, dz.to(dz_ptr.dtype.element_ty), mask=real)
     share_ptr = norm_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C
-    tl.store(share_ptr + c, tl.sum(d_gamma, 0), mask=c < C)
-    tl.store(share_ptr + C + c, tl.sum(d_beta, 0), mask=c < C)
+    tl.store(share_ptr + c, tl.sum(d_gamma, 0) * (1.0 / TIMES), mask=c < C)
+    tl.store(share_ptr + C + c, tl.sum(d_beta, 0) * (1.0 / TIMES), mask=c < C)
