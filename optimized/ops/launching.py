@@ -44,22 +44,17 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-# Programs that leave a partial sum each: enough to fill the largest device a few times, few enough to fold fast.
-SHARES = 1200
+def spread(steps: int, config: Config, channels: int, w: Tensor, columns: int = 1) -> tuple[int, int]:
+    """How many programs take `steps` tiles of rows, and how many consecutive tiles each takes, so that none is left over
+    when the others are done.
 
-
-def grouped(steps: int) -> tuple[int, int]:
-    """How many programs take `steps` tiles of rows, and how many consecutive tiles each takes."""
-    group = ceil_div(steps, SHARES)
-    return ceil_div(steps, group), group
-
-
-def spread(steps: int, columns: int, per_processor: int, device: torch.device) -> tuple[int, int]:
-    """As `grouped`, for kernels that keep weights on the chip: programs that fill the device some few times.
-
-    `columns`: how many programs take the same tiles. `per_processor`: programs of all columns for each processor.
+    `columns`: how many programs take the same tiles; `w`: the weights, for their dtype and device. Where 16-bit products
+    are 128 channels wide, eight warps fill the registers of a multiprocessor: there is one wave of programs. Of others it
+    holds one to four programs of four warps: twelve are whole waves of each.
     """
-    group = ceil_div(steps, max(1, per_processor * processors(device) // columns))
+    fills = channels >= 128 and w.element_size() == 2 or w.device.type != "cuda"
+    programs = max(1, (8 if fills else 48) // config.num_warps) * processors(w.device)
+    group = ceil_div(steps, max(1, programs // columns))
     return ceil_div(steps, group), group
 
 

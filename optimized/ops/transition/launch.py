@@ -8,9 +8,9 @@ from optimized.ops.launching import (
     ceil_div,
     chosen,
     fast_sigmoid,
-    grouped,
     processors,
     product_width,
+    spread,
     tile,
 )
 from optimized.ops.parameters import fold, gradient_dtype, pack
@@ -98,7 +98,7 @@ def input_gradient(
     """
     rows, channels = x.shape
     config = config or _config("input_gradient", x, w.dtype)
-    programs, group = grouped(ceil_div(rows, config.constants["BM"]))
+    programs, group = spread(ceil_div(rows, config.constants["BM"]), config, channels, w)
     dx = torch.empty_like(x)
     n = torch.empty((rows, channels), dtype=w.dtype, device=x.device)
     shares = torch.empty((programs, 2 * channels), dtype=torch.float32, device=x.device)

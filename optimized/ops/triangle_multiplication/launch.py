@@ -8,7 +8,6 @@ from torch import Tensor
 from optimized.ops.launcher import launch
 from optimized.ops.launching import (
     ceil_div,
-    grouped,
     processors,
     spread,
 )
@@ -83,7 +82,7 @@ def project_folded(
     config = config or config_of("project_folded", shape, w.weights)
     rows, width = config.constants["BM"], config.constants["BN"]
     columns = ceil_div(2 * shape.hidden, width)
-    programs, group = spread(ceil_div(shape.padded**2, rows), columns, 4, z.device)
+    programs, group = spread(ceil_div(shape.padded**2, rows), config, shape.channels, w.weights, columns)
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
     arguments = (z, stats, moments, *w, mask if mask is not None else z, ab, *shape.place(z), group)
     sizes = shape.inner(w.weights) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0}
@@ -102,7 +101,7 @@ def project_forward(
 ) -> Tensor:
     """a and b, `[2h, P, P]`, from z `[N, N, c]` (any strides over i and j) and the packed weights."""
     config = config or config_of("project", shape, w)
-    programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
+    programs, group = spread(ceil_div(shape.padded**2, config.constants["BM"]), config, shape.channels, w)
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=w.dtype, device=z.device)
     arguments = (z, *norm, w, mask if mask is not None else z, ab, *shape.place(z), group, eps)
     sizes = shape.inner(w) | {"MASKED": mask is not None}
@@ -141,7 +140,7 @@ def output_forward(
 ) -> Tensor:
     """y `[N, N, c]`. `norms` is γ, β of the output norm and of the input norm; `w` is all the packed weights."""
     config = config or config_of("output", shape, x)
-    programs, group = grouped(ceil_div(shape.tokens * shape.padded, config.constants["BM"]))
+    programs, group = spread(ceil_div(shape.tokens * shape.padded, config.constants["BM"]), config, shape.channels, w)
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, *norms, w, y, *shape.place(z), group, eps)
     launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
@@ -161,7 +160,7 @@ def output_folded(
     config = config or config_of("output_folded", shape, x)
     rows, width = config.constants["BM"], config.constants["BN"]
     columns = ceil_div(shape.channels, width)
-    programs, group = spread(ceil_div(shape.tokens * shape.padded, rows), columns, 4, z.device)
+    programs, group = spread(ceil_div(shape.tokens * shape.padded, rows), config, shape.channels, w.weights, columns)
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, stats, moments, *w, y, *shape.place(z), group)
     sizes = shape.blocks(w.weights) | {"EVEN": shape.tokens % rows == 0}
@@ -194,7 +193,7 @@ def output_backward(
 ) -> OutputGradients:
     """Gradients of the output side except those of its weights."""
     config = config or config_of("output_backward", shape, x)
-    programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
+    programs, group = spread(ceil_div(shape.padded**2, config.constants["BM"]), config, shape.channels, w)
     rows, c, h = shape.tokens**2, shape.channels, shape.hidden
     dx = torch.empty_like(x)
     dn = torch.empty((shape.tokens, shape.tokens, c), dtype=z.dtype, device=x.device)
@@ -228,7 +227,7 @@ def output_backward_folded(
     """dx `[h, P, P]`, and rstd · d of output projection and gate, `[c, P, P]` each: see `folded_output`."""
     config = config or config_of("output_backward_folded", shape, x)
     rows = config.constants["BM"]
-    programs, group = spread(ceil_div(shape.padded**2, rows), 1, 2, z.device)
+    programs, group = spread(ceil_div(shape.padded**2, rows), config, shape.channels, w.weights)
     square = (shape.channels, shape.padded, shape.padded)
     dx = torch.empty_like(x)
     d_linear, d_gate = (torch.empty(square, dtype=x.dtype, device=x.device) for _ in range(2))
@@ -296,7 +295,7 @@ def input_gradient(
     """As `project_input_gradient`. With statistics, `dn` is that of `gate_gradient`; with rstd, z is what `normalise` made."""
     config = config or config_of("input_gradient", shape, w)
     rows = config.constants["BM"]
-    programs, group = spread(ceil_div(shape.padded**2, rows), 1, 4, z.device)
+    programs, group = spread(ceil_div(shape.padded**2, rows), config, shape.channels, w)
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
     square = (shape.tokens, shape.tokens, shape.channels)
     if rstd is not None:
@@ -337,7 +336,7 @@ def project_input_gradient(
     `more`: another gradient of z `[N, N, c]`, contiguous, which is added to dz.
     """
     config = config or config_of("project_input", shape, w)
-    programs, group = grouped(ceil_div(shape.padded**2, config.constants["BM"]))
+    programs, group = spread(ceil_div(shape.padded**2, config.constants["BM"]), config, shape.channels, w)
     shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
     pointers = (mask if mask is not None else z, grad, dn, dn, n, shares, dn if more is None else more)
     arguments = (z, *norm, w, *pointers, *shape.place(z), group, eps)

@@ -41,7 +41,7 @@ HALF = {
     "output_folded": tile(64, 128, 8, 3),
     "output_backward_folded": tile(64, 128, 8, 3),
     "output_weight_folded": tile(64, 64, 4, 3),
-    "project_folded": tile(64, 64, 4, 3),
+    "project_folded": tile(64, 64, 4, 4),
     "input_gradient": tile(64, 64, 4, 2),
 }
 # Weight gradients have c or h rows: more than four warps would share 64 of them.
