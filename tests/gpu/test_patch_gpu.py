@@ -126,7 +126,7 @@ def test_block_needs_less_memory():
     assert kept[1] < 0.6 * kept[0], f"kept {kept[1] / 2**20:.0f} MiB, the baseline {kept[0] / 2**20:.0f} MiB"
 
 
-DRAWS = 8
+DRAWS = 32
 """Of the inputs: gradients of 16 channels scatter."""
 PEERS = {
     "boltz": (boltz_pairformer, True),
