@@ -136,7 +136,7 @@ class Bench:
         self.folded, self.packed = tm.fold_weights(w, BF)
         self.pairs = tuple((normal(n * n, C), normal(n * n, C)) for _ in range(2))
         self.square = normal(C, self.shape.padded, self.shape.padded)
-        self.stats = torch.rand(4, self.shape.padded, self.shape.padded, device="cuda") + 0.5
+        self.stats = torch.rand(5, self.shape.padded, self.shape.padded, device="cuda") + 0.5
         self.moments = tm.moments_of(self.stats, self.shape, BF)
 
     def call(self, job: Job) -> Callable[[], object]:
@@ -146,10 +146,10 @@ class Bench:
         inner = (z, self.norm, w, None, self.grad, self.dn, self.n, s, EPS, config)
         outer = (x, z, self.norms, w, self.dy, s, EPS, config)
         raw = (x, z, self.stats, self.moments, self.folded, self.dy, s, config)
-        projected = (z, self.stats[2:], self.moments[4:], self.folded, None, s)
+        projected = (z, self.stats[4], self.moments[4:], self.folded, s)
         sums = (self.square, self.grad[C:], x, z, self.moments, self.norms, w, s, config)
         calls: dict[str, Callable[[], object]] = {
-            "z_statistics": lambda: tm.z_statistics(z, s, EPS, self.stats[2:], self.moments[4:], config),
+            "z_statistics": lambda: tm.z_statistics(z, None, s, EPS, self.stats[2:], self.moments[4:], config),
             "x_statistics": lambda: tm.x_statistics(x, s, EPS, self.stats[:2], self.moments[:4], config),
             "moments": lambda: tm.moments_of(self.stats, s, BF),
             "project_folded": lambda: tm.project_folded(*projected, config),

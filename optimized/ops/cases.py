@@ -96,7 +96,7 @@ def cases(arch: str) -> list[KernelCase]:
     sizes = {"C": 128, "H": 128, "BLOCK": 128, "FAST": False}
     name = "parameters.bf16.fold_weights"
     found.append(make_case(name, folded.fold_weights_kernel, triangle.FOLD_WEIGHTS, "bf16", sizes))
-    sizes = {"C": 128, "BC": 128, "H": 128}
+    sizes = {"C": 128, "BC": 128, "H": 128, "MASKED": True}
     for short in ("bf16", "fp16"):
         name = f"triangle_multiplication.{short}.z_statistics"
         found.append(make_case(name, statistics.z_kernel, triangle.Z_STATISTICS, short, sizes))

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import row_statistics
-from optimized.ops.triangle_multiplication.project import keep_rows, pair_rows
+from optimized.ops.triangle_multiplication.project import pair_rows
 
 
 @triton.jit
@@ -172,7 +172,6 @@ def project_kernel(
     moments_ptr,
     folded_ptr,
     sums_partial_ptr,
-    mask_ptr,
     out_ptr,
     n_tokens,
     padded,
@@ -183,7 +182,6 @@ def project_kernel(
     H: tl.constexpr,
     BC: tl.constexpr,
     FAST: tl.constexpr,
-    MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -191,9 +189,9 @@ def project_kernel(
 ):
     """BN channels (by `program_id(1)`) of a and b, `[2h, P, P]`, over `group` tiles of BM positions.
 
-    rstd `[P, P]` and moments `[4, P, P]` of z, zero in the padding, whose results are zero by that. BM divides the padded
-    square, whose sides are multiples of 16. The weights of both the linear part and the gate stay on the chip; one product
-    gives both.
+    Moments `[4, P, P]` of z, and rstd `[P, P]`, zero in the padding and where the mask leaves a position out: the results
+    there are zero by that. BM divides the padded square, whose sides are multiples of 16. The weights of both the linear
+    part and the gate stay on the chip; one product gives both.
     """
     # Known signs spare the registers and instructions that extend 32-bit numbers to 64 bits.
     tl.assume(n_tokens > 0)
@@ -223,7 +221,7 @@ def project_kernel(
     last = tl.minimum(first + group, (padded * padded + BM - 1) // BM)
     for step in tl.range(first, last, num_stages=STAGES):
         start = step * BM
-        inside, source, dense = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
+        inside, source, _ = place_rows(start, n_tokens, padded, stride_i, stride_j, BM, EVEN)
         if EVEN and C == BC:
             z = tl.load(z_ptr + source[:, None] + c[None, :])
         else:
@@ -235,10 +233,7 @@ def project_kernel(
         products = tl.dot(z, tl.trans(w))
         products = tl.dot(tl.trans(moments), tl.trans(beside), products)
         linear, gate = tl.split(tl.permute(tl.reshape(products, (BM, 2, BN)), (0, 2, 1)))
-        kept = rstd
-        if MASKED:
-            kept = tl.where(keep_rows(mask_ptr, inside, dense, MASKED), rstd, 0.0)
-        value = gated(linear * kept[:, None], gate * rstd[:, None], FAST)
+        value = gated(linear * rstd[:, None], gate * rstd[:, None], FAST)
         value = tl.trans(value.to(out_ptr.dtype.element_ty))
         where = out_ptr + start + t.to(tl.int64)[:, None] * area + tl.arange(0, BM)[None, :]
         if FULL:

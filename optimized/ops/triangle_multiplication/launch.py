@@ -40,23 +40,33 @@ from optimized.ops.tuning import Config
 
 
 def z_statistics(
-    z: Tensor, shape: Shape, eps: float, stats: Tensor, moments: Tensor, config: Config = Z_STATISTICS
+    z: Tensor,
+    mask: Tensor | None,
+    shape: Shape,
+    eps: float,
+    stats: Tensor,
+    moments: Tensor,
+    config: Config = Z_STATISTICS,
 ) -> None:
-    """rstd and -mean·rstd of the rows of z, put into `stats [2, P, P]`, and their `moments [4, P, P]`."""
+    """rstd, -mean·rstd and rstd where `mask` keeps them of the rows of z, put into `stats [3, P, P]`, and their `moments
+    [4, P, P]`."""
     grid = (ceil_div(shape.padded, config.constants["BLOCK"]), shape.padded, 1)
-    arguments = (z, stats, moments, *shape.place(z), eps)
-    launch(statistics.z_kernel, grid, config, arguments, C=shape.channels)
+    arguments = (z, mask if mask is not None else z, stats, moments, *shape.place(z), eps)
+    launch(statistics.z_kernel, grid, config, arguments, C=shape.channels, MASKED=mask is not None)
 
 
-def normalise(z: Tensor, shape: Shape, eps: float, stats: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """x̂ of z `[N, N, c]` in the dtype of the moments and rstd `[P, P]`; the statistics `[2, P, P]` of x̂ and its moments
+def normalise(
+    z: Tensor, mask: Tensor | None, shape: Shape, eps: float, stats: Tensor, moments: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x̂ of z `[N, N, c]` in the dtype of the moments and rstd `[P, P]`; the statistics `[3, P, P]` of x̂ and its moments
     `[4, P, P]` are put into `stats` and `moments`."""
     dtype, sizes = moments.dtype, shape.inner(stats)
     normal = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=dtype, device=z.device)
     rstd = torch.empty((shape.padded, shape.padded), dtype=torch.float32, device=z.device)
     grid = (ceil_div(shape.padded, NORMALISE.constants["BLOCK"]), shape.padded, 1)
-    arguments = (z, normal, stats, moments, rstd, *shape.place(z), eps)
-    launch(statistics.normalise_kernel, grid, NORMALISE, arguments, C=sizes["C"], BC=sizes["BC"])
+    arguments = (z, mask if mask is not None else z, normal, stats, moments, rstd, *shape.place(z), eps)
+    sizes = {"C": sizes["C"], "BC": sizes["BC"], "MASKED": mask is not None}
+    launch(statistics.normalise_kernel, grid, NORMALISE, arguments, **sizes)
     return normal, rstd
 
 
@@ -71,21 +81,21 @@ def x_statistics(
 
 def project_folded(
     z: Tensor,
-    stats: Tensor,
+    rstd: Tensor,
     moments: Tensor,
     w: Folded,
-    mask: Tensor | None,
     shape: Shape,
     config: Config | None = None,
 ) -> Tensor:
-    """As `project_forward`, from raw rows, their statistics `[2, P, P]` and moments `[4, P, P]`, and folded weights."""
+    """As `project_forward`, from raw rows, their rstd `[P, P]`, zero where masked, their moments `[4, P, P]` and folded
+    weights."""
     config = config or config_of("project_folded", shape, w.weights)
     rows, width = config.constants["BM"], config.constants["BN"]
     columns = ceil_div(2 * shape.hidden, width)
     programs, group = spread(ceil_div(shape.padded**2, rows), config, shape.channels, w.weights, columns)
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
-    arguments = (z, stats, moments, *w, mask if mask is not None else z, ab, *shape.place(z), group)
-    sizes = shape.inner(w.weights) | {"MASKED": mask is not None, "EVEN": shape.tokens % rows == 0}
+    arguments = (z, rstd, moments, *w, ab, *shape.place(z), group)
+    sizes = shape.inner(w.weights) | {"EVEN": shape.tokens % rows == 0}
     launch(folded.project_kernel, (programs, columns, 1), config, arguments, **sizes)
     return ab
 
@@ -156,7 +166,7 @@ def output_folded(
     shape: Shape,
     config: Config | None = None,
 ) -> Tensor:
-    """As `output_forward`, from raw rows, their statistics `[4, P, P]` and moments `[8, P, P]`, and folded weights."""
+    """As `output_forward`, from raw rows, their statistics `[5, P, P]` and moments `[8, P, P]`, and folded weights."""
     config = config or config_of("output_folded", shape, x)
     rows, width = config.constants["BM"], config.constants["BN"]
     columns = ceil_div(shape.channels, width)
@@ -238,7 +248,7 @@ def output_backward_folded(
 
 
 def moments_of(stats: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """What products with the statistics of x and z multiply, `[8, P, P]`."""
+    """What products with the statistics `[5, P, P]` of x and z multiply, `[8, P, P]`."""
     moments = torch.empty((2 * statistics.MOMENTS, *stats.shape[1:]), dtype=dtype, device=stats.device)
     grid = (ceil_div(shape.padded**2, MOMENTS.constants["BLOCK"]), 2, 1)
     launch(statistics.moments_kernel, grid, MOMENTS, (stats, moments, shape.padded))
@@ -381,10 +391,10 @@ def project_in(
     of_folded, packed = weights
     if of_folded is None:
         return project_forward(z, norm, packed, mask, shape, eps)
-    stats = torch.empty((2, shape.padded, shape.padded), dtype=torch.float32, device=z.device)
+    stats = torch.empty((3, shape.padded, shape.padded), dtype=torch.float32, device=z.device)
     moments = empty_moments(z, shape, of_folded, 1)
-    z_statistics(z, shape, eps, stats, moments)
-    return project_folded(z, stats, moments, of_folded, mask, shape)
+    z_statistics(z, mask, shape, eps, stats, moments)
+    return project_folded(z, stats[2], moments, of_folded, shape)
 
 
 def empty_moments(z: Tensor, shape: Shape, w: Folded, tensors: int) -> Tensor:
@@ -406,10 +416,10 @@ def forward(
         moments = empty_moments(z, shape, weights[0], 2)
         of_x, of_z = moments.chunk(2)
         if normalises(z, shape.hidden, dtype):
-            z, _ = normalise(z, shape, eps, stats[2:], of_z)
+            z, _ = normalise(z, mask, shape, eps, stats[2:], of_z)
         else:
-            z_statistics(z, shape, eps, stats[2:], of_z)
-        x = contract(project_folded(z, stats[2:], of_z, weights[0], mask, shape), outgoing)
+            z_statistics(z, mask, shape, eps, stats[2:], of_z)
+        x = contract(project_folded(z, stats[4], of_z, weights[0], shape), outgoing)
         x_statistics(x, shape, eps, stats[:2], of_x)
         return output_folded(x, z, stats, moments, weights[0], shape), x, stats
     x = contract(project_in(z, norm_in, weights, mask, shape, eps), outgoing)
@@ -442,15 +452,14 @@ def backward(
     rstd = None
     if kept and of_folded is not None:
         if z.dtype != x.dtype:
-            z, rstd = normalise(
-                z, shape, eps, torch.empty_like(stats[2:]), empty_moments(z, shape, of_folded, 1)
-            )
+            again = torch.empty_like(stats[2:]), empty_moments(z, shape, of_folded, 1)
+            z, rstd = normalise(z, None, shape, eps, *again)
         moments = moments_of(stats, shape, x.dtype)
         dx, d_linear, d_gate = output_backward_folded(x, z, stats, moments, of_folded, dy, shape)
         d_ends, shares_out = output_weight_folded(d_linear, d_gate, x, z, moments, norms, packed, shape)
         dn = gate_gradient(d_gate, packed, shape)
         del d_linear, d_gate
-        ab = project_folded(z, stats[2:], moments[statistics.MOMENTS :], of_folded, mask, shape)
+        ab = project_folded(z, stats[4], moments[statistics.MOMENTS :], of_folded, shape)
         del moments
     else:
         dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)

@@ -64,7 +64,7 @@ FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
 MOMENTS = Config({"BLOCK": 1024}, 4)
 Z_STATISTICS = Config({"CHANNELS": 32, "BLOCK": 32}, 4)
 NORMALISE = Config({"BLOCK": 32}, 4)
-X_STATISTICS = Config({"CHANNELS": 8, "BLOCK": 64}, 2)
+X_STATISTICS = Config({"CHANNELS": 32, "BLOCK": 64}, 2)
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
@@ -100,8 +100,8 @@ class Shape:
         return blocks | {"FAST": fast_sigmoid(w.dtype, w.device)}
 
     def statistics(self, keep: bool) -> tuple[int, int, int]:
-        """Shape of the statistics of x, then of z, that the forward pass keeps, or does not."""
-        return (4, self.padded, self.padded) if keep else (0, 0, 0)
+        """Shape of the statistics, two of x and three of z, that the forward pass keeps, or does not."""
+        return (5, self.padded, self.padded) if keep else (0, 0, 0)
 
     def inner(self, w: Tensor) -> dict[str, int]:
         """The same for kernels that do not see the contraction."""

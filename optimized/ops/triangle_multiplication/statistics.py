@@ -4,7 +4,8 @@ Those kernels (`folded`, `folded_output`) then bring their operands into the mat
 reduced across threads between two products: at 768 tokens that took a third of their time on an H200.
 
 Sums are of differences to the first channel, so that a mean larger than the deviation cancels nothing. Bytes: the
-tensor once, and 16 for every position: rstd, then -mean·rstd, in fp32, and four moments.
+tensor once, and 16 for every position: rstd, then -mean·rstd, in fp32, and four moments. Of z also rstd of the positions
+that the mask keeps, zero elsewhere: with it the input projections need no mask, which they had to wait for in every step.
 
 A z in float32, as under autocast, is normalised by a kernel of its own instead, and x̂ takes its place in bfloat16.
 """
@@ -16,6 +17,7 @@ import triton.language as tl
 
 from optimized.ops.names import profiled_as
 from optimized.ops.rows import normalise_rows
+from optimized.ops.triangle_multiplication.project import keep_rows
 
 MOMENTS = 4
 """Rows of moments of x or of z: 1 / rstd in two parts, -mean in two parts."""
@@ -49,9 +51,17 @@ def put_moments(moments_ptr, p, area, real, rstd, shift):
         tl.store(moments_ptr + (2 * k + 1) * area + p, low, mask=real)
 
 
+@triton.jit
+def put_kept(stats_ptr, mask_ptr, p, area, i, j, n_tokens, padded, rstd, MASKED: tl.constexpr):
+    """The third plane of the statistics of z: rstd where the mask `[N, N]` keeps a pair of the square."""
+    inside = (i < n_tokens) & (j < n_tokens)
+    keep = keep_rows(mask_ptr, inside, i.to(tl.int64) * n_tokens + j, MASKED)
+    tl.store(stats_ptr + 2 * area + p, tl.where(keep, rstd, 0.0), mask=j < padded)
+
+
 @triton.jit(repr=profiled_as("triangle_multiplication_moments"))
 def moments_kernel(stats_ptr, moments_ptr, padded, BLOCK: tl.constexpr):
-    """Moments `[8, P, P]` of the statistics `[4, P, P]`, BLOCK positions of x or z; zero in the padding."""
+    """Moments `[8, P, P]` of the statistics `[5, P, P]`, BLOCK positions of x or z; zero in the padding."""
     area = padded.to(tl.int64) * padded
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     stats = stats_ptr + 2 * tl.program_id(1) * area + p
@@ -72,6 +82,7 @@ def rows_of_block(z_ptr, n_tokens, stride_i, stride_j, BLOCK: tl.constexpr):
 @triton.jit(repr=profiled_as("triangle_multiplication_z_statistics"))
 def z_kernel(
     z_ptr,
+    mask_ptr,
     stats_ptr,
     moments_ptr,
     n_tokens,
@@ -80,10 +91,11 @@ def z_kernel(
     stride_j,
     eps,
     C: tl.constexpr,
+    MASKED: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`[2, P, P]` of the rows of z `[N, N, c]` and their moments `[4, P, P]`, zero in the padding; BLOCK positions of row
+    """`[3, P, P]` of the rows of z `[N, N, c]` and their moments `[4, P, P]`, zero in the padding; BLOCK positions of row
     `program_id(1)`.
 
     CHANNELS at a time: four lanes hold a row, and its sums need two exchanges between lanes, not four or five.
@@ -104,6 +116,7 @@ def z_kernel(
     p = i.to(tl.int64) * padded + j
     total, squares = tl.sum(total, 1), tl.sum(squares, 1)
     rstd, shift = put_statistics(stats_ptr, p, area, j < padded, inside, first, total, squares, eps, C)
+    put_kept(stats_ptr, mask_ptr, p, area, i, j, n_tokens, padded, rstd, MASKED)
     put_moments(moments_ptr, p, area, j < padded, rstd, shift)
 
 
@@ -146,6 +159,7 @@ def x_kernel(
 @triton.jit(repr=profiled_as("triangle_multiplication_normalise"))
 def normalise_kernel(
     z_ptr,
+    mask_ptr,
     normal_ptr,
     stats_ptr,
     moments_ptr,
@@ -157,6 +171,7 @@ def normalise_kernel(
     eps,
     C: tl.constexpr,
     BC: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x̂ of the rows of z, in fp32, rounded, `[N, N, c]`; rstd `[P, P]`; statistics and moments of rows that are normalised.
@@ -177,4 +192,5 @@ def normalise_kernel(
     one, nothing = inside.to(tl.float32), tl.zeros_like(rstd)
     tl.store(stats_ptr + p, one, mask=j < padded)
     tl.store(stats_ptr + area + p, nothing, mask=j < padded)
+    put_kept(stats_ptr, mask_ptr, p, area, i, j, n_tokens, padded, one, MASKED)
     put_moments(moments_ptr, p, area, j < padded, one, nothing)

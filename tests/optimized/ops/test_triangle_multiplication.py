@@ -177,12 +177,14 @@ def test_kept_statistics_are_those_of_the_rows():
     tensors, _, mask = problem(13, 24, 16, BF, FULL, True)
     tensors[0] += 40  # taken from differences to the first channel, they lose nothing to a large mean
     _, x, stats = launches.forward(tensors[0], TriangleWeights(*tensors[1:]), mask, True, 1e-5, BF)
-    for kept, rows in ((stats[:2], x.permute(1, 2, 0)), (stats[2:], tensors[0])):
+    for kept, rows in ((stats[:2], x.permute(1, 2, 0)), (stats[2:4], tensors[0])):
         rows = rows[:13, :13].double()
         rstd = (rows.var(-1, correction=0) + 1e-5).rsqrt()
         torch.testing.assert_close(kept[0, :13, :13].double(), rstd, rtol=1e-5, atol=0)
         torch.testing.assert_close(kept[1, :13, :13].double(), -rows.mean(-1) * rstd, rtol=1e-5, atol=1e-5)
         assert not kept[:, 13:].any() and not kept[:, :, 13:].any()
+    assert torch.equal(stats[4, :13, :13], torch.where(mask, stats[2, :13, :13], 0.0))
+    assert not stats[4, 13:].any() and not stats[4, :, 13:].any()
 
 
 def weights64(weights):
@@ -227,7 +229,7 @@ def test_fake_tensors_and_registration():
             *fakes, mode.from_tensor(mask), wide, None, True, 1e-5, BF
         )[0]
     assert into.shape == (7, 7, 16) and into.dtype == FULL
-    assert y.shape == (7, 7, 16) and y.dtype == BF and stats.shape == (4, 16, 16)
+    assert y.shape == (7, 7, 16) and y.dtype == BF and stats.shape == (5, 16, 16)
     leaves = [t.clone().requires_grad_() for t in tensors]
     keep = torch.ones(1, 7, 16, dtype=BF)
     for into in ((None, None), (torch.randn(7, 7, 16, dtype=BF), keep), (leaves[0], None)):
