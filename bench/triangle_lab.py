@@ -149,7 +149,9 @@ class Bench:
         projected = (z, self.stats[4], self.moments[4:], self.folded, s)
         sums = (self.square, self.grad[C:], x, z, self.moments, self.norms, w, s, config)
         calls: dict[str, Callable[[], object]] = {
-            "z_statistics": lambda: tm.z_statistics(z, None, s, EPS, self.stats[2:], self.moments[4:], config),
+            "z_statistics": lambda: tm.z_statistics(
+                z, None, s, EPS, self.stats[2:], self.moments[4:], config
+            ),
             "x_statistics": lambda: tm.x_statistics(x, s, EPS, self.stats[:2], self.moments[:4], config),
             "moments": lambda: tm.moments_of(self.stats, s, BF),
             "project_folded": lambda: tm.project_folded(*projected, config),

@@ -52,7 +52,7 @@ def spread(steps: int, config: Config, channels: int, w: Tensor, columns: int = 
     are 128 channels wide, eight warps fill the registers of a multiprocessor: there is one wave of programs. Of others it
     holds one to four programs of four warps: twelve are whole waves of each.
     """
-    fills = channels >= 128 and w.element_size() == 2 or w.device.type != "cuda"
+    fills = (channels >= 128 and w.element_size() == 2) or w.device.type != "cuda"
     programs = max(1, (8 if fills else 48) // config.num_warps) * processors(w.device)
     group = ceil_div(steps, max(1, programs // columns))
     return ceil_div(steps, group), group

@@ -13,6 +13,14 @@ from optimized.ops.exponential import exact_exp
 
 
 @triton.jit
+def fast_tanh(x):
+    """tanh(x) in fp32 by NVIDIA's instruction, relative error 2⁻¹¹."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def sigmoid(x, FAST: tl.constexpr = False, EXACT: tl.constexpr = False):
     """1 / (1 + exp(-x)) in fp32, error some 2⁻²².
 
@@ -22,10 +30,7 @@ def sigmoid(x, FAST: tl.constexpr = False, EXACT: tl.constexpr = False):
     if EXACT:
         return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + exact_exp(-x))
     elif FAST:
-        t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return t * 0.5 + 0.5
+        return fast_tanh(x * 0.5) * 0.5 + 0.5
     else:
         return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
 

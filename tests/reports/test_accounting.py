@@ -31,7 +31,9 @@ def test_the_report_says_so(tmp_path):
     assert page.count("Device memory accounted for") == len(RUNS)
     assert page.count("All of it is explained to within 2 %") == len(RUNS)
     assert page.count("the largest remainder is 0.00 %") == len(RUNS) - 1
-    assert "0.18 % (megafold at 2304, ok_pressure)" in page  # whose allocator gave memory back between two samples
+    assert (
+        "0.18 % (megafold at 2304, ok_pressure)" in page
+    )  # whose allocator gave memory back between two samples
 
 
 def test_somebody_elses_memory_stands_out(make):

@@ -24,15 +24,14 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import accumulate, as_memory_lies, finish_rows, normalised, row_statistics
-
-
-@triton.jit
-def fast_tanh(a):
-    """tanh(a) in fp32 by NVIDIA's instruction, error 2⁻¹²."""
-    return tl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
-    )
+from optimized.ops.rows import (
+    accumulate,
+    as_memory_lies,
+    fast_tanh,
+    finish_rows,
+    normalised,
+    row_statistics,
+)
 
 
 @triton.jit

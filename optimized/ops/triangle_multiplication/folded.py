@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
-from optimized.ops.rows import row_statistics
+from optimized.ops.rows import fast_tanh, row_statistics
 from optimized.ops.triangle_multiplication.project import pair_rows
 
 
@@ -57,9 +57,7 @@ def scale_and_shift(z, c, eps, C: tl.constexpr):
 def gated(linear, gate, FAST: tl.constexpr):
     """linear · σ(gate) of products whose weights hold the factors of `fold_weights_kernel`."""
     if FAST:
-        t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1
-        )
+        t = fast_tanh(gate)
         return linear * t + linear
     else:
         return linear / (1.0 + tl.exp2(gate))

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from optimized.ops.names import profiled_as
+from optimized.ops.rows import fast_tanh
 from optimized.ops.triangle_multiplication.folded import beside_weights, moment_of, place_rows
 from optimized.ops.triangle_multiplication.output import load_weights
 
@@ -40,9 +41,7 @@ def folded_tanh(gate, FAST: tl.constexpr):
     """2σ - 1 of a gate whose weights hold the sigmoid's factor: see `folded`. With half of another factor beside it, no
     constant is: x · σ = x/2 + x/2 · (2σ - 1)."""
     if FAST:
-        return tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return fast_tanh(gate)
     else:
         return 2.0 / (1.0 + tl.exp2(gate)) - 1.0
 

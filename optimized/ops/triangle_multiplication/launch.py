@@ -150,7 +150,9 @@ def output_forward(
 ) -> Tensor:
     """y `[N, N, c]`. `norms` is γ, β of the output norm and of the input norm; `w` is all the packed weights."""
     config = config or config_of("output", shape, x)
-    programs, group = spread(ceil_div(shape.tokens * shape.padded, config.constants["BM"]), config, shape.channels, w)
+    programs, group = spread(
+        ceil_div(shape.tokens * shape.padded, config.constants["BM"]), config, shape.channels, w
+    )
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, *norms, w, y, *shape.place(z), group, eps)
     launch(output.forward_kernel, (programs, 1, 1), config, arguments, **shape.blocks(w))
@@ -170,7 +172,9 @@ def output_folded(
     config = config or config_of("output_folded", shape, x)
     rows, width = config.constants["BM"], config.constants["BN"]
     columns = ceil_div(shape.channels, width)
-    programs, group = spread(ceil_div(shape.tokens * shape.padded, rows), config, shape.channels, w.weights, columns)
+    programs, group = spread(
+        ceil_div(shape.tokens * shape.padded, rows), config, shape.channels, w.weights, columns
+    )
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, stats, moments, *w, y, *shape.place(z), group)
     sizes = shape.blocks(w.weights) | {"EVEN": shape.tokens % rows == 0}

@@ -22,6 +22,7 @@ from optimized.ops.names import profiled_as
 from optimized.ops.rows import (
     accumulate,
     add_share,
+    fast_tanh,
     normalise_rows,
     normalise_rows_backward,
     normalised,
@@ -75,9 +76,7 @@ def gated_gradients(grad, linear, gate, FAST: tl.constexpr, EXACT: tl.constexpr 
     bfloat16, gives them doubled, so that no constant is left beside T. In float16 that would cost range.
     """
     if FAST:
-        t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1
-        )
+        t = fast_tanh(gate)
         d_linear = grad * t + grad
         d_gate = d_linear * (linear - linear * t)
     else:
