@@ -1,0 +1,508 @@
+"""Kernels in Gluon, Triton's lower level, which says itself when a product is waited for: see `gluon_lab`.
+
+In all of them the product of the next tile, or of the next chunk of hidden units or keys, is asked for before the end of this one
+is computed, and waited for after it. Two steps a turn, so that the sums of two take turns in two sets of registers: one that
+is copied makes the compiler's assembler run the matrix instructions one after another. Whole tiles only, bf16.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Gluon compiles these functions: an annotation would mean a compile-time constant)
+# mypy: ignore-errors
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Its name in Triton 3.6, and since.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+@gluon.jit
+def fast_tanh(x):
+    """tanh(x) by the card's instruction."""
+    return gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def fetch_rows(z_ptr, into, step, WIDTH: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr, on):
+    """Tile `step` of BM rows, on their way."""
+    rows = step * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    cells = z_ptr + rows.to(gl.int64)[:, None] * WIDTH + columns[None, :]
+    async_copy.async_copy_global_to_shared(into, cells, mask=on)
+
+
+@gluon.jit
+def fetch_planes(ptr, into, plane, step, area, BM: gl.constexpr, layout: gl.constexpr, on):
+    """Tile `step` of BM positions of the planes `plane`, on their way."""
+    k = gl.arange(0, BM, gl.SliceLayout(0, layout))
+    cells = ptr + plane.to(gl.int64)[:, None] * area + (step * BM + k)[None, :]
+    async_copy.async_copy_global_to_shared(into, cells, mask=on)
+
+
+@gluon.jit
+def moment_of(e):
+    """As `folded.moment_of`."""
+    return gl.where(e == 1, 1, gl.where((e == 3) | (e == 5), 2, gl.where(e == 4, 3, 0)))
+
+
+@gluon.jit
+def fetch_in(z_ptr, moments_ptr, z_s, m_s, step, slot, area, BM: gl.constexpr, WIDTH: gl.constexpr, zl, ml, on):  # fmt: skip
+    """What a tile of the input projections reads, as one group."""
+    fetch_rows(z_ptr, z_s.index(slot), step, WIDTH, BM, zl, on)
+    plane = moment_of(gl.arange(0, 16, gl.SliceLayout(1, ml)))
+    fetch_planes(moments_ptr, m_s.index(slot), plane, step, area, BM, ml, on)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def products_in(z_s, m_s, w_b, beside_b, slot, none):
+    """Linear part and gate of a tile; one wait does for both products."""
+    both = warpgroup_mma(z_s.index(slot), w_b, none, use_acc=False, is_async=True)
+    return warpgroup_mma(m_s.index(slot).permute((1, 0)), beside_b, both, is_async=True)
+
+
+@gluon.jit
+def put_gated(both, rstd, out_ptr, start, column, area, BM: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """linear · σ(gate), channel by channel."""
+    linear, gate = gl.split(gl.permute(gl.reshape(both, (BM, 2, BN)), (0, 2, 1)))
+    scale = gl.convert_layout(rstd, gl.SliceLayout(1, linear.type.layout))[:, None]
+    linear = linear * scale
+    value = (linear * fast_tanh(gate * scale) + linear).to(gl.bfloat16)
+    value = gl.convert_layout(gl.permute(value, (1, 0)), layout)
+    t = column * BN + gl.arange(0, BN, gl.SliceLayout(1, layout))
+    k = gl.arange(0, BM, gl.SliceLayout(0, layout))
+    gl.store(out_ptr + t.to(gl.int64)[:, None] * area + (start + k)[None, :], value)
+
+
+@gluon.jit(do_not_specialize=["group"])
+def project_kernel(
+    z_ptr, rstd_ptr, moments_ptr, folded_ptr, beside_ptr, out_ptr, padded, group,
+    WIDTH: gl.constexpr, H: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `folded.project_kernel`; beside_ptr `[4h, 16]` in bf16. z is contiguous, N its padded length and a multiple of BM."""
+    gl.assume(padded > 0)
+    gl.assume(group > 0)
+    zl: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
+    ml: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    bl: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [num_warps, 1], [1, 0])
+    acc_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, 2 * BN, 16])
+    wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    thin: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+    area = padded.to(gl.int64) * padded
+    column = gl.program_id(1)
+    # Rows of the linear part, then as many of the gate.
+    t = gl.arange(0, 2 * BN, gl.SliceLayout(1, zl))
+    row = column * BN + t % BN + t // BN * (2 * H)
+    cells = row[:, None] * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, zl))[None, :]
+    w_s = gl.allocate_shared_memory(gl.bfloat16, [2 * BN, WIDTH], wide, gl.load(folded_ptr + cells))
+    t = gl.arange(0, 2 * BN, gl.SliceLayout(1, bl))
+    row = column * BN + t % BN + t // BN * (2 * H)
+    cells = row[:, None] * 16 + gl.arange(0, 16, gl.SliceLayout(0, bl))[None, :]
+    beside_s = gl.allocate_shared_memory(gl.bfloat16, [2 * BN, 16], thin, gl.load(beside_ptr + cells))
+    fence_async_shared()
+    w_b, beside_b = w_s.permute((1, 0)), beside_s.permute((1, 0))
+    z_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, WIDTH], wide)
+    m_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 16, BM], wide)
+    none = gl.full([BM, 2 * BN], 0.0, gl.float32, acc_l)
+    k = gl.arange(0, BM, gl.SliceLayout(1, acc_l))
+    tiles = (padded * padded) // BM
+    first = gl.program_id(0) * group
+    last = gl.minimum(first + group, tiles)
+    for s in gl.static_range(STAGES - 1):
+        fetch_in(z_ptr, moments_ptr, z_s, m_s, first + s, s, area, BM, WIDTH, zl, ml, first + s < last)
+    async_copy.wait_group(STAGES - 2)
+    barrier()
+    rstd = gl.load(rstd_ptr + first * BM + k)
+    both = warpgroup_mma_wait(0, deps=[products_in(z_s, m_s, w_b, beside_b, 0, none)])
+    slot = 0
+    # Two tiles a turn, so that their sums take turns in two sets of registers and none is copied.
+    for step in range(first, last, 2):
+        for half in gl.static_range(2):
+            now = step + half
+            following = (slot + 1) % STAGES
+            async_copy.wait_group(STAGES - 3)
+            barrier()
+            next_rstd = gl.load(rstd_ptr + gl.minimum(now + 1, tiles - 1) * BM + k)
+            ahead = products_in(z_s, m_s, w_b, beside_b, following, none)
+            far = now + STAGES - 1
+            free = (slot + STAGES - 1) % STAGES
+            fetch_in(z_ptr, moments_ptr, z_s, m_s, far, free, area, BM, WIDTH, zl, ml, far < last)
+            if now < last:
+                put_gated(both, rstd, out_ptr, now * BM, column, area, BM, BN, ml)
+            both = warpgroup_mma_wait(0, deps=[ahead])
+            rstd = next_rstd
+            slot = following
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def fetch_out(
+    x_ptr, z_ptr, stats_ptr, moments_ptr, x_s, z_s, m_s, rx_s, rz_s, step, slot, area,
+    WIDTH: gl.constexpr, H: gl.constexpr, BM: gl.constexpr, zl, xl, rl, on,
+):  # fmt: skip
+    """What a tile of the output side reads, as one group."""
+    fetch_planes(x_ptr, x_s.index(slot), gl.arange(0, H, gl.SliceLayout(1, xl)), step, area, BM, xl, on)
+    fetch_rows(z_ptr, z_s.index(slot), step, WIDTH, BM, zl, on)
+    e = gl.arange(0, 16, gl.SliceLayout(1, xl))
+    plane = gl.where(e < 6, 4 + moment_of(e), gl.where(e < 12, moment_of(e - 6), 0))
+    fetch_planes(moments_ptr, m_s.index(slot), plane, step, area, BM, xl, on)
+    p = stats_ptr + step * BM + gl.arange(0, BM, rl)
+    async_copy.async_copy_global_to_shared(rx_s.index(slot), p, mask=on)
+    async_copy.async_copy_global_to_shared(rz_s.index(slot), p + 2 * area, mask=on)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def products_out(wo_s, wg_s, bo_s, bg_s, x_s, z_s, m_s, slot, none):
+    """Gate and linear part of a tile, channels as rows; one wait does for all four products."""
+    gate = warpgroup_mma(wg_s, z_s.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    gate = warpgroup_mma(bg_s, m_s.index(slot), gate, is_async=True)
+    linear = warpgroup_mma(wo_s, x_s.index(slot), none, use_acc=False, is_async=True)
+    return gate, warpgroup_mma(bo_s, m_s.index(slot), linear, is_async=True)
+
+
+@gluon.jit(do_not_specialize=["group"])
+def output_kernel(
+    x_ptr, z_ptr, stats_ptr, moments_ptr, folded_ptr, beside_ptr, out_ptr, padded, group,
+    WIDTH: gl.constexpr, H: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `folded_output.forward_kernel`; folded_ptr: out, then g; beside_ptr `[2, c, 16]` in bf16. N as for `project_kernel`."""
+    gl.assume(padded > 0)
+    gl.assume(group > 0)
+    zl: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
+    xl: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    rl: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    bl: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [num_warps, 1], [1, 0])
+    acc_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BM, 16])
+    wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    thin: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    area = padded.to(gl.int64) * padded
+    t = gl.arange(0, WIDTH, gl.SliceLayout(1, zl))[:, None]
+    c = gl.arange(0, H, gl.SliceLayout(0, zl))[None, :]
+    wo_s = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, H], wide, gl.load(folded_ptr + t * H + c))
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, zl))[None, :]
+    wg_s = gl.allocate_shared_memory(
+        gl.bfloat16, [WIDTH, WIDTH], wide, gl.load(folded_ptr + WIDTH * H + t * WIDTH + c)
+    )
+    t = gl.arange(0, WIDTH, gl.SliceLayout(1, bl))[:, None]
+    cells = beside_ptr + t * 16 + gl.arange(0, 16, gl.SliceLayout(0, bl))[None, :]
+    bo_s = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, 16], thin, gl.load(cells))
+    bg_s = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, 16], thin, gl.load(cells + WIDTH * 16))
+    fence_async_shared()
+    x_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, H, BM], wide)
+    z_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, WIDTH], wide)
+    m_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 16, BM], wide)
+    rx_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], flat)
+    rz_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], flat)
+    none = gl.full([WIDTH, BM], 0.0, gl.float32, acc_l)
+    along: gl.constexpr = gl.SliceLayout(0, acc_l)
+    first = gl.program_id(0) * group
+    last = gl.minimum(first + group, (padded * padded) // BM)
+    for s in gl.static_range(STAGES - 1):
+        fetch_out(
+            x_ptr, z_ptr, stats_ptr, moments_ptr, x_s, z_s, m_s, rx_s, rz_s, first + s, s, area,
+            WIDTH, H, BM, zl, xl, rl, first + s < last,
+        )  # fmt: skip
+    async_copy.wait_group(STAGES - 2)
+    barrier()
+    gate, linear = products_out(wo_s, wg_s, bo_s, bg_s, x_s, z_s, m_s, 0, none)
+    gate, linear = warpgroup_mma_wait(0, deps=[gate, linear])
+    rx, rz = rx_s.index(0).load(along), rz_s.index(0).load(along)
+    slot = 0
+    for step in range(first, last, 2):
+        for half in gl.static_range(2):
+            now = step + half
+            following = (slot + 1) % STAGES
+            async_copy.wait_group(STAGES - 3)
+            barrier()
+            next_gate, next_linear = products_out(wo_s, wg_s, bo_s, bg_s, x_s, z_s, m_s, following, none)
+            far = now + STAGES - 1
+            fetch_out(
+                x_ptr, z_ptr, stats_ptr, moments_ptr, x_s, z_s, m_s, rx_s, rz_s, far, (slot + STAGES - 1) % STAGES, area,
+                WIDTH, H, BM, zl, xl, rl, far < last,
+            )  # fmt: skip
+            linear = linear * (0.5 * rx)[None, :]
+            y = linear * fast_tanh(gate * rz[None, :]) + linear
+            y = gl.convert_layout(gl.permute(y.to(gl.bfloat16), (1, 0)), zl)
+            if now < last:
+                rows = now * BM + gl.arange(0, BM, gl.SliceLayout(1, zl))
+                columns = gl.arange(0, WIDTH, gl.SliceLayout(0, zl))
+                gl.store(out_ptr + rows.to(gl.int64)[:, None] * WIDTH + columns[None, :], y)
+            rx, rz = rx_s.index(following).load(along), rz_s.index(following).load(along)
+            gate, linear = warpgroup_mma_wait(0, deps=[next_gate, next_linear])
+            slot = following
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def fetch_pair(w_ptr, into, start, WIDTH: gl.constexpr, H: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Rows of w_a and w_b in turns of eight, as `transition.kernels.load_pair`, on their way."""
+    r = gl.arange(0, 2 * BN, gl.SliceLayout(1, layout))
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    j = start + r // 16 * 8 + r % 8
+    cells = w_ptr + (r // 8 % 2 * (H * WIDTH) + j * WIDTH)[:, None] + c[None, :]
+    async_copy.async_copy_global_to_shared(into, cells)
+
+
+@gluon.jit
+def fetch_columns(w_ptr, into, start, WIDTH: gl.constexpr, H: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Columns `start` to `start + BN` of w_out, on their way."""
+    c = gl.arange(0, WIDTH, gl.SliceLayout(1, layout))
+    j = start + gl.arange(0, BN, gl.SliceLayout(0, layout))
+    async_copy.async_copy_global_to_shared(into, w_ptr + c[:, None] * H + j[None, :])
+
+
+@gluon.jit
+def half_normal(x_ptr, gamma_ptr, beta_ptr, at, eps, WIDTH: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """LN(x) / 2 of BM rows from `at` on."""
+    rows = at + gl.arange(0, BM, gl.SliceLayout(1, layout))
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    x = gl.load(x_ptr + rows.to(gl.int64)[:, None] * WIDTH + c[None, :]).to(gl.float32)
+    x = x - (gl.sum(x, 1) / WIDTH)[:, None]
+    rstd = gl.rsqrt(gl.sum(x * x, 1) / WIDTH + eps)
+    gamma, beta = gl.load(gamma_ptr + c) * 0.5, gl.load(beta_ptr + c) * 0.5
+    return (x * rstd[:, None] * gamma[None, :] + beta[None, :]).to(gl.bfloat16)
+
+
+@gluon.jit
+def hidden(pair, layout: gl.constexpr):
+    """swish(a) · b / 2 of a chunk, as the operand of the next product."""
+    R: gl.constexpr = pair.shape[0]
+    BN: gl.constexpr = pair.shape[1] // 2
+    a, b = gl.split(gl.permute(gl.reshape(pair, (R, BN // 8, 2, 8)), (0, 1, 3, 2)))
+    h = ((a * fast_tanh(a) + a) * b).to(gl.bfloat16)
+    return gl.convert_layout(gl.reshape(h, (R, BN)), layout)
+
+
+@gluon.jit(do_not_specialize=["group"])
+def transition_kernel(
+    x_ptr, gamma_ptr, beta_ptr, w_ptr, out_ptr, group, eps,
+    WIDTH: gl.constexpr, H: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `transition.kernels.forward_kernel`, JOINT, of `group` tiles of BM rows a program; whole tiles only."""
+    gl.assume(group > 0)
+    xl: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
+    ol: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [num_warps, 1], [1, 0])
+    pair_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, 2 * BN, 16])
+    acc_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDTH, 16])
+    h_l: gl.constexpr = gl.DotOperandLayout(0, acc_l, 2)
+    wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    narrow: gl.constexpr = gl.NVMMASharedLayout(2 * BN if BN < 64 else 128, 16, 2)
+    CHUNKS: gl.constexpr = H // BN
+    wo_ptr = w_ptr + 2 * H * WIDTH
+    n_s = gl.allocate_shared_memory(gl.bfloat16, [BM, WIDTH], wide)
+    p_s = gl.allocate_shared_memory(gl.bfloat16, [2, 2 * BN, WIDTH], wide)
+    o_s = gl.allocate_shared_memory(gl.bfloat16, [2, WIDTH, BN], narrow)
+    none = gl.full([BM, 2 * BN], 0.0, gl.float32, pair_l)
+    for step in range(group):
+        at = (gl.program_id(0) * group + step) * BM
+        fetch_pair(w_ptr, p_s.index(0), 0, WIDTH, H, BN, xl)
+        async_copy.commit_group()
+        fetch_pair(w_ptr, p_s.index(1), BN, WIDTH, H, BN, xl)
+        fetch_columns(wo_ptr, o_s.index(0), 0, WIDTH, H, BN, ol)
+        async_copy.commit_group()
+        n_s.store(half_normal(x_ptr, gamma_ptr, beta_ptr, at, eps, WIDTH, BM, xl))
+        fence_async_shared()
+        async_copy.wait_group(1)
+        barrier()
+        pair = warpgroup_mma(n_s, p_s.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+        pair = warpgroup_mma_wait(0, deps=[pair])
+        acc = gl.full([BM, WIDTH], 0.0, gl.float32, acc_l)
+        for j in gl.static_range(CHUNKS):
+            async_copy.wait_group(0)
+            barrier()
+            if j + 1 < CHUNKS:
+                w_b = p_s.index((j + 1) % 2).permute((1, 0))
+                ahead = warpgroup_mma(n_s, w_b, none, use_acc=False, is_async=True)
+                if j + 2 < CHUNKS:
+                    fetch_pair(w_ptr, p_s.index(j % 2), (j + 2) * BN, WIDTH, H, BN, xl)
+                fetch_columns(wo_ptr, o_s.index((j + 1) % 2), (j + 1) * BN, WIDTH, H, BN, ol)
+                async_copy.commit_group()
+            acc = warpgroup_mma(hidden(pair, h_l), o_s.index(j % 2).permute((1, 0)), acc, is_async=True)
+            if j + 1 < CHUNKS:
+                pair, acc = warpgroup_mma_wait(0, deps=[ahead, acc])
+            else:
+                acc = warpgroup_mma_wait(0, deps=[acc])
+        # The tile of n is spent: results pass through it on their way to rows.
+        n_s.store((acc * 2.0).to(gl.bfloat16))
+        barrier()
+        rows = at + gl.arange(0, BM, gl.SliceLayout(1, xl))
+        cells = out_ptr + rows.to(gl.int64)[:, None] * WIDTH
+        gl.store(cells + gl.arange(0, WIDTH, gl.SliceLayout(0, xl))[None, :], n_s.load(xl))
+        barrier()
+
+
+@gluon.jit
+def load_raw(bias_ptr, at, BK: gl.constexpr, layout: gl.constexpr, blocks):
+    """A packed bias tile of 64 queries as 32-bit pairs, 16 keys at a time: `packing.load_packed`."""
+    x = gl.arange(0, 4, gl.SliceLayout(1, layout))
+    w = gl.arange(0, 128, gl.SliceLayout(0, layout))
+    first = bias_ptr + at + (x * (blocks * 128))[:, None] + w[None, :]
+    if BK == 32:
+        return gl.load(first), gl.load(first + 128)
+    else:
+        return gl.load(first), gl.load(first + 128), gl.load(first + 256), gl.load(first + 384)
+
+
+@gluon.jit
+def unpacked(raw, BK: gl.constexpr, layout: gl.constexpr):
+    """The tile where the matrix unit leaves its scores, in log2 units: `packing.unpacked`."""
+    if BK == 32:
+        pairs = gl.permute(gl.reshape(gl.join(raw[0], raw[1]), (4, 128, 2)), (0, 2, 1))
+    else:
+        four = gl.join(gl.join(raw[0], raw[2]), gl.join(raw[1], raw[3]))
+        pairs = gl.permute(gl.reshape(four, (4, 128, 4)), (0, 2, 1))
+    even = (pairs << 16).to(gl.float32, bitcast=True)
+    odd = (pairs & -65536).to(gl.float32, bitcast=True)
+    x = gl.reshape(gl.join(even, odd), (4, BK // 16, 8, 4, 2, 2, 2))
+    x = gl.reshape(gl.permute(x, (0, 4, 2, 1, 5, 3, 6)), (64, BK))
+    return gl.convert_layout(x, layout, assert_trivial=True) * 1.4426950408889634
+
+
+@gluon.jit
+def fetch_keys(
+    k_ptr, v_ptr, beyond_ptr, k_s, v_s, beyond_s, slot, k0, n,
+    H: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, MASKED: gl.constexpr, kl, bl, on,
+):  # fmt: skip
+    """Keys and values of two rows, and what masks their keys, as one group."""
+    k = k0 + gl.arange(0, BK, gl.SliceLayout(1, kl))
+    d = gl.arange(0, D, gl.SliceLayout(0, kl))
+    for i in gl.static_range(2):
+        cells = i * n * (H * D) + k[:, None] * (H * D) + d[None, :]
+        async_copy.async_copy_global_to_shared(k_s.index(slot * 2 + i), k_ptr + cells, mask=on)
+        async_copy.async_copy_global_to_shared(v_s.index(slot * 2 + i), v_ptr + cells, mask=on)
+        if MASKED:
+            b = (i * n + k0 + gl.arange(0, BK, gl.SliceLayout(1, bl)))[:, None] * 16
+            columns = gl.arange(0, 16, gl.SliceLayout(0, bl))
+            async_copy.async_copy_global_to_shared(
+                beyond_s.index(slot * 2 + i), beyond_ptr + b + columns[None, :], mask=on
+            )
+    async_copy.commit_group()
+
+
+@gluon.jit
+def scores(q, one_s, k_s, beyond_s, at, none, MASKED: gl.constexpr):
+    """q·k of one row, far below everything where the key is masked: a product with a column of ones says so."""
+    s = warpgroup_mma(q, k_s.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
+    if MASKED:
+        s = warpgroup_mma(one_s, beyond_s.index(at).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def weights(s, bias, total, unit, BK: gl.constexpr, SUMS: gl.constexpr, layout: gl.constexpr):
+    """exp of the scores as the operand of the next product; their sums, unless a product takes those."""
+    p = gl.exp2(s * unit + bias)
+    if not SUMS:
+        total += gl.sum(gl.sum(gl.reshape(p, (64, BK // 8, 4, 2)), 3), 1)
+    return gl.convert_layout(p.to(gl.bfloat16), layout), total
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def attention_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, beyond_ptr, o_ptr, lse_ptr, rows, n, unit,
+    H: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, SUMS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As the fast part of `attention.forward.forward_kernel`: 64 queries of two rows of one head.
+
+    q, k, v and o `[rows, n, H, D]`, rows even, n a multiple of 64; beyond_ptr `[rows, n, 16]`: 0, or -1e30 in column 0
+    of a masked key. SUMS: the sums of exponentials by products with ones.
+    """
+    gl.assume(n > 0)
+    s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BK, 16])
+    o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    t_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, 8, 16])
+    p_l: gl.constexpr = gl.DotOperandLayout(0, o_l, 2)
+    q_l: gl.constexpr = gl.DotOperandLayout(0, s_l, 2)
+    kl: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [num_warps, 1], [1, 0])
+    bl: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [num_warps, 1], [1, 0])
+    rl: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [num_warps, 1], [1, 0])
+    tile: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
+    thin: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+    tiles = n // 64
+    pid = gl.program_id(0)
+    q0 = (pid % tiles) * 64
+    first = (pid // tiles) % (rows // 2) * 2
+    h = pid // tiles // (rows // 2)
+    across = n * (H * D)
+    head = first.to(gl.int64) * across + h * D
+    kb, vb, bb = k_ptr + head, v_ptr + head, beyond_ptr + first.to(gl.int64) * n * 16
+    # Both axes of the packed bias are padded to 128.
+    blocks = (n + 127) // 128 * 8
+    bias_at = (h * blocks + q0 // 16).to(gl.int64) * blocks * 128
+    k_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, BK, D], tile)
+    v_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, BK, D], tile)
+    beyond_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, BK, 16], thin)
+    for s in gl.static_range(STAGES - 1):
+        fetch_keys(kb, vb, bb, k_s, v_s, beyond_s, s, s * BK, n, H, BK, D, MASKED, kl, bl, s * BK < n)
+    where = q0 + gl.arange(0, 64, gl.SliceLayout(1, kl))
+    cells = q_ptr + head + where[:, None] * (H * D) + gl.arange(0, D, gl.SliceLayout(0, kl))[None, :]
+    q_a, q_b = gl.convert_layout(gl.load(cells), q_l), gl.convert_layout(gl.load(cells + across), q_l)
+    column = gl.arange(0, 16, gl.SliceLayout(0, bl))
+    one = gl.where(column == 0, 1.0, 0.0)[None, :] + gl.full([64, 16], 0.0, gl.float32, bl)
+    one_s = gl.allocate_shared_memory(gl.bfloat16, [64, 16], thin, one.to(gl.bfloat16))
+    ones_s = gl.allocate_shared_memory(gl.bfloat16, [8, BK], tile, gl.full([8, BK], 1.0, gl.bfloat16, kl))
+    fence_async_shared()
+    ones = ones_s.permute((1, 0))
+    none = gl.full([64, BK], 0.0, gl.float32, s_l)
+    acc_a = gl.full([64, D], 0.0, gl.float32, o_l)
+    acc_b = acc_a
+    if SUMS:
+        total_a = gl.full([64, 8], 0.0, gl.float32, t_l)
+    else:
+        total_a = gl.sum(gl.sum(gl.reshape(none, (64, BK // 8, 4, 2)), 3), 1)
+    total_b = total_a
+    raw = load_raw(bias_ptr, bias_at, BK, rl, blocks)
+    async_copy.wait_group(STAGES - 2)
+    barrier()
+    s_a = scores(q_a, one_s, k_s, beyond_s, 0, none, MASKED)
+    s_b = scores(q_b, one_s, k_s, beyond_s, 1, none, MASKED)
+    s_a, s_b = warpgroup_mma_wait(0, deps=[s_a, s_b])
+    slot = 0
+    for k0 in range(0, n, 2 * BK):
+        for half in gl.static_range(2):
+            now = k0 + half * BK
+            following = (slot + 1) % STAGES
+            async_copy.wait_group(STAGES - 3)
+            barrier()
+            far = now + (STAGES - 1) * BK
+            free = (slot + STAGES - 1) % STAGES
+            fetch_keys(kb, vb, bb, k_s, v_s, beyond_s, free, far, n, H, BK, D, MASKED, kl, bl, far < n)
+            bias = unpacked(raw, BK, s_l)
+            next_a = scores(q_a, one_s, k_s, beyond_s, following * 2, none, MASKED)
+            p_a, total_a = weights(s_a, bias, total_a, unit, BK, SUMS, p_l)
+            acc_a = warpgroup_mma(p_a, v_s.index(slot * 2), acc_a, is_async=True)
+            if SUMS:
+                total_a = warpgroup_mma(p_a, ones, total_a, is_async=True)
+            next_b = scores(q_b, one_s, k_s, beyond_s, following * 2 + 1, none, MASKED)
+            p_b, total_b = weights(s_b, bias, total_b, unit, BK, SUMS, p_l)
+            # Not before: its registers are those of the bias in use.
+            raw = load_raw(bias_ptr, bias_at + gl.minimum(now + BK, n - BK) * 8, BK, rl, blocks)
+            acc_b = warpgroup_mma(p_b, v_s.index(slot * 2 + 1), acc_b, is_async=True)
+            if SUMS:
+                total_b = warpgroup_mma(p_b, ones, total_b, is_async=True)
+                s_a, acc_a, total_a, s_b, acc_b, total_b = warpgroup_mma_wait(
+                    0, deps=[next_a, acc_a, total_a, next_b, acc_b, total_b]
+                )
+            else:
+                s_a, acc_a, s_b, acc_b = warpgroup_mma_wait(0, deps=[next_a, acc_a, next_b, acc_b])
+            slot = following
+    async_copy.wait_group(0)
+    for i in gl.static_range(2):
+        acc = acc_a if i == 0 else acc_b
+        total = total_a if i == 0 else total_b
+        total = gl.max(total, 1) if SUMS else gl.sum(total, 1)
+        total = gl.convert_layout(total, gl.SliceLayout(1, o_l))
+        out = acc * (1.0 / total)[:, None]
+        q = q0 + gl.arange(0, 64, gl.SliceLayout(1, o_l))
+        d = gl.arange(0, D, gl.SliceLayout(0, o_l))
+        gl.store(o_ptr + head + i * across + q[:, None] * (H * D) + d[None, :], out.to(gl.bfloat16))
+        gl.store(lse_ptr + ((first + i) * H + h).to(gl.int64) * n + q, gl.log2(total) * 0.6931471805599453)
