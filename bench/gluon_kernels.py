@@ -506,3 +506,132 @@ def attention_kernel(
         d = gl.arange(0, D, gl.SliceLayout(0, o_l))
         gl.store(o_ptr + head + i * across + q[:, None] * (H * D) + d[None, :], out.to(gl.bfloat16))
         gl.store(lse_ptr + ((first + i) * H + h).to(gl.int64) * n + q, gl.log2(total) * 0.6931471805599453)
+
+
+@gluon.jit
+def fetch_queries(q_ptr, g_ptr, q_s, g_s, slot, q0, H: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, layout, on):  # fmt: skip
+    """Queries and gradients of the output of one row, as one group."""
+    cells = (q0 + gl.arange(0, BQ, gl.SliceLayout(1, layout)))[:, None] * (H * D)
+    cells = cells + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    async_copy.async_copy_global_to_shared(q_s.index(slot), q_ptr + cells, mask=on)
+    async_copy.async_copy_global_to_shared(g_s.index(slot), g_ptr + cells, mask=on)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def in_three(x, e, first: gl.constexpr):
+    """x in bf16 parts, 24 bits of it, in columns `first` to `first` + 2 of 16."""
+    high = x.to(gl.bfloat16).to(gl.float32)
+    middle = (x - high).to(gl.bfloat16).to(gl.float32)
+    low = x - high - middle
+    low_or_none = gl.where((e == first + 2)[None, :], low[:, None], 0.0)
+    return gl.where(
+        (e == first)[None, :],
+        high[:, None],
+        gl.where((e == first + 1)[None, :], middle[:, None], low_or_none),
+    )
+
+
+@gluon.jit
+def columns_of_ones(first: gl.constexpr, layout: gl.constexpr):
+    """`[64, 16]`: what picks the three parts of a number."""
+    e = gl.arange(0, 16, gl.SliceLayout(0, layout))
+    picked = gl.where((e >= first) & (e < first + 3), 1.0, 0.0)
+    return (picked[None, :] + gl.full([64, 16], 0.0, gl.float32, layout)).to(gl.bfloat16)
+
+
+@gluon.jit
+def transposed_scores(k, v, lses, deltas, q_s, g_s, beside_s, slot, at, none):
+    """k·q + lse and v·g - delta, `[keys, queries]`."""
+    beside = beside_s.index(at).permute((1, 0))
+    s = warpgroup_mma(k, q_s.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    s = warpgroup_mma(lses, beside, s, is_async=True)
+    dp = warpgroup_mma(v, g_s.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    return s, warpgroup_mma(deltas, beside, dp, is_async=True)
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def grad_kv_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, rows, n, scale, unit,
+    H: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `attention.backward.grad_kv_kernel`, 64 keys of one row of one head, no key masked.
+
+    Tensors as of `attention_kernel`; bias_ptr is packed [k, q]; lse_ptr and delta_ptr `[rows, H, n]` in fp32: -lse / scale, and
+    the sums over o ⊙ do. A product adds them to the scores: each is three numbers in bf16 beside ones.
+    """
+    gl.assume(n > 0)
+    s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BQ, 16])
+    d_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    p_l: gl.constexpr = gl.DotOperandLayout(0, d_l, 2)
+    k_l: gl.constexpr = gl.DotOperandLayout(0, s_l, 2)
+    kl: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [num_warps, 1], [1, 0])
+    bl: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [num_warps, 1], [1, 0])
+    rl: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [num_warps, 1], [1, 0])
+    tile: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
+    thin: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+    tiles = n // 64
+    pid = gl.program_id(0)
+    k0 = (pid % tiles) * 64
+    row = (pid // tiles) % rows
+    h = pid // tiles // rows
+    head = row.to(gl.int64) * n * (H * D) + h * D
+    line = (row.to(gl.int64) * H + h) * n
+    qb, gb = q_ptr + head, g_ptr + head
+    blocks = (n + 127) // 128 * 8
+    bias_at = (h * blocks + k0 // 16).to(gl.int64) * blocks * 128
+    q_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BQ, D], tile)
+    g_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BQ, D], tile)
+    beside_s = gl.allocate_shared_memory(gl.bfloat16, [2, BQ, 16], thin)
+    for s in gl.static_range(STAGES - 1):
+        fetch_queries(qb, gb, q_s, g_s, s, s * BQ, H, BQ, D, kl, s * BQ < n)
+    cells = (k0 + gl.arange(0, 64, gl.SliceLayout(1, kl)))[:, None] * (H * D)
+    cells = head + cells + gl.arange(0, D, gl.SliceLayout(0, kl))[None, :]
+    k = gl.convert_layout(gl.load(k_ptr + cells), k_l)
+    v = gl.convert_layout(gl.load(v_ptr + cells), k_l)
+    lses = gl.convert_layout(columns_of_ones(0, bl), k_l)
+    deltas = gl.convert_layout(columns_of_ones(3, bl), k_l)
+    e = gl.arange(0, 16, gl.SliceLayout(0, bl))
+    at = line + gl.arange(0, BQ, gl.SliceLayout(1, bl))
+    for s in gl.static_range(2):
+        beside = in_three(gl.load(lse_ptr + at + s * BQ), e, 0) + in_three(-gl.load(delta_ptr + at + s * BQ), e, 3)  # fmt: skip
+        beside_s.index(s).store(beside.to(gl.bfloat16))
+    next_lse, next_delta = gl.load(lse_ptr + at + 2 * BQ), gl.load(delta_ptr + at + 2 * BQ)
+    fence_async_shared()
+    none = gl.full([64, BQ], 0.0, gl.float32, s_l)
+    dk = gl.full([64, D], 0.0, gl.float32, d_l)
+    dv = dk
+    raw = load_raw(bias_ptr, bias_at, BQ, rl, blocks)
+    async_copy.wait_group(STAGES - 2)
+    barrier()
+    s, dp = transposed_scores(k, v, lses, deltas, q_s, g_s, beside_s, 0, 0, none)
+    s, dp = warpgroup_mma_wait(0, deps=[s, dp])
+    slot = 0
+    for q0 in range(0, n, 2 * BQ):
+        for half in gl.static_range(2):
+            now = q0 + half * BQ
+            following = (slot + 1) % STAGES
+            async_copy.wait_group(STAGES - 3)
+            barrier()
+            next_s, next_dp = transposed_scores(
+                k, v, lses, deltas, q_s, g_s, beside_s, following, 1 - half, none
+            )
+            far = now + (STAGES - 1) * BQ
+            fetch_queries(qb, gb, q_s, g_s, (slot + STAGES - 1) % STAGES, far, H, BQ, D, kl, far < n)
+            p = gl.exp2(s * unit + unpacked(raw, BQ, s_l))
+            raw = load_raw(bias_ptr, bias_at + gl.minimum(now + BQ, n - BQ) * 8, BQ, rl, blocks)
+            ds = p * dp
+            dv = warpgroup_mma(gl.convert_layout(p.to(gl.bfloat16), p_l), g_s.index(slot), dv, is_async=True)
+            dk = warpgroup_mma(gl.convert_layout(ds.to(gl.bfloat16), p_l), q_s.index(slot), dk, is_async=True)
+            # Of the step after the next, into the place of this one's, whose scores are there.
+            beside_s.index(half).store((in_three(next_lse, e, 0) + in_three(-next_delta, e, 3)).to(gl.bfloat16))  # fmt: skip
+            fence_async_shared()
+            behind = at + gl.minimum(now + 3 * BQ, n - BQ)
+            next_lse, next_delta = gl.load(lse_ptr + behind), gl.load(delta_ptr + behind)
+            s, dp, dk, dv = warpgroup_mma_wait(0, deps=[next_s, next_dp, dk, dv])
+            slot = following
+    async_copy.wait_group(0)
+    r = (k0 + gl.arange(0, 64, gl.SliceLayout(1, d_l)))[:, None] * (H * D)
+    cells = head + r + gl.arange(0, D, gl.SliceLayout(0, d_l))[None, :]
+    gl.store(dk_ptr + cells, (dk * scale).to(gl.bfloat16))
+    gl.store(dv_ptr + cells, dv.to(gl.bfloat16))

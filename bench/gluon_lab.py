@@ -6,9 +6,9 @@ Triton waits for a product where it is issued, so that a program multiplies or c
 multiplication's input projections a third are waits for products. Gluon says when to wait. Here the product of the next tile, or
 of the next chunk of hidden units, runs beside the end of the one before.
 
-Four kernels, bf16, whole tiles only (N a multiple of 64): at 128 channels triangle multiplication's input projections, its output side's
-forward pass and the transition's; and attention's forward pass, 4 heads of 32, where products also mask the keys and sum the
-exponentials. Each is compared with the package's kernel, entry by entry, and both are timed. Compiled for sm_90 by Triton 3.6; not
+Five kernels, bf16, whole tiles only (N a multiple of 64): at 128 channels triangle multiplication's input projections, its output side's
+forward pass and the transition's; of attention, 4 heads of 32, the forward pass, where products also mask the keys and sum the
+exponentials, and the gradients of keys and values, where they add log-sum-exp and delta. Each is compared with the package's kernel, entry by entry, and both are timed. Compiled for sm_90 by Triton 3.6; not
 run yet.
 """
 
@@ -21,7 +21,13 @@ import attention_lab
 import fused_lab
 import torch
 import triangle_lab
-from gluon_kernels import attention_kernel, output_kernel, project_kernel, transition_kernel
+from gluon_kernels import (
+    attention_kernel,
+    grad_kv_kernel,
+    output_kernel,
+    project_kernel,
+    transition_kernel,
+)
 from torch import Tensor
 from triton.testing import do_bench
 
@@ -158,6 +164,41 @@ def attention_cases(n: int, masked: bool) -> list[Case]:
     return [(f"{name} {tile}", package, lambda tile=tile: ours(*tile)) for tile in tiles]
 
 
+def gradient_cases(n: int) -> list[Case]:
+    """Gradients of keys and values, one after the other: name, the package's, Gluon's."""
+    made = attention_lab.Problem.make((n, HEADS, n, HEAD))
+    scale = HEAD**-0.5
+    call = attention.make_call(made.q, made.k, made.v, made.bias, None, scale, "ieee", True)
+    plan = attention.plan_for(made.q, "ieee")
+    o, lse = torch.empty_like(made.q), torch.empty((2, *made.q.shape[:-1]), device="cuda")
+    attention.launch_forward(call, o, lse, plan.forward)
+    lse2, delta = attention.launch_statistics(call, o, made.do, lse[0], None)
+    over_scale = -lse[0] / scale
+    sums = (o.float() * made.do.float()).sum(-1)
+    turned = attention.turned(call)
+    pairs = turned.flipped.view(torch.int32)
+
+    def empty() -> Tensor:
+        """dk and dv, each `[1, rows, heads, n, d]` as q lies."""
+        return made.q.new_empty((2, 1, n, n, HEADS, HEAD)).transpose(3, 4)
+
+    theirs, found = empty(), empty()
+
+    def package() -> Tensor:
+        attention.launch_grad_kv(turned, made.do, lse2, delta, theirs[0], theirs[1], plan.grad_kv)
+        return theirs
+
+    def ours(queries: int, stages: int) -> Tensor:
+        tensors = (call.q, call.k, call.v, made.do, pairs, over_scale, sums, found[0], found[1])
+        constants = {"H": HEADS, "BQ": queries, "D": HEAD, "STAGES": stages}
+        grid = (n // 64 * n * HEADS,)
+        grad_kv_kernel[grid](*tensors, n, n, scale, call.unit_scale, **constants, num_warps=4)
+        return found
+
+    tiles = ((32, 3), (32, 4), (64, 3), (64, 4))
+    return [(f"keys and values {tile}", package, lambda tile=tile: ours(*tile)) for tile in tiles]
+
+
 def main() -> None:
     """Compare and time all of them at every length."""
     parser = argparse.ArgumentParser(
@@ -169,7 +210,7 @@ def main() -> None:
     with (args.out / "gluon_lab.jsonl").open("w") as file:
         for n in LENGTHS:
             cases = [*triangle_cases(n), *transition_cases(n)]
-            cases += [*attention_cases(n, False), *attention_cases(n, True)]
+            cases += [*attention_cases(n, False), *attention_cases(n, True), *gradient_cases(n)]
             for name, package, gluons in cases:
                 row = {"n": n, "kernel": name}
                 try:
