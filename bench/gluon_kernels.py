@@ -2,7 +2,8 @@
 
 In all of them the product of the next tile, or of the next chunk of hidden units or keys, is asked for before the end of this one
 is computed, and waited for after it. Two steps a turn, so that the sums of two take turns in two sets of registers: one that
-is copied makes the compiler's assembler run the matrix instructions one after another. Whole tiles only, bf16.
+is copied makes the compiler's assembler run the matrix instructions one after another. Operands in registers go through the wait
+too, so that nothing else takes their place before. Whole tiles only, bf16.
 """
 
 # ruff: noqa: ANN001, ANN201 (Gluon compiles these functions: an annotation would mean a compile-time constant)
@@ -325,11 +326,12 @@ def transition_kernel(
                     fetch_pair(w_ptr, p_s.index(j % 2), (j + 2) * BN, WIDTH, H, BN, xl)
                 fetch_columns(wo_ptr, o_s.index((j + 1) % 2), (j + 1) * BN, WIDTH, H, BN, ol)
                 async_copy.commit_group()
-            acc = warpgroup_mma(hidden(pair, h_l), o_s.index(j % 2).permute((1, 0)), acc, is_async=True)
+            h = hidden(pair, h_l)
+            acc = warpgroup_mma(h, o_s.index(j % 2).permute((1, 0)), acc, is_async=True)
             if j + 1 < CHUNKS:
-                pair, acc = warpgroup_mma_wait(0, deps=[ahead, acc])
+                pair, acc, h = warpgroup_mma_wait(0, deps=[ahead, acc, h])
             else:
-                acc = warpgroup_mma_wait(0, deps=[acc])
+                acc, h = warpgroup_mma_wait(0, deps=[acc, h])
         # The tile of n is spent: results pass through it on their way to rows.
         n_s.store((acc * 2.0).to(gl.bfloat16))
         barrier()
@@ -489,11 +491,13 @@ def attention_kernel(
             acc_b = warpgroup_mma(p_b, v_s.index(slot * 2 + 1), acc_b, is_async=True)
             if SUMS:
                 total_b = warpgroup_mma(p_b, ones, total_b, is_async=True)
-                s_a, acc_a, total_a, s_b, acc_b, total_b = warpgroup_mma_wait(
-                    0, deps=[next_a, acc_a, total_a, next_b, acc_b, total_b]
+                s_a, acc_a, total_a, s_b, acc_b, total_b, p_a, p_b = warpgroup_mma_wait(
+                    0, deps=[next_a, acc_a, total_a, next_b, acc_b, total_b, p_a, p_b]
                 )
             else:
-                s_a, acc_a, s_b, acc_b = warpgroup_mma_wait(0, deps=[next_a, acc_a, next_b, acc_b])
+                s_a, acc_a, s_b, acc_b, p_a, p_b = warpgroup_mma_wait(
+                    0, deps=[next_a, acc_a, next_b, acc_b, p_a, p_b]
+                )
             slot = following
     async_copy.wait_group(0)
     for i in gl.static_range(2):
@@ -620,18 +624,185 @@ def grad_kv_kernel(
             fetch_queries(qb, gb, q_s, g_s, (slot + STAGES - 1) % STAGES, far, H, BQ, D, kl, far < n)
             p = gl.exp2(s * unit + unpacked(raw, BQ, s_l))
             raw = load_raw(bias_ptr, bias_at + gl.minimum(now + BQ, n - BQ) * 8, BQ, rl, blocks)
-            ds = p * dp
-            dv = warpgroup_mma(gl.convert_layout(p.to(gl.bfloat16), p_l), g_s.index(slot), dv, is_async=True)
-            dk = warpgroup_mma(gl.convert_layout(ds.to(gl.bfloat16), p_l), q_s.index(slot), dk, is_async=True)
+            of_v = gl.convert_layout(p.to(gl.bfloat16), p_l)
+            dv = warpgroup_mma(of_v, g_s.index(slot), dv, is_async=True)
+            of_k = gl.convert_layout((p * dp).to(gl.bfloat16), p_l)
+            dk = warpgroup_mma(of_k, q_s.index(slot), dk, is_async=True)
             # Of the step after the next, into the place of this one's, whose scores are there.
             beside_s.index(half).store((in_three(next_lse, e, 0) + in_three(-next_delta, e, 3)).to(gl.bfloat16))  # fmt: skip
             fence_async_shared()
             behind = at + gl.minimum(now + 3 * BQ, n - BQ)
             next_lse, next_delta = gl.load(lse_ptr + behind), gl.load(delta_ptr + behind)
-            s, dp, dk, dv = warpgroup_mma_wait(0, deps=[next_s, next_dp, dk, dv])
+            deps = [next_s, next_dp, dk, dv, of_k, of_v]
+            s, dp, dk, dv, of_k, of_v = warpgroup_mma_wait(0, deps=deps)
             slot = following
     async_copy.wait_group(0)
     r = (k0 + gl.arange(0, 64, gl.SliceLayout(1, d_l)))[:, None] * (H * D)
     cells = head + r + gl.arange(0, D, gl.SliceLayout(0, d_l))[None, :]
     gl.store(dk_ptr + cells, (dk * scale).to(gl.bfloat16))
     gl.store(dv_ptr + cells, dv.to(gl.bfloat16))
+
+
+@gluon.jit
+def row_scores(q, g, lse, delta, k_s, v_s, beyond_s, at, none):
+    """q·k + lse, far below everything where the key is masked, and g·v - delta: `[queries, keys]`."""
+    beyond = beyond_s.index(at).permute((1, 0))
+    s = warpgroup_mma(q, k_s.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
+    s = warpgroup_mma(lse, beyond, s, is_async=True)
+    dp = warpgroup_mma(g, v_s.index(at).permute((1, 0)), none, use_acc=False, is_async=True)
+    return s, warpgroup_mma(delta, beyond, dp, is_async=True)
+
+
+@gluon.jit
+def put_packed(total, planes_ptr, at, blocks, BK: gl.constexpr, layout: gl.constexpr):
+    """A tile of 64 queries in packed order, 16 keys at a time: `packing.store_packed`."""
+    x = gl.reshape(total.to(gl.bfloat16), (4, 2, 8, BK // 16, 2, 4, 2))
+    x = gl.reshape(gl.permute(x, (0, 3, 2, 5, 1, 4, 6)), (4, BK // 16, 256))
+    rows = gl.arange(0, 4, gl.SliceLayout(1, layout))
+    cells = planes_ptr + at + (rows * (blocks * 256))[:, None] + gl.arange(0, 256, gl.SliceLayout(0, layout))[None, :]  # fmt: skip
+    if BK == 32:
+        first, second = gl.split(gl.permute(x, (0, 2, 1)))
+        gl.store(cells, gl.convert_layout(first, layout, assert_trivial=True))
+        gl.store(cells + 256, gl.convert_layout(second, layout, assert_trivial=True))
+    else:
+        even, odd = gl.split(gl.reshape(gl.permute(x, (0, 2, 1)), (4, 256, 2, 2)))
+        first, third = gl.split(even)
+        second, fourth = gl.split(odd)
+        gl.store(cells, gl.convert_layout(first, layout, assert_trivial=True))
+        gl.store(cells + 256, gl.convert_layout(second, layout, assert_trivial=True))
+        gl.store(cells + 512, gl.convert_layout(third, layout, assert_trivial=True))
+        gl.store(cells + 768, gl.convert_layout(fourth, layout, assert_trivial=True))
+
+
+@gluon.jit
+def fetch_rows_of_keys(
+    k_ptr, v_ptr, beyond_ptr, k_s, v_s, beyond_s, slot, k0, n,
+    H: gl.constexpr, ROWS: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, kl, bl, on,
+):  # fmt: skip
+    """Keys, values and what goes beside them, of ROWS rows, as one group."""
+    k = k0 + gl.arange(0, BK, gl.SliceLayout(1, kl))
+    d = gl.arange(0, D, gl.SliceLayout(0, kl))
+    b = (k0 + gl.arange(0, BK, gl.SliceLayout(1, bl)))[:, None] * 16 + gl.arange(0, 16, gl.SliceLayout(0, bl))[None, :]  # fmt: skip
+    for i in gl.static_range(ROWS):
+        at = slot * ROWS + i
+        cells = i * n * (H * D) + k[:, None] * (H * D) + d[None, :]
+        async_copy.async_copy_global_to_shared(k_s.index(at), k_ptr + cells, mask=on)
+        async_copy.async_copy_global_to_shared(v_s.index(at), v_ptr + cells, mask=on)
+        async_copy.async_copy_global_to_shared(beyond_s.index(at), beyond_ptr + b + i * n * 16, mask=on)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def beside_row(ptr, sign, masks: gl.constexpr, layout: gl.constexpr, operand: gl.constexpr):
+    """64 numbers in three parts, and a one in the column that masks keys: `[64, 16]`, an operand."""
+    e = gl.arange(0, 16, gl.SliceLayout(0, layout))
+    x = gl.load(ptr + gl.arange(0, 64, gl.SliceLayout(1, layout))) * sign
+    made = in_three(x, e, 0)
+    if masks:
+        made = gl.where((e == 3)[None, :], 1.0, made)
+    return gl.convert_layout(made.to(gl.bfloat16), operand)
+
+
+@gluon.jit(do_not_specialize=["rows", "groups", "start"])
+def grad_q_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, beyond_ptr, lse_ptr, delta_ptr, dq_ptr, planes_ptr,
+    rows, n, start, groups, scale, unit,
+    H: gl.constexpr, ROWS: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `attention.backward.grad_q_kernel` with SUMS: 64 queries of three rows of one head, from row `start` on; `rows` is a
+    multiple of three.
+
+    Tensors as of `grad_kv_kernel`, bias_ptr packed [q, k]; beyond_ptr `[rows, n, 16]`: ones in columns 0 to 2, in column 3
+    -1e30 where the key is masked. Scores of one row are computed beside the gradients of the one before.
+    """
+    gl.static_assert(ROWS == 3)
+    gl.assume(n > 0)
+    s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BK, 16])
+    d_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    p_l: gl.constexpr = gl.DotOperandLayout(0, d_l, 2)
+    q_l: gl.constexpr = gl.DotOperandLayout(0, s_l, 2)
+    kl: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [num_warps, 1], [1, 0])
+    bl: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [num_warps, 1], [1, 0])
+    rl: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [num_warps, 1], [1, 0])
+    wl: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [num_warps, 1], [1, 0])
+    tile: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
+    thin: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+    tiles = n // 64
+    pid = gl.program_id(0)
+    q0 = (pid % tiles) * 64
+    group = (pid // tiles) % groups
+    first = start + group * ROWS
+    h = pid // tiles // groups
+    across = n * (H * D)
+    head = first.to(gl.int64) * across + h * D
+    line = (first.to(gl.int64) * H + h) * n + q0
+    kb, vb, bb = k_ptr + head, v_ptr + head, beyond_ptr + first.to(gl.int64) * n * 16
+    blocks = (n + 127) // 128 * 8
+    bias_at = (h * blocks + q0 // 16).to(gl.int64) * blocks * 128
+    plane_at = ((group * H + h) * blocks + q0 // 16).to(gl.int64) * blocks * 256
+    k_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES * ROWS, BK, D], tile)
+    v_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES * ROWS, BK, D], tile)
+    beyond_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES * ROWS, BK, 16], thin)
+    for s in gl.static_range(STAGES - 1):
+        fetch_rows_of_keys(kb, vb, bb, k_s, v_s, beyond_s, s, s * BK, n, H, ROWS, BK, D, kl, bl, s * BK < n)
+    cells = (q0 + gl.arange(0, 64, gl.SliceLayout(1, kl)))[:, None] * (H * D)
+    cells = head + cells + gl.arange(0, D, gl.SliceLayout(0, kl))[None, :]
+    q_0, g_0 = gl.convert_layout(gl.load(q_ptr + cells), q_l), gl.convert_layout(gl.load(g_ptr + cells), q_l)
+    cells += across
+    q_1, g_1 = gl.convert_layout(gl.load(q_ptr + cells), q_l), gl.convert_layout(gl.load(g_ptr + cells), q_l)
+    cells += across
+    q_2, g_2 = gl.convert_layout(gl.load(q_ptr + cells), q_l), gl.convert_layout(gl.load(g_ptr + cells), q_l)
+    next_row = H * n
+    l_0 = beside_row(lse_ptr + line, 1.0, True, bl, q_l)
+    l_1 = beside_row(lse_ptr + line + next_row, 1.0, True, bl, q_l)
+    l_2 = beside_row(lse_ptr + line + 2 * next_row, 1.0, True, bl, q_l)
+    m_0 = beside_row(delta_ptr + line, -1.0, False, bl, q_l)
+    m_1 = beside_row(delta_ptr + line + next_row, -1.0, False, bl, q_l)
+    m_2 = beside_row(delta_ptr + line + 2 * next_row, -1.0, False, bl, q_l)
+    none = gl.full([64, BK], 0.0, gl.float32, s_l)
+    dq_0 = gl.full([64, D], 0.0, gl.float32, d_l)
+    dq_1 = dq_0
+    dq_2 = dq_0
+    raw = load_raw(bias_ptr, bias_at, BK, rl, blocks)
+    async_copy.wait_group(STAGES - 2)
+    barrier()
+    s, dp = row_scores(q_0, g_0, l_0, m_0, k_s, v_s, beyond_s, 0, none)
+    s, dp = warpgroup_mma_wait(0, deps=[s, dp])
+    slot = 0
+    for k0 in range(0, n, 2 * BK):
+        for half in gl.static_range(2):
+            now = k0 + half * BK
+            following = (slot + 1) % STAGES
+            async_copy.wait_group(STAGES - 3)
+            barrier()
+            far = now + (STAGES - 1) * BK
+            free = (slot + STAGES - 1) % STAGES
+            fetch_rows_of_keys(kb, vb, bb, k_s, v_s, beyond_s, free, far, n, H, ROWS, BK, D, kl, bl, far < n)
+            bias = unpacked(raw, BK, s_l)
+            next_s, next_dp = row_scores(q_1, g_1, l_1, m_1, k_s, v_s, beyond_s, slot * ROWS + 1, none)
+            ds = gl.exp2(s * unit + bias) * dp
+            total = ds
+            of_q = gl.convert_layout(ds.to(gl.bfloat16), p_l)
+            dq_0 = warpgroup_mma(of_q, k_s.index(slot * ROWS), dq_0, is_async=True)
+            s, dp, dq_0, of_q = warpgroup_mma_wait(0, deps=[next_s, next_dp, dq_0, of_q])
+            next_s, next_dp = row_scores(q_2, g_2, l_2, m_2, k_s, v_s, beyond_s, slot * ROWS + 2, none)
+            ds = gl.exp2(s * unit + bias) * dp
+            total += ds
+            of_q = gl.convert_layout(ds.to(gl.bfloat16), p_l)
+            dq_1 = warpgroup_mma(of_q, k_s.index(slot * ROWS + 1), dq_1, is_async=True)
+            s, dp, dq_1, of_q = warpgroup_mma_wait(0, deps=[next_s, next_dp, dq_1, of_q])
+            next_s, next_dp = row_scores(q_0, g_0, l_0, m_0, k_s, v_s, beyond_s, following * ROWS, none)
+            ds = gl.exp2(s * unit + bias) * dp
+            total += ds
+            raw = load_raw(bias_ptr, bias_at + gl.minimum(now + BK, n - BK) * 8, BK, rl, blocks)
+            of_q = gl.convert_layout(ds.to(gl.bfloat16), p_l)
+            dq_2 = warpgroup_mma(of_q, k_s.index(slot * ROWS + 2), dq_2, is_async=True)
+            put_packed(total, planes_ptr, plane_at + now * 16, blocks, BK, wl)
+            s, dp, dq_2, of_q = warpgroup_mma_wait(0, deps=[next_s, next_dp, dq_2, of_q])
+            slot = following
+    async_copy.wait_group(0)
+    r = (q0 + gl.arange(0, 64, gl.SliceLayout(1, d_l)))[:, None] * (H * D)
+    cells = head + r + gl.arange(0, D, gl.SliceLayout(0, d_l))[None, :]
+    gl.store(dq_ptr + cells, (dq_0 * scale).to(gl.bfloat16))
+    gl.store(dq_ptr + cells + across, (dq_1 * scale).to(gl.bfloat16))
+    gl.store(dq_ptr + cells + 2 * across, (dq_2 * scale).to(gl.bfloat16))

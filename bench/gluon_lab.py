@@ -6,15 +6,16 @@ Triton waits for a product where it is issued, so that a program multiplies or c
 multiplication's input projections a third are waits for products. Gluon says when to wait. Here the product of the next tile, or
 of the next chunk of hidden units, runs beside the end of the one before.
 
-Five kernels, bf16, whole tiles only (N a multiple of 64): at 128 channels triangle multiplication's input projections, its output side's
+Six kernels, bf16, whole tiles only (N a multiple of 64): at 128 channels triangle multiplication's input projections, its output side's
 forward pass and the transition's; of attention, 4 heads of 32, the forward pass, where products also mask the keys and sum the
-exponentials, and the gradients of keys and values, where they add log-sum-exp and delta. Each is compared with the package's kernel, entry by entry, and both are timed. Compiled for sm_90 by Triton 3.6; not
+exponentials, and its gradients, where they add log-sum-exp and delta. That of queries takes three rows a program: where they divide N. Each is compared with the package's kernel, entry by entry, and both are timed. Compiled for sm_90 by Triton 3.6; not
 run yet.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import attention_lab
@@ -24,6 +25,7 @@ import triangle_lab
 from gluon_kernels import (
     attention_kernel,
     grad_kv_kernel,
+    grad_q_kernel,
     output_kernel,
     project_kernel,
     transition_kernel,
@@ -32,6 +34,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from optimized.ops.attention import launch as attention
+from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, processors
 from optimized.ops.parameters import pack
 from optimized.ops.transition import launch as transition
@@ -164,39 +167,96 @@ def attention_cases(n: int, masked: bool) -> list[Case]:
     return [(f"{name} {tile}", package, lambda tile=tile: ours(*tile)) for tile in tiles]
 
 
-def gradient_cases(n: int) -> list[Case]:
+@dataclass(frozen=True)
+class Backward:
+    """What attention's gradients take, in the package's form and in Gluon's."""
+
+    made: attention_lab.Problem
+    call: attention.Call
+    plan: attention.Plan
+    lse2: Tensor
+    delta: Tensor
+    over_scale: Tensor
+    """-lse / scale `[1, rows, heads, n]`."""
+    sums: Tensor
+    """Of o ⊙ do, so laid out."""
+
+    @staticmethod
+    def of(n: int) -> "Backward":
+        """N rows of N tokens, no key masked."""
+        made = attention_lab.Problem.make((n, HEADS, n, HEAD))
+        call = attention.make_call(made.q, made.k, made.v, made.bias, None, HEAD**-0.5, "ieee", True)
+        plan = attention.plan_for(made.q, "ieee")
+        o, lse = torch.empty_like(made.q), torch.empty((2, *made.q.shape[:-1]), device="cuda")
+        attention.launch_forward(call, o, lse, plan.forward)
+        lse2, delta = attention.launch_statistics(call, o, made.do, lse[0], None)
+        sums = (o.float() * made.do.float()).sum(-1)
+        return Backward(made, call, plan, lse2, delta, -lse[0] / call.scale, sums)
+
+
+def key_cases(given: Backward, n: int) -> list[Case]:
     """Gradients of keys and values, one after the other: name, the package's, Gluon's."""
-    made = attention_lab.Problem.make((n, HEADS, n, HEAD))
-    scale = HEAD**-0.5
-    call = attention.make_call(made.q, made.k, made.v, made.bias, None, scale, "ieee", True)
-    plan = attention.plan_for(made.q, "ieee")
-    o, lse = torch.empty_like(made.q), torch.empty((2, *made.q.shape[:-1]), device="cuda")
-    attention.launch_forward(call, o, lse, plan.forward)
-    lse2, delta = attention.launch_statistics(call, o, made.do, lse[0], None)
-    over_scale = -lse[0] / scale
-    sums = (o.float() * made.do.float()).sum(-1)
+    call, made = given.call, given.made
     turned = attention.turned(call)
     pairs = turned.flipped.view(torch.int32)
-
-    def empty() -> Tensor:
-        """dk and dv, each `[1, rows, heads, n, d]` as q lies."""
-        return made.q.new_empty((2, 1, n, n, HEADS, HEAD)).transpose(3, 4)
-
-    theirs, found = empty(), empty()
+    # dk and dv, each `[1, rows, heads, n, d]` as q lies.
+    theirs, found = (made.q.new_empty((2, 1, n, n, HEADS, HEAD)).transpose(3, 4) for _ in range(2))
 
     def package() -> Tensor:
-        attention.launch_grad_kv(turned, made.do, lse2, delta, theirs[0], theirs[1], plan.grad_kv)
+        arguments = (made.do, given.lse2, given.delta, theirs[0], theirs[1])
+        attention.launch_grad_kv(turned, *arguments, given.plan.grad_kv)
         return theirs
 
     def ours(queries: int, stages: int) -> Tensor:
-        tensors = (call.q, call.k, call.v, made.do, pairs, over_scale, sums, found[0], found[1])
+        tensors = (call.q, call.k, call.v, made.do, pairs, given.over_scale, given.sums, found[0], found[1])
         constants = {"H": HEADS, "BQ": queries, "D": HEAD, "STAGES": stages}
         grid = (n // 64 * n * HEADS,)
-        grad_kv_kernel[grid](*tensors, n, n, scale, call.unit_scale, **constants, num_warps=4)
+        grad_kv_kernel[grid](*tensors, n, n, call.scale, call.unit_scale, **constants, num_warps=4)
         return found
 
     tiles = ((32, 3), (32, 4), (64, 3), (64, 4))
     return [(f"keys and values {tile}", package, lambda tile=tile: ours(*tile)) for tile in tiles]
+
+
+def query_cases(given: Backward, n: int) -> list[Case]:
+    """Gradients of queries and bias from the same launches, chunk by chunk of rows: name, the package's, Gluon's."""
+    call, made, config = given.call, given.made, given.plan.grad_q
+    beyond = torch.zeros((n, n, 16), dtype=torch.bfloat16, device="cuda")
+    beyond[..., :3] = 1.0
+    pairs = call.bias.view(torch.int32)
+    theirs = torch.empty_like(made.q), torch.empty_like(made.bias)
+    found = torch.empty_like(made.q), torch.empty_like(made.bias)
+    tile = attention.TILE
+    size = ceil_div(n, tile) ** 2 * tile * tile
+
+    def package() -> tuple[Tensor, Tensor]:
+        attention.launch_grad_q(call, made.do, given.lse2, given.delta, theirs[0], config, theirs[1])
+        return theirs
+
+    def ours(keys: int) -> tuple[Tensor, Tensor]:
+        dq, dbias = found
+        groups = attention.plane_groups(call, config, dbias, False)
+        planes = torch.empty((groups, HEADS, size), dtype=torch.bfloat16, device="cuda")
+        total = torch.empty(dbias.shape, dtype=torch.float32, device="cuda")
+        tensors = (call.q, call.k, call.v, made.do, pairs, beyond, given.over_scale, given.sums, dq, planes)
+        constants = {"H": HEADS, "ROWS": 3, "BK": keys, "D": HEAD, "STAGES": 3}
+        for start in range(0, n, groups * 3):
+            some = min(groups, (n - start) // 3)
+            grid = (n // 64 * some * HEADS,)
+            sizes = (n, n, start, some, call.scale, call.unit_scale)
+            grad_q_kernel[grid](*tensors, *sizes, **constants, num_warps=4)
+            out = dbias if start + groups * 3 >= n else total
+            grid = (ceil_div(n, 16) * ceil_div(n, attention.FOLD_PLANES["BK"]) * HEADS, 1, 1)
+            fold = (planes, total, out, HEADS, n, n, some)
+            folding = {"CONTINUES": start > 0, "TILE": tile, **attention.FOLD_PLANES}
+            launch(attention.fold_planes_kernel, grid, attention.FOUR_WARPS, fold, **folding)
+        return found
+
+    return [
+        (f"{name} ({keys}, 3)", lambda i=i: package()[i], lambda i=i, keys=keys: ours(keys)[i])
+        for keys in (32, 64)
+        for i, name in enumerate(("queries", "bias"))
+    ]
 
 
 def main() -> None:
@@ -210,7 +270,9 @@ def main() -> None:
     with (args.out / "gluon_lab.jsonl").open("w") as file:
         for n in LENGTHS:
             cases = [*triangle_cases(n), *transition_cases(n)]
-            cases += [*attention_cases(n, False), *attention_cases(n, True), *gradient_cases(n)]
+            cases += [*attention_cases(n, False), *attention_cases(n, True)]
+            given = Backward.of(n)
+            cases += [*key_cases(given, n), *(query_cases(given, n) if n % 3 == 0 else [])]
             for name, package, gluons in cases:
                 row = {"n": n, "kernel": name}
                 try:
