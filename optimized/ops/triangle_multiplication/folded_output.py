@@ -100,7 +100,7 @@ def forward_kernel(
 ):
     """BN channels (by `program_id(1)`) of y `[N·N, c]` of `group` tiles of BM positions, from raw rows of x and z.
 
-    stats `[4, P, P]` and moments `[8, P, P]` of x, then of z. EVEN: as in `folded`.
+    stats `[5, P, P]` and moments `[8, P, P]` of x, then of z. EVEN: as in `folded`.
     """
     tl.assume(n_tokens > 0)
     tl.assume(padded > 0)

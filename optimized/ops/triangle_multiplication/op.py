@@ -64,7 +64,7 @@ def triangle_multiplication(
     and `keep`, the factors of row- or column-shared dropout (no gradient), as for `gated_output`; with z itself as the
     residual its two gradients are added by the kernel. The products run in autocast's dtype where autocast is on and
     in z's dtype otherwise; the result has that dtype, or the wider one of it and the residual's. Parameters may have
-    another dtype. z, the contraction (N²·h values) and, in bfloat16, four statistics of every pair
+    another dtype. z, the contraction (N²·h values) and, in bfloat16, five statistics of every pair
     are kept for the backward pass. Where the kernels do not apply (`supported` says why) the definition runs.
     """
     dtype = compute_dtype(z)
