@@ -22,14 +22,8 @@ import attention_lab
 import fused_lab
 import torch
 import triangle_lab
-from gluon_kernels import (
-    attention_kernel,
-    grad_kv_kernel,
-    grad_q_kernel,
-    output_kernel,
-    project_kernel,
-    transition_kernel,
-)
+from gluon_attention import attention_kernel, grad_kv_kernel, grad_q_kernel
+from gluon_pair import output_kernel, project_kernel, transition_kernel
 from torch import Tensor
 from triton.testing import do_bench
 
