@@ -253,26 +253,51 @@ def query_cases(given: Backward, n: int) -> list[Case]:
     ]
 
 
+CASES: dict[str, Callable[[int], list[Case]]] = {
+    "triangle": triangle_cases,
+    "transition": transition_cases,
+    "attention": lambda n: [*attention_cases(n, False), *attention_cases(n, True)],
+    "keys": lambda n: key_cases(Backward.of(n), n),
+    "queries": lambda n: query_cases(Backward.of(n), n) if n % 3 == 0 else [],
+}
+
+
+def where(exact: Tensor, found: Tensor) -> dict[str, object]:
+    """What of `found` is wrong: the share of entries, of them not finite, and of each axis the first and last index."""
+    wrong = ~((found - exact).abs() <= 0.05 * exact.abs().max())
+    spans = [span(wrong, axis) for axis in range(wrong.ndim)]
+    unset = (~found.isfinite()).float().mean().item()
+    ratio = ((found * exact).sum() / exact.square().sum()).item()
+    return {"wrong": wrong.float().mean().item(), "not_finite": unset, "spans": spans, "slope": ratio}
+
+
+def span(wrong: Tensor, axis: int) -> tuple[int, int, int]:
+    """First and last index along an axis where anything is wrong, and how many are."""
+    others = [other for other in range(wrong.ndim) if other != axis]
+    found = (wrong.any(others) if others else wrong).nonzero().flatten().tolist()
+    return (found[0], found[-1], len(found)) if found else (0, 0, 0)
+
+
 def main() -> None:
     """Compare and time all of them at every length."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--only", default=",".join(CASES), help="groups of kernels, comma-separated")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "gluon_lab.jsonl").open("w") as file:
+    with (args.out / "gluon_lab.jsonl").open("a") as file:
         for n in LENGTHS:
-            cases = [*triangle_cases(n), *transition_cases(n)]
-            cases += [*attention_cases(n, False), *attention_cases(n, True)]
-            given = Backward.of(n)
-            cases += [*key_cases(given, n), *(query_cases(given, n) if n % 3 == 0 else [])]
+            cases = [case for group in args.only.split(",") for case in CASES[group](n)]
             for name, package, gluons in cases:
                 row = {"n": n, "kernel": name}
                 try:
                     exact, found = package().float(), gluons().float()
                     row["distance"] = ((found - exact).norm() / exact.norm()).item()
                     row["same"] = row["distance"] <= SAME
+                    if not row["same"]:
+                        row["where"] = where(exact, found)
                     row["ms"] = {
                         "package": do_bench(package, warmup=10, rep=40, return_mode="median"),
                         "gluon": do_bench(gluons, warmup=10, rep=40, return_mode="median"),

@@ -7,6 +7,7 @@ from typing import Any
 import triton
 
 from optimized.ops import outer_products, parameters
+from optimized.ops.launching import has_gluon
 from optimized.ops.layer_norm_linear import kernels as linear_kernels
 from optimized.ops.layer_norm_linear import launch as linear
 from optimized.ops.offline import KernelCase
@@ -83,11 +84,33 @@ def make_case(
     )
 
 
+def hopper_cases() -> list[KernelCase]:
+    """The kernels in Gluon, for whole tiles and for others."""
+    from optimized.ops.transition import hopper as transition_hopper
+    from optimized.ops.triangle_multiplication import hopper as triangle_hopper
+
+    found: list[KernelCase] = []
+    for fn, config, short in (
+        (triangle_hopper.project_kernel, triangle.PROJECT_HOPPER, "project_hopper"),
+        (triangle_hopper.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper"),
+    ):
+        for even in (False, True):
+            sizes = {"EVEN": even, "MASKED": True, "num_warps": config.num_warps}
+            name = f"triangle_multiplication.bf16.128.{short}{'.even' if even else ''}"
+            found.append(make_case(name, fn, config, "bf16", sizes))
+    config = transition.FORWARD_HOPPER
+    for added in (False, True):
+        sizes = {"C": 128, "H": 512, "ADDED": added, "num_warps": config.num_warps}
+        name = f"transition.bf16.128x512.forward_hopper{'.added' if added else ''}"
+        found.append(make_case(name, transition_hopper.forward_kernel, config, "bf16", sizes))
+    return found
+
+
 def cases(arch: str) -> list[KernelCase]:
     """The kernels of the fused operators that `arch` launches with their default configurations, at the AF3 widths."""
     import torch
 
-    found: list[KernelCase] = []
+    found = hopper_cases() if arch == "sm_90" and has_gluon() else []
     for kernel, config in (
         (parameters.pack_kernel, parameters.PACK),
         (parameters.fold_kernel, parameters.FOLD),

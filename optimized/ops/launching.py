@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optimized.ops.tuning import Config, forget_with, lookup
+from optimized.ops.tuning import Config, architecture, forget_with, lookup
 
 _Default = Callable[[str, int, torch.dtype], Config]
 
@@ -62,6 +62,28 @@ def spread(steps: int, config: Config, channels: int, w: Tensor, columns: int = 
 def fast_sigmoid(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the sigmoid may use the hardware's tanh, whose error of 2⁻¹¹ is lost in bf16's 2⁻⁹."""
     return dtype == torch.bfloat16 and device.type == "cuda" and torch.version.hip is None
+
+
+@cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether the device is an H100, H200 or the like."""
+    # Without a GPU, for fake tensors of one, there is nothing to ask.
+    return device.type == "cuda" and torch.cuda.is_available() and architecture(device) == "sm_90"
+
+
+@cache
+def has_gluon() -> bool:
+    """Whether this Triton has Gluon, its lower level, as the kernels in it know it."""
+    try:
+        from optimized.ops import gluon_parts  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def runs_gluon(device: torch.device) -> bool:
+    """Whether the kernels in Gluon, all of them for Hopper, run there."""
+    return on_hopper(device) and has_gluon()
 
 
 # Kernels whose products have BN rows, or twice as many: the tile's BM positions are their columns or summed over.

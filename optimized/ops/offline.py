@@ -104,12 +104,17 @@ def target_of(arch: str) -> Any:
 def _source(case: KernelCase) -> Any:
     from triton.compiler import ASTSource
 
+    kind = ASTSource
+    if type(case.kernel).__name__ == "GluonJITFunction":
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind = GluonASTSource
     names = case.kernel.arg_names
     signature = {n: case.signature.get(n, "constexpr") for n in names}
     constants = {(names.index(n),): v for n, v in case.constants.items()}
     unknown = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned if n not in unknown}
-    return ASTSource(case.kernel, signature, constants, attributes)
+    return kind(case.kernel, signature, constants, attributes)
 
 
 def compile_case(case: KernelCase, arch: str) -> CompileReport:

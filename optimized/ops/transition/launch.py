@@ -10,6 +10,7 @@ from optimized.ops.launching import (
     fast_sigmoid,
     processors,
     product_width,
+    runs_gluon,
     spread,
     tile,
 )
@@ -36,6 +37,9 @@ HALF_WIDE = {
     "input_gradient": tile(16, 32, 8, 1),
     "weight_gradient": tile(16, 16, 8, 1),
 }
+
+
+FORWARD_HOPPER = Config({"BM": 64, "BN": 64}, 4)
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
@@ -73,13 +77,36 @@ def forward(
     `added`: x + y, in the wider dtype of both.
     """
     rows, channels = x.shape
-    config = config or _config("forward", x, w.dtype)
     dtype = torch.promote_types(x.dtype, w.dtype) if added else w.dtype
     out = torch.empty((rows, channels), dtype=dtype, device=x.device)
+    if config is None and _overlaps(x, w):
+        return _forward_hopper(x, norm, w, out, eps, added)
+    config = config or _config("forward", x, w.dtype)
     grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
     sizes = _sizes(w, channels, x.device)
     sizes |= _form("JOINT", config) | {"ADDED": added}
     launch(kernels.forward_kernel, grid, config, (x, *norm, w, out, rows, eps), **sizes)
+    return out
+
+
+def _overlaps(x: Tensor, w: Tensor) -> bool:
+    """Whether the forward kernel is that of `hopper`."""
+    rows, channels = x.shape
+    tile, chunk = FORWARD_HOPPER.constants["BM"], FORWARD_HOPPER.constants["BN"]
+    hidden = w.numel() // (3 * channels)
+    fits = rows >= tile and channels == 128 and hidden % chunk == 0 and hidden > chunk
+    return fits and w.dtype == torch.bfloat16 and x.data_ptr() % 16 == 0 and runs_gluon(x.device)
+
+
+def _forward_hopper(
+    x: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, out: Tensor, eps: float, added: bool
+) -> Tensor:
+    from optimized.ops.transition import hopper
+
+    rows, channels = x.shape
+    grid = (ceil_div(rows, FORWARD_HOPPER.constants["BM"]), 1, 1)
+    sizes = {"C": channels, "H": w.numel() // (3 * channels), "ADDED": added}
+    launch(hopper.forward_kernel, grid, FORWARD_HOPPER, (x, *norm, w, out, rows, eps), **sizes)
     return out
 
 

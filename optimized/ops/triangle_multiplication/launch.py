@@ -24,6 +24,8 @@ from optimized.ops.triangle_multiplication import (
 from optimized.ops.triangle_multiplication.layout import (
     MOMENTS,
     NORMALISE,
+    OUTPUT_HOPPER,
+    PROJECT_HOPPER,
     X_STATISTICS,
     Z_STATISTICS,
     Folded,
@@ -33,6 +35,7 @@ from optimized.ops.triangle_multiplication.layout import (
     folds,
     folds_output,
     normalises,
+    overlaps,
     pack_weights,
 )
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
@@ -98,6 +101,31 @@ def project_folded(
     sizes = shape.inner(w.weights) | {"EVEN": shape.tokens % rows == 0}
     launch(folded.project_kernel, (programs, columns, 1), config, arguments, **sizes)
     return ab
+
+
+def project_hopper(
+    z: Tensor,
+    mask: Tensor | None,
+    stats: Tensor,
+    w: Folded,
+    shape: Shape,
+    eps: float,
+    config: Config = PROJECT_HOPPER,
+) -> Tensor:
+    """As `project_folded`, and the statistics `[3, P, P]` of z are put into `stats`. See `hopper`."""
+    from optimized.ops.triangle_multiplication import hopper
+
+    programs, group = spread(shape.padded**2 // hopper.TILE.value, config, shape.channels, w.weights)
+    ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
+    arguments = (z, z if mask is None else mask, stats, *w, ab, *shape.place(z), group, eps)
+    sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None}
+    launch(hopper.project_kernel, (programs, 1, 1), config, arguments, **sizes)
+    return ab
+
+
+def _even(z: Tensor, shape: Shape) -> bool:
+    """Whether positions of the padded square are rows of z one after another."""
+    return shape.tokens == shape.padded and z.is_contiguous()
 
 
 def project_forward(
@@ -179,6 +207,25 @@ def output_folded(
     arguments = (x, z, stats, moments, *w, y, *shape.place(z), group)
     sizes = shape.blocks(w.weights) | {"EVEN": shape.tokens % rows == 0}
     launch(folded_output.forward_kernel, (programs, columns, 1), config, arguments, **sizes)
+    return y
+
+
+def output_hopper(
+    x: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    w: Folded,
+    shape: Shape,
+    eps: float,
+    config: Config = OUTPUT_HOPPER,
+) -> Tensor:
+    """As `output_folded`; of the statistics `[5, P, P]` those of x are put there. See `hopper`."""
+    from optimized.ops.triangle_multiplication import hopper
+
+    programs, group = spread(shape.padded**2 // hopper.TILE.value, config, shape.channels, w.weights)
+    y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
+    arguments = (x, z, stats, *w, y, *shape.place(z), group, eps)
+    launch(hopper.output_kernel, (programs, 1, 1), config, arguments, EVEN=_even(z, shape))
     return y
 
 
@@ -417,18 +464,31 @@ def forward(
     keep = folds_output(z, shape.hidden, dtype)
     stats = torch.empty(shape.statistics(keep), dtype=torch.float32, device=z.device)
     if keep and weights[0] is not None:
-        moments = empty_moments(z, shape, weights[0], 2)
-        of_x, of_z = moments.chunk(2)
-        if normalises(z, shape.hidden, dtype):
-            z, _ = normalise(z, mask, shape, eps, stats[2:], of_z)
-        else:
-            z_statistics(z, mask, shape, eps, stats[2:], of_z)
-        x = contract(project_folded(z, stats[4], of_z, weights[0], shape), outgoing)
-        x_statistics(x, shape, eps, stats[:2], of_x)
-        return output_folded(x, z, stats, moments, weights[0], shape), x, stats
+        return *_forward_raw(z, weights[0], mask, outgoing, eps, shape, stats), stats
     x = contract(project_in(z, norm_in, weights, mask, shape, eps), outgoing)
     norms = (w.norm_out_weight, w.norm_out_bias, *norm_in)
     return output_forward(x, z, norms, weights[1], shape, eps), x, stats
+
+
+def _forward_raw(
+    z: Tensor, w: Folded, mask: Tensor | None, outgoing: bool, eps: float, shape: Shape, stats: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y and the contraction by the kernels that multiply raw rows; the statistics are put into `stats [5, P, P]`."""
+    raw, early = z.dtype == w.weights.dtype, overlaps(z, shape.hidden, w.weights.dtype)
+    if raw and early:
+        x = contract(project_hopper(z, mask, stats[2:], w, shape, eps), outgoing)
+        return output_hopper(x, z, stats, w, shape, eps), x
+    moments = empty_moments(z, shape, w, 2)
+    of_x, of_z = moments.chunk(2)
+    if raw:
+        z_statistics(z, mask, shape, eps, stats[2:], of_z)
+    else:
+        z, _ = normalise(z, mask, shape, eps, stats[2:], of_z)
+    x = contract(project_folded(z, stats[4], of_z, w, shape), outgoing)
+    if early:
+        return output_hopper(x, z, stats, w, shape, eps), x
+    x_statistics(x, shape, eps, stats[:2], of_x)
+    return output_folded(x, z, stats, moments, w, shape), x
 
 
 def backward(

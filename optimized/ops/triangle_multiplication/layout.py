@@ -1,7 +1,6 @@
 """What triangle multiplication's launches are made of: tile shapes, sizes of a call, packed and folded weights."""
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,13 +11,15 @@ from optimized.ops.launching import (
     ceil_div,
     chosen,
     fast_sigmoid,
+    on_hopper,
     product_width,
+    runs_gluon,
     tile,
 )
 from optimized.ops.parameters import pack
 from optimized.ops.triangle_multiplication import folded
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
-from optimized.ops.tuning import Config, architecture
+from optimized.ops.tuning import Config
 
 ALIGNMENT = 16
 
@@ -60,6 +61,9 @@ HALF_NARROW = {
 FULL = dict.fromkeys((*HALF, "project_input"), tile(32, 16, 8, 1))
 
 
+# Of the kernels for Hopper: tiles on their way or in use.
+PROJECT_HOPPER = Config({"STAGES": 5}, 8)
+OUTPUT_HOPPER = Config({"STAGES": 4}, 8)
 FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
 MOMENTS = Config({"BLOCK": 1024}, 4)
 Z_STATISTICS = Config({"CHANNELS": 32, "BLOCK": 32}, 4)
@@ -151,13 +155,20 @@ def _raw_output(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
     """Only where the matrix unit reads both operands from shared memory: elsewhere the weights would fill the registers."""
     if dtype != torch.bfloat16 or max(z.shape[2], hidden) > MOST_RESIDENT:
         return False
-    return z.device.type == "cpu" or _on_hopper(z.device)
+    return z.device.type == "cpu" or on_hopper(z.device)
 
 
-@cache
-def _on_hopper(device: torch.device) -> bool:
-    # Without a GPU, for fake tensors of one, there is nothing to ask.
-    return torch.cuda.is_available() and architecture(device) == "sm_90"
+HOPPER_CHANNELS = 128
+"""The one number of channels, of z and of the contraction, that the kernels for Hopper know."""
+
+
+def overlaps(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether the forward kernels are those of `hopper`: where `folds_output`, and copies of 16 bytes can fetch z."""
+    widths = z.shape[2] == hidden == HOPPER_CHANNELS
+    if not (widths and dtype == torch.bfloat16 and runs_gluon(z.device)):
+        return False
+    # A z in float32 is normalised into a tensor of its own.
+    return z.dtype != dtype or (z.stride(0) % 16 == 0 and z.stride(1) % 16 == 0 and z.data_ptr() % 16 == 0)
 
 
 def fold_weights(w: TriangleWeights, dtype: torch.dtype) -> tuple[Folded, Tensor]:
