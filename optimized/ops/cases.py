@@ -87,12 +87,12 @@ def make_case(
 def hopper_cases() -> list[KernelCase]:
     """The kernels in Gluon, for whole tiles and for others."""
     from optimized.ops.transition import hopper as transition_hopper
-    from optimized.ops.triangle_multiplication import hopper as triangle_hopper
+    from optimized.ops.triangle_multiplication import hopper_output, hopper_project
 
     found: list[KernelCase] = []
     for fn, config, short in (
-        (triangle_hopper.project_kernel, triangle.PROJECT_HOPPER, "project_hopper"),
-        (triangle_hopper.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper"),
+        (hopper_project.project_kernel, triangle.PROJECT_HOPPER, "project_hopper"),
+        (hopper_output.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper"),
     ):
         for even in (False, True):
             sizes = {"EVEN": even, "MASKED": True, "num_warps": config.num_warps}

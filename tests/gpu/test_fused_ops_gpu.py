@@ -55,7 +55,7 @@ def test_transition_errors(n, c, factor, dtype, parameter_dtype):
 
 @pytest.mark.parametrize("outgoing", [True, False])
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), [(BF, FULL), (BF, BF), (HALF, FULL), (FULL, FULL)])
-@pytest.mark.parametrize(("n", "c"), [(96, 128), (101, 64)])
+@pytest.mark.parametrize(("n", "c"), [(96, 128), (101, 64), (101, 128)])
 def test_triangle_multiplication_errors(n, c, dtype, parameter_dtype, outgoing):
     z, grad = pair_input(n, c, dtype)
     mask = torch.rand(n, n, device="cuda") > 0.2
@@ -63,6 +63,28 @@ def test_triangle_multiplication_errors(n, c, dtype, parameter_dtype, outgoing):
     check_against_definition(
         *triangles(outgoing, mask), [z, *triangle_parameters(c, c, parameter_dtype)], [grad]
     )
+
+
+@pytest.mark.parametrize("n", [64, 101])
+@pytest.mark.parametrize("channels", [144, 136])
+def test_triangle_multiplication_of_a_part_of_wider_rows(n, channels):
+    """Rows as copies of 16 bytes can fetch them, and rows of which every second begins between two; in both orders."""
+    wide, _ = pair_input(n, channels, BF)
+    weights = TriangleWeights(*triangle_parameters(128, 128, FULL))
+    for z in (wide[..., :128], wide[..., :128].transpose(0, 1), wide[..., channels - 128 :]):
+        mask = torch.rand(n, n, device="cuda") > 0.2
+        whole = triangle_multiplication(z.contiguous(), weights, True, mask)
+        assert distance(triangle_multiplication(z, weights, True, mask), whole) < 2**-9
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("added", [False, True])
+def test_transition_of_few_rows(rows, added):
+    """Fewer than a tile has, as many, and tiles that overlap."""
+    x = torch.randn(rows, 128, device="cuda").to(BF)
+    weights = transition_parameters(128, 4, FULL)
+    apart = torch.cat([transition(row, *weights, added=added) for row in x.split(1)])
+    assert distance(transition(x, *weights, added=added), apart) < 2**-8
 
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), [(BF, FULL), (HALF, HALF), (FULL, FULL)])

@@ -22,6 +22,7 @@ from optimized.ops.triangle_multiplication import (
     statistics,
 )
 from optimized.ops.triangle_multiplication.layout import (
+    HOPPER_TILE,
     MOMENTS,
     NORMALISE,
     OUTPUT_HOPPER,
@@ -113,13 +114,13 @@ def project_hopper(
     config: Config = PROJECT_HOPPER,
 ) -> Tensor:
     """As `project_folded`, and the statistics `[3, P, P]` of z are put into `stats`. See `hopper`."""
-    from optimized.ops.triangle_multiplication import hopper
+    from optimized.ops.triangle_multiplication import hopper_project
 
-    programs, group = spread(shape.padded**2 // hopper.TILE.value, config, shape.channels, w.weights)
+    programs, group = spread(shape.padded**2 // HOPPER_TILE, config, shape.channels, w.weights)
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
     arguments = (z, z if mask is None else mask, stats, *w, ab, *shape.place(z), group, eps)
     sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None}
-    launch(hopper.project_kernel, (programs, 1, 1), config, arguments, **sizes)
+    launch(hopper_project.project_kernel, (programs, 1, 1), config, arguments, **sizes)
     return ab
 
 
@@ -220,12 +221,12 @@ def output_hopper(
     config: Config = OUTPUT_HOPPER,
 ) -> Tensor:
     """As `output_folded`; of the statistics `[5, P, P]` those of x are put there. See `hopper`."""
-    from optimized.ops.triangle_multiplication import hopper
+    from optimized.ops.triangle_multiplication import hopper_output
 
-    programs, group = spread(shape.padded**2 // hopper.TILE.value, config, shape.channels, w.weights)
+    programs, group = spread(shape.padded**2 // HOPPER_TILE, config, shape.channels, w.weights)
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, stats, *w, y, *shape.place(z), group, eps)
-    launch(hopper.output_kernel, (programs, 1, 1), config, arguments, EVEN=_even(z, shape))
+    launch(hopper_output.output_kernel, (programs, 1, 1), config, arguments, EVEN=_even(z, shape))
     return y
 
 

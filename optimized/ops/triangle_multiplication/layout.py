@@ -62,7 +62,7 @@ FULL = dict.fromkeys((*HALF, "project_input"), tile(32, 16, 8, 1))
 
 
 # Of the kernels for Hopper: tiles on their way or in use.
-PROJECT_HOPPER = Config({"STAGES": 5}, 8)
+PROJECT_HOPPER = Config({"STAGES": 6}, 8)
 OUTPUT_HOPPER = Config({"STAGES": 4}, 8)
 FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
 MOMENTS = Config({"BLOCK": 1024}, 4)
@@ -158,8 +158,8 @@ def _raw_output(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
     return z.device.type == "cpu" or on_hopper(z.device)
 
 
-HOPPER_CHANNELS = 128
-"""The one number of channels, of z and of the contraction, that the kernels for Hopper know."""
+HOPPER_CHANNELS, HOPPER_TILE = 128, 64
+"""The one number of channels, of z and of the contraction, that the kernels for Hopper know; positions of their tiles."""
 
 
 def overlaps(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:

@@ -65,6 +65,13 @@ def test_what_is_not_launched_is_not_compiled():
     assert not any(case.name.startswith("linear.") for case in default_cases("gfx90a"))
 
 
+def test_kernels_in_gluon_are_compiled_for_hopper_alone():
+    def in_gluon(arch):
+        return {case.name for case in default_cases(arch) if type(case.kernel).__name__ == "GluonJITFunction"}
+
+    assert in_gluon("sm_90") and not any(in_gluon(arch) for arch in ARCHITECTURES if arch != "sm_90")
+
+
 def test_keys_are_those_of_the_launch():
     assert case_named("gated_output.bf16.256x64.forward").entry == "gated_output.forward/bfloat16/256"
     assert case_named("gated_output.bf16.256x64.backward").entry == "gated_output.backward/bfloat16/64"
