@@ -58,19 +58,24 @@ TILES: dict[str, list[tuple[int, ...]]] = {
         (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2),
     ],
     "project_weight": [(64, 64, 4, 3), (64, 64, 4, 4)],
+    # Stages and warps: the forward pass on Hopper, which takes its statistics itself.
+    "project_hopper": [(5, 8), (6, 8), (8, 8)],
+    "output_hopper": [(3, 8), (4, 8)],
     # Channels at a time, positions and warps.
     "z_statistics": [(32, 32, 4), (32, 64, 4), (32, 64, 8), (64, 32, 4), (128, 32, 4)],
     "x_statistics": [(16, 64, 2), (16, 128, 4), (8, 64, 2), (16, 64, 4), (32, 64, 2)],
 }  # fmt: skip
 # What stands for the same tile with statistics kept, and what has no tile that is looked up.
 KEPT = {"input_gradient_kept": "input_gradient"}
-FIXED = ("gate_gradient", "moments", "z_statistics", "x_statistics")
+FIXED = ("gate_gradient", "moments", "z_statistics", "x_statistics", "project_hopper", "output_hopper")
 # Run only where no statistics are kept.
 PLAIN = ("output", "output_backward", "output_weight", "input_gradient")
 # GEMM units of 2·N²·c·c FLOP and passes over N²·c bf16 values.
 WORK = {
     "z_statistics": (0, 1),
     "project_folded": (4, 3),
+    "project_hopper": (4, 3),
+    "output_hopper": (2, 3),
     "x_statistics": (0, 1),
     "output_folded": (2, 3),
     "output": (2, 3),
@@ -92,6 +97,8 @@ def config_of(job: Job) -> Config:
     """The configuration of a candidate; ValueError where it breaks the rule of `checked`."""
     kernel, shape = job
     if kernel in FIXED:
+        if kernel.endswith("_hopper"):
+            return Config({"STAGES": shape[0]}, shape[1])
         names = ("CHANNELS", "BLOCK")
         return Config(dict(zip(names, shape, strict=False)), shape[-1]) if shape else tile(64, 64, 4, 1)
     config = tile(*shape)
@@ -108,14 +115,16 @@ def entries_of(job: Job) -> dict[str, Config]:
 
 
 @contextmanager
-def statistics(kept: bool) -> Iterator[None]:
-    """Whole operators keep statistics or keep none."""
-    before = tm.folds_output
+def statistics(kept: bool, hopper: bool = True) -> Iterator[None]:
+    """Whole operators keep statistics or keep none; without `hopper` their forward pass is Triton's on Hopper too."""
+    before = tm.folds_output, tm.overlaps
     tm.folds_output = lambda z, hidden, dtype: kept
+    if not hopper:
+        tm.overlaps = lambda z, hidden, dtype: False
     try:
         yield
     finally:
-        tm.folds_output = before
+        tm.folds_output, tm.overlaps = before
 
 
 class Bench:
@@ -152,6 +161,8 @@ class Bench:
             "z_statistics": lambda: tm.z_statistics(
                 z, None, s, EPS, self.stats[2:], self.moments[4:], config
             ),
+            "project_hopper": lambda: tm.project_hopper(z, None, self.stats[2:], self.folded, s, EPS, config),
+            "output_hopper": lambda: tm.output_hopper(x, z, self.stats, self.folded, s, EPS, config),
             "x_statistics": lambda: tm.x_statistics(x, s, EPS, self.stats[:2], self.moments[:4], config),
             "moments": lambda: tm.moments_of(self.stats, s, BF),
             "project_folded": lambda: tm.project_folded(*projected, config),
@@ -197,7 +208,8 @@ class Accuracy:
         """The worst result's error over the definition's, per problem; `job` None: with the shipped tiles."""
         entries = {} if job is None else entries_of(job)
         found = []
-        with statistics(kept), tuning.trying(entries):
+        forward = job is not None and job[0] in ("project_folded", "output_folded")
+        with statistics(kept, not forward), tuning.trying(entries):
             for ours, tensors, grad, exact, bound in self.problems:
                 values = self._passes(ours, tensors, grad, None)
                 own = [self._distance(a, x) for a, x in zip(values, exact, strict=True)]
