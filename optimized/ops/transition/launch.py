@@ -39,6 +39,7 @@ HALF_WIDE = {
 }
 
 
+# Of the kernel in `hopper`: rows, and hidden units at a time.
 FORWARD_HOPPER = Config({"BM": 64, "BN": 64}, 4)
 
 
@@ -90,7 +91,7 @@ def forward(
 
 
 def _overlaps(x: Tensor, w: Tensor) -> bool:
-    """Whether the forward kernel is that of `hopper`."""
+    """Whether the forward kernel is that of `hopper`: from a whole tile of rows on, which copies of 16 bytes can fetch."""
     rows, channels = x.shape
     tile, chunk = FORWARD_HOPPER.constants["BM"], FORWARD_HOPPER.constants["BN"]
     hidden = w.numel() // (3 * channels)

@@ -128,7 +128,7 @@ def output_kernel(
     z_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, WIDTH], wide)
     rstd_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], plain)
     shift_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], plain)
-    # For even steps and for odd ones, as in `project_kernel`.
+    # For even steps and for odd ones: between accesses to one allocation a barrier would be put.
     of_x_0 = (
         gl.allocate_shared_memory(gl.float32, [TILE], plain),
         gl.allocate_shared_memory(gl.float32, [TILE], plain),
