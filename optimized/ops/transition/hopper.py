@@ -106,10 +106,11 @@ def forward_kernel(
     acc_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, C, 16])
     h_l: gl.constexpr = gl.DotOperandLayout(0, acc_l, 2)
     wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    narrow: gl.constexpr = gl.NVMMASharedLayout(2 * BN if BN < 64 else 128, 16, 2)
     CHUNKS: gl.constexpr = H // BN
     n_s = gl.allocate_shared_memory(gl.bfloat16, [BM, C], wide)
     p_s = gl.allocate_shared_memory(gl.bfloat16, [2, 2 * BN, C], wide)
-    o_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, BN], wide)
+    o_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, BN], narrow)
     none = gl.full([BM, 2 * BN], 0.0, gl.float32, pair_l)
     fetch_pair(w_ptr, p_s.index(0), C, H, BN, xl)
     async_copy.commit_group()

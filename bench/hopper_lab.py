@@ -1,0 +1,212 @@
+"""One GPU call for other forms of the kernels for Hopper, beside the package's: triangle multiplication's input projections as two
+programs a multiprocessor, and tiles of the transition's forward kernel.
+
+python bench/hopper_lab.py --out DIR      (half a minute on one Hopper card)
+
+`hopper_project.project_kernel` takes all 256 channels of a tile in one program of 8 warps. Its warps issue their matrix instructions
+in turns with arithmetic, in order, so that neither runs at its own pace: 5000 cycles a tile, of which the products need 2300 and
+the arithmetic some 2000. Here a program takes 128 of the channels and waits for its products, in 128 registers and 109 KiB, so that
+two are on a multiprocessor, of which one multiplies while the other computes. The tile is read twice from L2, and its statistics
+are taken twice. Compiled for sm_90 by Triton 3.6 (523 instructions a tile and program, none spilled; where tiles are not whole, it needs
+the limit on registers); not run yet.
+
+The transition's kernel with 32 hidden units at a time and 168 registers fits three times on a multiprocessor, 12 warps instead of 8 (8
+bytes spilled); compiled, not run.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Gluon compiles functions here: an annotation would mean a compile-time constant)
+# mypy: ignore-errors
+import argparse
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import fused_lab
+import torch
+import triangle_lab
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma_wait,
+)
+from triton.testing import do_bench
+
+from optimized.ops.gluon_parts import barrier
+from optimized.ops.launcher import launch
+from optimized.ops.launching import ceil_div, processors
+from optimized.ops.parameters import pack
+from optimized.ops.transition import hopper as transition_hopper
+from optimized.ops.transition import launch as transition
+from optimized.ops.triangle_multiplication import launch as package
+from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, fetch_rows, load_rows
+from optimized.ops.triangle_multiplication.hopper_project import (
+    ROWS_OF_LANES,
+    RUNS,
+    beside_weights,
+    gated_in,
+    load_kept,
+    position_of,
+    products,
+    put_channels,
+    row_in_order,
+    take,
+)
+from optimized.ops.triangle_multiplication.layout import HOPPER_TILE
+from optimized.ops.tuning import Config
+
+LENGTHS = (101, 384, 450, 768, 1024, 2048)
+EPS = 1e-5
+
+
+@gluon.jit(do_not_specialize=["group"])
+def pair_kernel(
+    z_ptr, mask_ptr, stats_ptr, folded_ptr, sums_partial_ptr, out_ptr, n_tokens, padded, stride_i, stride_j, group, eps,
+    EVEN: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """a (`program_id(1)` 0) or b, 128 channels of `[256, P, P]`, of `group` tiles of 64 positions; a's also the statistics
+    `[3, P, P]` of z."""
+    gl.assume(n_tokens > 0)
+    gl.assume(padded > 0)
+    gl.assume(stride_i >= 0)
+    gl.assume(stride_j >= 0)
+    gl.assume(group > 0)
+    zl: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
+    bl: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [num_warps, 1], [1, 0])
+    ordered: gl.constexpr = row_in_order(gl.arange(0, TILE, gl.SliceLayout(1, ROWS_OF_LANES))).type.layout
+    acc_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TILE, 16])
+    wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    thin: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    area = padded.to(gl.int64) * padded
+    channel = gl.program_id(1) * WIDTH
+    linear_w = gl.allocate_shared_memory(
+        gl.bfloat16, [WIDTH, WIDTH], wide, load_rows(folded_ptr, channel, zl)
+    )
+    gate_w = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, WIDTH], wide, load_rows(folded_ptr, channel + 2 * WIDTH, zl))  # fmt: skip
+    of_linear = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, 16], thin, beside_weights(sums_partial_ptr, channel, bl))  # fmt: skip
+    of_gate = gl.allocate_shared_memory(gl.bfloat16, [WIDTH, 16], thin, beside_weights(sums_partial_ptr, channel + 2 * WIDTH, bl))  # fmt: skip
+    z_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, WIDTH], wide)
+    moments_s = gl.allocate_shared_memory(gl.bfloat16, [2, TILE, 16], thin)
+    rstd_s = gl.allocate_shared_memory(gl.float32, [2, TILE], plain)
+    none = gl.full([WIDTH, TILE], 0.0, gl.float32, acc_l)
+    columns = position_of(gl.arange(0, TILE, gl.SliceLayout(1, zl)))
+    out_ptr += channel.to(gl.int64) * area
+    first = gl.program_id(0) * group
+    last = gl.minimum(first + group, (padded * padded) // TILE)
+    writes = channel == 0
+    for s in gl.static_range(STAGES):
+        start = (first + s) * TILE
+        fetch_rows(z_ptr, z_s.index(s), start + columns, n_tokens, padded, stride_i, stride_j, EVEN, zl, first + s < last)  # fmt: skip
+        async_copy.commit_group()
+    async_copy.wait_group(STAGES - 1)
+    barrier()
+    inside, keep = load_kept(mask_ptr, first * TILE, n_tokens, padded, MASKED, EVEN, ordered)
+    take(
+        z_s.index(0),
+        moments_s.index(0),
+        rstd_s.index(0),
+        inside,
+        keep,
+        stats_ptr,
+        first * TILE,
+        area,
+        eps,
+        writes,
+    )
+    slot = 0
+    for step in range(first, last):
+        now = (step - first) % 2
+        following = (slot + 1) % STAGES
+        beyond = gl.minimum(step + 1, last - 1) * TILE
+        inside, keep = load_kept(mask_ptr, beyond, n_tokens, padded, MASKED, EVEN, ordered)
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        barrier()
+        linear, gate = products(
+            linear_w, gate_w, of_linear, of_gate, z_s.index(slot), moments_s.index(now), none
+        )
+        take(z_s.index(following), moments_s.index(1 - now), rstd_s.index(1 - now), inside, keep, stats_ptr, beyond, area, eps, writes & (step + 1 < last))  # fmt: skip
+        linear, gate = warpgroup_mma_wait(0, deps=[linear, gate])
+        barrier()
+        far = step + STAGES
+        fetch_rows(z_ptr, z_s.index(slot), far * TILE + columns, n_tokens, padded, stride_i, stride_j, EVEN, zl, far < last)  # fmt: skip
+        async_copy.commit_group()
+        put_channels(gated_in(linear, gate, rstd_s.index(now)), out_ptr, 0, step * TILE, area, RUNS)
+        slot = following
+    async_copy.wait_group(0)
+
+
+def paired(made: triangle_lab.Bench, mask: Tensor | None, stats: Tensor, config: Config) -> Tensor:
+    """As `launch.project_hopper`."""
+    z, shape = made.z, made.shape
+    tiles = shape.padded**2 // HOPPER_TILE
+    group = ceil_div(tiles, processors(z.device))
+    ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
+    arguments = (z, z if mask is None else mask, stats, *made.folded, ab, *shape.place(z), group, EPS)
+    sizes = {"EVEN": shape.tokens == shape.padded, "MASKED": mask is not None}
+    launch(pair_kernel, (ceil_div(tiles, group), 2, 1), config, arguments, **sizes)
+    return ab
+
+
+TILES = ((64, 64, 4, 0), (64, 32, 4, 0), (64, 32, 4, 168), (128, 32, 8, 0), (128, 64, 8, 0))
+"""Of the transition: rows, hidden units, warps, limit on registers; the package's first."""
+
+
+def projections(n: int) -> Iterator[dict[str, object]]:
+    """Both forms, with a mask and without."""
+    made = triangle_lab.Bench(n)
+    for mask in (None, torch.rand(n, n, device="cuda") > 0.1):
+        exact, stats = (torch.zeros_like(made.stats) for _ in range(2))
+        for registers in (0, 128):
+            config = Config({"STAGES": 2}, 8, max_registers=registers)
+            inner = (made.z, mask, exact[2:], made.folded, made.shape, EPS)
+            ours = partial(package.project_hopper, *inner)
+            pairs = partial(paired, made, mask, stats[2:], config)
+            same = bool(torch.equal(ours(), pairs()) and torch.equal(exact, stats))
+            yield {"n": n, "masked": mask is not None, "registers": registers, "same": same} | {
+                name: do_bench(run, warmup=10, rep=40, return_mode="median")
+                for name, run in (("package", ours), ("paired", pairs))
+            }
+
+
+def transitions(n: int) -> Iterator[dict[str, object]]:
+    """The forward kernel in every tile, compared with the package's in Triton."""
+    x = torch.randn(n * n, 128, device="cuda").bfloat16()
+    gamma, beta, *weights = fused_lab.parameters("tr")
+    w, out = pack(weights, torch.bfloat16), torch.empty_like(x)
+    plain = transition.default("transition.forward", 128, torch.bfloat16)
+    exact = transition.forward(x, (gamma, beta), w, EPS, plain)
+    for rows, units, warps, registers in TILES:
+        config = Config({"BM": rows, "BN": units}, warps, max_registers=registers)
+        grid = (ceil_div(n * n, rows), 1, 1)
+        sizes = {"C": 128, "H": 512, "ADDED": False}
+        arguments = (x, gamma, beta, w, out, n * n, EPS)
+        run = partial(launch, transition_hopper.forward_kernel, grid, config, arguments, **sizes)
+        run()
+        distance = ((out.float() - exact.float()).norm() / exact.float().norm()).item()
+        ms = do_bench(run, warmup=10, rep=40, return_mode="median")
+        yield {"n": n, "transition": (rows, units, warps, registers), "distance": distance, "ms": ms}
+
+
+def main() -> None:
+    """Compare and time all of them at every length."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path())
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "hopper_lab.jsonl").open("w") as file:
+        for n in LENGTHS:
+            for row in (*projections(n), *transitions(n)):
+                print(row, flush=True)
+                file.write(json.dumps(row) + "\n")
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
