@@ -1,5 +1,5 @@
 """One GPU call for other forms of the kernels for Hopper, beside the package's: triangle multiplication's input projections as two
-programs a multiprocessor, and tiles of the transition's forward kernel.
+programs a multiprocessor, tiles of the transition's forward kernel, and attention's forward pass as four programs.
 
 python bench/hopper_lab.py --out DIR      (half a minute on one Hopper card)
 
@@ -11,7 +11,7 @@ are taken twice. Compiled for sm_90 by Triton 3.6 (523 instructions a tile and p
 the limit on registers); not run yet.
 
 The transition's kernel with 32 hidden units at a time and 168 registers fits three times on a multiprocessor, 12 warps instead of 8 (8
-bytes spilled); compiled, not run.
+bytes spilled); compiled, not run. Attention: see `gluon_attention`.
 """
 
 # ruff: noqa: ANN001, ANN201 (Gluon compiles functions here: an annotation would mean a compile-time constant)
@@ -22,9 +22,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import attention_lab
 import fused_lab
 import torch
 import triangle_lab
+from gluon_attention import attention_kernel
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.testing import do_bench
 
+from optimized.ops.attention import launch as attention
 from optimized.ops.gluon_parts import barrier
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, processors
@@ -192,6 +195,45 @@ def transitions(n: int) -> Iterator[dict[str, object]]:
         yield {"n": n, "transition": (rows, units, warps, registers), "distance": distance, "ms": ms}
 
 
+HEADS, HEAD = 4, 32
+
+
+def attention_forward(n: int) -> Iterator[dict[str, object]]:
+    """The package's kernel and Gluon's with 128 registers and without a limit, keys masked or not; N a multiple of 64."""
+    made = attention_lab.Problem.make((n, HEADS, n, HEAD))
+    beyond = torch.zeros((n, n, 16), dtype=torch.bfloat16, device="cuda")
+    beyond[..., 0].masked_fill_(~made.mask[0], -1e30)
+    o, found = torch.empty_like(made.q), torch.empty_like(made.q)
+    lse = torch.empty((2, *made.q.shape[:-1]), device="cuda")
+    forward = attention.plan_for(made.q, "ieee").forward
+    for masked in (False, True):
+        mask = made.mask if masked else None
+        call = attention.make_call(made.q, made.k, made.v, made.bias, mask, HEAD**-0.5, "ieee", True)
+        package = partial(attention.launch_forward, call, o, lse, forward)
+        package()
+        pairs = call.bias.view(torch.int32)
+        arguments = (call.q, call.k, call.v, pairs, beyond, found, lse[1], n, n, call.unit_scale)
+        theirs = do_bench(package, warmup=10, rep=40, return_mode="median")
+        for stages, sums, registers in (
+            (3, False, 128),
+            (4, False, 128),
+            (4, True, 128),
+            (4, False, 0),
+            (4, True, 0),
+        ):
+            constants = {"H": HEADS, "BK": 32, "D": HEAD, "STAGES": stages, "MASKED": masked, "SUMS": sums}
+            cap = {"maxnreg": registers} if registers else {}
+            run = partial(
+                attention_kernel[(n // 64 * (n // 2) * HEADS,)], *arguments, **constants, num_warps=4, **cap
+            )
+            run()
+            distance = ((found.float() - o.float()).norm() / o.float().norm()).item()
+            of_lse = (lse[1] - lse[0]).abs().max().item()
+            ms = do_bench(run, warmup=10, rep=40, return_mode="median")
+            row = {"n": n, "attention": (stages, sums, registers), "masked": masked, "distance": distance}
+            yield row | {"lse": of_lse, "package": theirs, "ms": ms}
+
+
 def main() -> None:
     """Compare and time all of them at every length."""
     parser = argparse.ArgumentParser(
@@ -202,7 +244,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "hopper_lab.jsonl").open("w") as file:
         for n in LENGTHS:
-            for row in (*projections(n), *transitions(n)):
+            whole = attention_forward(n) if n % 64 == 0 and n <= 1024 else ()
+            for row in (*projections(n), *transitions(n), *whole):
                 print(row, flush=True)
                 file.write(json.dumps(row) + "\n")
             torch.cuda.empty_cache()
