@@ -47,10 +47,12 @@ from optimized.ops.transition import launch as transition
 from optimized.ops.triangle_multiplication import launch as package
 from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, fetch_rows, load_rows
 from optimized.ops.triangle_multiplication.hopper_project import (
+    MOMENTS_OF_LANES,
     ROWS_OF_LANES,
     RUNS,
     beside_weights,
     gated_in,
+    in_turns,
     load_kept,
     position_of,
     products,
@@ -65,13 +67,33 @@ LENGTHS = (101, 384, 450, 768, 1024, 2048)
 EPS = 1e-5
 
 
+@gluon.jit
+def load_given(stats_ptr, start, area, layout: gl.constexpr):
+    """rstd, -mean·rstd, and rstd where it is kept, of a tile's positions."""
+    stats = stats_ptr + start + gl.arange(0, TILE, layout)
+    return gl.load(stats), gl.load(stats + area), gl.load(stats + 2 * area)
+
+
+@gluon.jit
+def put_given(moments_s, rstd_s, given):
+    """As `take`, from statistics that are there."""
+    rstd, shift = row_in_order(given[0]), row_in_order(given[1])
+    lanes: gl.constexpr = gl.SliceLayout(1, MOMENTS_OF_LANES)
+    e = gl.arange(0, 16, gl.SliceLayout(0, MOMENTS_OF_LANES))
+    deviation = gl.where(rstd > 0.0, 1.0 / gl.where(rstd > 0.0, rstd, 1.0), 0.0)
+    less_mean = gl.convert_layout(shift * deviation, lanes, assert_trivial=True)
+    deviation = gl.convert_layout(deviation, lanes, assert_trivial=True)
+    moments_s.store((in_turns(deviation, e, 1) + in_turns(less_mean, e - 3, 1)).to(gl.bfloat16))
+    rstd_s.store(given[2])
+
+
 @gluon.jit(do_not_specialize=["group"])
 def pair_kernel(
     z_ptr, mask_ptr, stats_ptr, folded_ptr, sums_partial_ptr, out_ptr, n_tokens, padded, stride_i, stride_j, group, eps,
-    EVEN: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    EVEN: gl.constexpr, MASKED: gl.constexpr, GIVEN: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """a (`program_id(1)` 0) or b, 128 channels of `[256, P, P]`, of `group` tiles of 64 positions; a's also the statistics
-    `[3, P, P]` of z."""
+    `[3, P, P]` of z, unless they are GIVEN."""
     gl.assume(n_tokens > 0)
     gl.assume(padded > 0)
     gl.assume(stride_i >= 0)
@@ -107,32 +129,30 @@ def pair_kernel(
         async_copy.commit_group()
     async_copy.wait_group(STAGES - 1)
     barrier()
-    inside, keep = load_kept(mask_ptr, first * TILE, n_tokens, padded, MASKED, EVEN, ordered)
-    take(
-        z_s.index(0),
-        moments_s.index(0),
-        rstd_s.index(0),
-        inside,
-        keep,
-        stats_ptr,
-        first * TILE,
-        area,
-        eps,
-        writes,
-    )
+    if GIVEN:
+        put_given(moments_s.index(0), rstd_s.index(0), load_given(stats_ptr, first * TILE, area, ordered))
+    else:
+        inside, keep = load_kept(mask_ptr, first * TILE, n_tokens, padded, MASKED, EVEN, ordered)
+        take(z_s.index(0), moments_s.index(0), rstd_s.index(0), inside, keep, stats_ptr, first * TILE, area, eps, writes)  # fmt: skip
     slot = 0
     for step in range(first, last):
         now = (step - first) % 2
         following = (slot + 1) % STAGES
         beyond = gl.minimum(step + 1, last - 1) * TILE
-        inside, keep = load_kept(mask_ptr, beyond, n_tokens, padded, MASKED, EVEN, ordered)
+        if GIVEN:
+            given = load_given(stats_ptr, beyond, area, ordered)
+        else:
+            inside, keep = load_kept(mask_ptr, beyond, n_tokens, padded, MASKED, EVEN, ordered)
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         barrier()
         linear, gate = products(
             linear_w, gate_w, of_linear, of_gate, z_s.index(slot), moments_s.index(now), none
         )
-        take(z_s.index(following), moments_s.index(1 - now), rstd_s.index(1 - now), inside, keep, stats_ptr, beyond, area, eps, writes & (step + 1 < last))  # fmt: skip
+        if GIVEN:
+            put_given(moments_s.index(1 - now), rstd_s.index(1 - now), given)
+        else:
+            take(z_s.index(following), moments_s.index(1 - now), rstd_s.index(1 - now), inside, keep, stats_ptr, beyond, area, eps, writes & (step + 1 < last))  # fmt: skip
         linear, gate = warpgroup_mma_wait(0, deps=[linear, gate])
         barrier()
         far = step + STAGES
@@ -143,14 +163,16 @@ def pair_kernel(
     async_copy.wait_group(0)
 
 
-def paired(made: triangle_lab.Bench, mask: Tensor | None, stats: Tensor, config: Config) -> Tensor:
-    """As `launch.project_hopper`."""
+def paired(
+    made: triangle_lab.Bench, mask: Tensor | None, stats: Tensor, given: bool, config: Config
+) -> Tensor:
+    """As `launch.project_hopper`, or with statistics that are `given` as `launch.project_folded`."""
     z, shape = made.z, made.shape
     tiles = shape.padded**2 // HOPPER_TILE
     group = ceil_div(tiles, processors(z.device))
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
     arguments = (z, z if mask is None else mask, stats, *made.folded, ab, *shape.place(z), group, EPS)
-    sizes = {"EVEN": shape.tokens == shape.padded, "MASKED": mask is not None}
+    sizes = {"EVEN": shape.tokens == shape.padded, "MASKED": mask is not None, "GIVEN": given}
     launch(pair_kernel, (ceil_div(tiles, group), 2, 1), config, arguments, **sizes)
     return ab
 
@@ -168,12 +190,29 @@ def projections(n: int) -> Iterator[dict[str, object]]:
             config = Config({"STAGES": 2}, 8, max_registers=registers)
             inner = (made.z, mask, exact[2:], made.folded, made.shape, EPS)
             ours = partial(package.project_hopper, *inner)
-            pairs = partial(paired, made, mask, stats[2:], config)
+            pairs = partial(paired, made, mask, stats[2:], False, config)
             same = bool(torch.equal(ours(), pairs()) and torch.equal(exact, stats))
             yield {"n": n, "masked": mask is not None, "registers": registers, "same": same} | {
                 name: do_bench(run, warmup=10, rep=40, return_mode="median")
                 for name, run in (("package", ours), ("paired", pairs))
             }
+        exact[:2] = exact[2:4]
+        inner = (
+            made.z,
+            exact[4],
+            package.moments_of(exact, made.shape, made.z.dtype)[4:],
+            made.folded,
+            made.shape,
+        )
+        ours, pairs = (
+            partial(package.project_folded, *inner),
+            partial(paired, made, None, exact[2:], True, config),
+        )
+        distance = ((pairs().float() - ours().float()).norm() / ours().float().norm()).item()
+        yield {"n": n, "masked": mask is not None, "given": True, "distance": distance} | {
+            name: do_bench(run, warmup=10, rep=40, return_mode="median")
+            for name, run in (("package", ours), ("paired", pairs))
+        }
 
 
 def transitions(n: int) -> Iterator[dict[str, object]]:
