@@ -1,4 +1,4 @@
-"""One GPU call for other forms of the kernels for Hopper, beside the package's: triangle multiplication's input projections as two
+"""One GPU call for other forms of the kernels for Hopper, beside the package's: triangle multiplication's as two
 programs a multiprocessor, tiles of the transition's forward kernel, and attention's forward pass as four programs.
 
 python bench/hopper_lab.py --out DIR      (half a minute on one Hopper card)
@@ -9,6 +9,9 @@ the arithmetic some 2000. Here a program takes 128 of the channels and waits for
 two are on a multiprocessor, of which one multiplies while the other computes. The tile is read twice from L2, and its statistics
 are taken twice. Compiled for sm_90 by Triton 3.6 (523 instructions a tile and program, none spilled; where tiles are not whole, it needs
 the limit on registers); not run yet.
+
+The output side likewise: a program of 8 warps in 128 registers holds both matrices and one tile, and has the next fetched when the
+products are done; its results leave from the registers, two channels a lane.
 
 The transition's kernel with 32 hidden units at a time and 168 registers fits three times on a multiprocessor, 12 warps instead of 8 (8
 bytes spilled); compiled, not run. Attention: see `gluon_attention`.
@@ -46,6 +49,13 @@ from optimized.ops.transition import hopper as transition_hopper
 from optimized.ops.transition import launch as transition
 from optimized.ops.triangle_multiplication import launch as package
 from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, fetch_rows, load_rows
+from optimized.ops.triangle_multiplication.hopper_output import (
+    fetch_planes,
+    gated_out,
+    products_out,
+    put_rows,
+    take_x,
+)
 from optimized.ops.triangle_multiplication.hopper_project import (
     MOMENTS_OF_LANES,
     ROWS_OF_LANES,
@@ -163,6 +173,127 @@ def pair_kernel(
     async_copy.wait_group(0)
 
 
+PAIRS_OF_LANES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [1, 0], [8, 0], [16, 0], [32, 0]],
+        lane_bases=[[2, 0], [4, 0], [0, 2], [0, 4], [0, 8]],
+        warp_bases=[[0, 16], [0, 32], [0, 64]],
+        block_bases=[],
+        shape=[64, 128],
+    )
+)
+"""The products' layout turned, with channels in order: a lane's two of a position side by side, 32 bytes of eight lanes."""
+
+
+@gluon.jit
+def channel_of(m):
+    """Which channel row m of the products is."""
+    return m // 16 * 16 + m % 8 * 2 + m // 8 % 2
+
+
+@gluon.jit
+def load_in_turns(ptr, first, layout: gl.constexpr):
+    """128 rows of weights `[rows, 128]`, from row `first` on, as `channel_of` has them."""
+    r = first + channel_of(gl.arange(0, WIDTH, gl.SliceLayout(1, layout)))
+    return gl.load(ptr + r[:, None] * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :])
+
+
+@gluon.jit(do_not_specialize=["group"])
+def output_pair_kernel(
+    x_ptr, z_ptr, stats_ptr, folded_ptr, sums_partial_ptr, out_ptr, n_tokens, padded, stride_i, stride_j, group, eps,
+    EVEN: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `hopper_output.output_kernel`, a tile at a time, which is on its way while the one before is computed."""
+    gl.assume(n_tokens > 0)
+    gl.assume(padded > 0)
+    gl.assume(stride_i >= 0)
+    gl.assume(stride_j >= 0)
+    gl.assume(group > 0)
+    zl: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
+    xl: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    columns: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [1, num_warps], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    acc_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TILE, 16])
+    wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    area = padded.to(gl.int64) * padded
+    wo = gl.allocate_shared_memory(
+        gl.bfloat16, [WIDTH, WIDTH], wide, load_in_turns(folded_ptr, 4 * WIDTH, zl)
+    )
+    wg = gl.allocate_shared_memory(
+        gl.bfloat16, [WIDTH, WIDTH], wide, load_in_turns(folded_ptr, 5 * WIDTH, zl)
+    )
+    sums_s = gl.allocate_shared_memory(gl.float32, [4, WIDTH], plain)
+    r = channel_of(gl.arange(0, WIDTH, flat))
+    for k in gl.static_range(4):
+        sums_s.index(k).store(gl.load(sums_partial_ptr + (8 + k) * WIDTH + r) * (0.5 if k == 1 else 1.0))
+    x_s = gl.allocate_shared_memory(gl.bfloat16, [1, WIDTH, TILE], wide)
+    z_s = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, WIDTH], wide)
+    # Of this tile and of the next.
+    rstd_s = gl.allocate_shared_memory(gl.float32, [2, TILE], plain)
+    shift_s = gl.allocate_shared_memory(gl.float32, [2, TILE], plain)
+    of_x = (
+        gl.allocate_shared_memory(gl.float32, [TILE], plain),
+        gl.allocate_shared_memory(gl.float32, [TILE], plain),
+    )
+    none = gl.full([WIDTH, TILE], 0.0, gl.float32, acc_l)
+    first = gl.program_id(0) * group
+    last = gl.minimum(first + group, (padded * padded) // TILE)
+    start = first * TILE
+    fetch_planes(x_ptr, x_s.index(0), start, area, xl, first < last)
+    rows = gl.arange(0, TILE, gl.SliceLayout(1, zl))
+    fetch_rows(
+        z_ptr, z_s.index(0), start + rows, n_tokens, padded, stride_i, stride_j, EVEN, zl, first < last
+    )
+    p = stats_ptr + 2 * area + gl.arange(0, TILE, flat)
+    async_copy.async_copy_global_to_shared(rstd_s.index(0), p + start)
+    async_copy.async_copy_global_to_shared(shift_s.index(0), p + area + start)
+    async_copy.commit_group()
+    fence_async_shared()
+    for step in range(first, last):
+        now = (step - first) % 2
+        start = step * TILE
+        async_copy.wait_group(0)
+        barrier()
+        linear, gate = products_out(wo, wg, x_s.index(0), z_s.index(0), none)
+        values = take_x(
+            x_s.index(0), stats_ptr, start, area, n_tokens, padded, eps, EVEN, columns, step < last
+        )
+        of_x[0].store(values[0])
+        of_x[1].store(values[1])
+        linear, gate = warpgroup_mma_wait(0, deps=[linear, gate])
+        barrier()
+        far = start + TILE
+        on = step + 1 < last
+        fetch_planes(x_ptr, x_s.index(0), far, area, xl, on)
+        fetch_rows(z_ptr, z_s.index(0), far + rows, n_tokens, padded, stride_i, stride_j, EVEN, zl, on)
+        async_copy.async_copy_global_to_shared(rstd_s.index(1 - now), p + far, mask=on)
+        async_copy.async_copy_global_to_shared(shift_s.index(1 - now), p + area + far, mask=on)
+        async_copy.commit_group()
+        y = gated_out(linear, gate, of_x, rstd_s.index(now), shift_s.index(now), sums_s)
+        y = gl.reshape(gl.permute(gl.reshape(y, (8, 2, 8, TILE)), (0, 2, 1, 3)), (WIDTH, TILE))
+        y = gl.convert_layout(gl.permute(y, (1, 0)), PAIRS_OF_LANES)
+        put_rows(y, out_ptr, start, n_tokens, padded, EVEN, step < last)
+    async_copy.wait_group(0)
+
+
+def output_paired(made: triangle_lab.Bench, x: Tensor, stats: Tensor, config: Config) -> Tensor:
+    """As `launch.output_hopper`, twice as many programs."""
+    z, shape = made.z, made.shape
+    tiles = shape.padded**2 // HOPPER_TILE
+    group = ceil_div(tiles, 2 * processors(z.device))
+    y = torch.empty_like(z)
+    arguments = (x, z, stats, *made.folded, y, *shape.place(z), group, EPS)
+    launch(
+        output_pair_kernel,
+        (ceil_div(tiles, group), 1, 1),
+        config,
+        arguments,
+        EVEN=shape.tokens == shape.padded,
+    )
+    return y
+
+
 def paired(
     made: triangle_lab.Bench, mask: Tensor | None, stats: Tensor, given: bool, config: Config
 ) -> Tensor:
@@ -175,6 +306,22 @@ def paired(
     sizes = {"EVEN": shape.tokens == shape.padded, "MASKED": mask is not None, "GIVEN": given}
     launch(pair_kernel, (ceil_div(tiles, group), 2, 1), config, arguments, **sizes)
     return ab
+
+
+def outputs(n: int) -> Iterator[dict[str, object]]:
+    """Both forms of the output side."""
+    made = triangle_lab.Bench(n)
+    x, exact = made.grad[:128], made.stats.clone()
+    for registers in (0, 128):
+        config = Config({}, 8, max_registers=registers)
+        ours = partial(package.output_hopper, x, made.z, exact, made.folded, made.shape, EPS)
+        pairs = partial(output_paired, made, x, made.stats, config)
+        distance = ((pairs().float() - ours().float()).norm() / ours().float().norm()).item()
+        same = bool(torch.equal(exact, made.stats))
+        yield {"n": n, "output": registers, "distance": distance, "same statistics": same} | {
+            name: do_bench(run, warmup=10, rep=40, return_mode="median")
+            for name, run in (("package", ours), ("paired", pairs))
+        }
 
 
 TILES = ((64, 64, 4, 0), (64, 32, 4, 0), (64, 32, 4, 168), (128, 32, 8, 0), (128, 64, 8, 0))
@@ -284,7 +431,7 @@ def main() -> None:
     with (args.out / "hopper_lab.jsonl").open("w") as file:
         for n in LENGTHS:
             whole = attention_forward(n) if n % 64 == 0 and n <= 1024 else ()
-            for row in (*projections(n), *transitions(n), *whole):
+            for row in (*projections(n), *outputs(n), *transitions(n), *whole):
                 print(row, flush=True)
                 file.write(json.dumps(row) + "\n")
             torch.cuda.empty_cache()
