@@ -14,7 +14,7 @@ The output side likewise: a program of 8 warps in 128 registers holds both matri
 products are done; its results leave from the registers, two channels a lane.
 
 The transition's kernel with 32 hidden units at a time and 168 registers fits three times on a multiprocessor, 12 warps instead of 8 (8
-bytes spilled); compiled, not run. Attention: see `gluon_attention`.
+bytes spilled); compiled, not run. Attention: see `gluon_attention` and `gluon_forward`.
 """
 
 # ruff: noqa: ANN001, ANN201 (Gluon compiles functions here: an annotation would mean a compile-time constant)
@@ -30,6 +30,7 @@ import fused_lab
 import torch
 import triangle_lab
 from gluon_attention import attention_kernel
+from gluon_forward import forward_kernel
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -420,6 +421,47 @@ def attention_forward(n: int) -> Iterator[dict[str, object]]:
             yield row | {"lse": of_lse, "package": theirs, "ms": ms}
 
 
+def attention_of_any_length(n: int) -> Iterator[dict[str, object]]:
+    """The same with the kernel for any length; a row without a key must have NaN for log-sum-exp, and nothing else."""
+    made = attention_lab.Problem.make((n - 1, HEADS, n, HEAD))
+    mask = made.mask.clone()
+    mask[:, 1] = False
+    o, found = torch.empty_like(made.q), torch.empty_like(made.q)
+    lse = torch.empty((2, *made.q.shape[:-1]), device="cuda")
+    forward = attention.plan_for(made.q, "ieee").forward
+    for given in (None, mask):
+        call = attention.make_call(made.q, made.k, made.v, made.bias, given, HEAD**-0.5, "ieee", False)
+        package = partial(attention.launch_forward, call, o, lse, forward)
+        package()
+        theirs = do_bench(package, warmup=10, rep=40, return_mode="median")
+        strides = [stride for t in (call.q, call.k, call.v, o) for stride in attention.strides8(t)]
+        arguments = (
+            call.q,
+            call.k,
+            call.v,
+            call.bias.view(torch.int32),
+            mask,
+            found,
+            lse[1],
+            *call.sizes,
+            *strides,
+        )
+        arguments = (*arguments, *mask.stride()[:2], call.unit_scale)
+        rows, heads, queries, _ = call.sizes
+        grid = (ceil_div(queries, 64) * ceil_div(rows, 2) * heads * call.q.shape[0],)
+        for stages in (3, 4):
+            constants = {"MASKED": given is not None, "D": HEAD, "STAGES": stages}
+            run = partial(forward_kernel[grid], *arguments, **constants, num_warps=4, maxnreg=128)
+            run()
+            kept = lse[1].isfinite()
+            unset = (~kept).logical_xor(lse[0].isinf()).sum().item()
+            apart = torch.where(kept[..., None], found.float() - o.float(), 0.0).norm() / o.float().norm()
+            of_lse = (lse[1] - lse[0])[kept].abs().max().item()
+            row = {"n": n, "attention of any length": stages, "masked": given is not None, "unset": unset}
+            row |= {"distance": apart.item(), "lse": of_lse, "package": theirs}
+            yield row | {"ms": do_bench(run, warmup=10, rep=40, return_mode="median")}
+
+
 def main() -> None:
     """Compare and time all of them at every length."""
     parser = argparse.ArgumentParser(
@@ -431,6 +473,7 @@ def main() -> None:
     with (args.out / "hopper_lab.jsonl").open("w") as file:
         for n in LENGTHS:
             whole = attention_forward(n) if n % 64 == 0 and n <= 1024 else ()
+            whole = (*whole, *(attention_of_any_length(n) if n <= 1024 else ()))
             for row in (*projections(n), *outputs(n), *transitions(n), *whole):
                 print(row, flush=True)
                 file.write(json.dumps(row) + "\n")
