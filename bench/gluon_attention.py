@@ -1,4 +1,4 @@
-"""Attention's forward pass in Gluon: see `hopper_lab`, and for what is computed `optimized.ops.attention`.
+"""Attention's forward pass in Gluon: see `hopper_attention_lab`, and for what is computed `optimized.ops.attention`.
 
 Products do what else would be additions in every score: they mask keys, a number in bf16 beside ones, and sum the exponentials.
 

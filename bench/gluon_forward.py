@@ -1,4 +1,4 @@
-"""Attention's forward pass in Gluon for any length and stride, the fast part of `optimized.ops.attention.forward`: see `hopper_lab`.
+"""Attention's forward pass in Gluon for any length and stride, the fast part of `optimized.ops.attention.forward`: see `hopper_attention_lab`.
 
 Two rows a program, 64 queries. The scores of the next step, products that run on, are computed beside the exponentials of this one; Triton
 can have those of one row early. Exponentials are summed by products with ones, or, where keys are masked, with one or zero for each

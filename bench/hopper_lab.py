@@ -1,10 +1,10 @@
 """One GPU call for other forms of the kernels for Hopper, beside the package's.
 
-python bench/hopper_lab.py --out DIR      (a minute on one Hopper card)
+python bench/hopper_lab.py --out DIR      (half a minute on one Hopper card)
 
-Triangle multiplication's as two programs a multiprocessor (`gluon_pairs`), attention's forward pass as four (`gluon_attention`,
-`gluon_forward`), and tiles of the transition's forward kernel: with 32 hidden units at a time and 168 registers it fits three times,
-12 warps instead of 8 (8 bytes spilled). All compiled for sm_90 by Triton 3.6, and not run yet.
+Triangle multiplication's as two programs a multiprocessor (`gluon_pairs`), and tiles of the transition's forward kernel: with 32
+hidden units at a time and 168 registers it fits three times, 12 warps instead of 8 (8 bytes spilled). All compiled for sm_90 by
+Triton 3.6, and not run yet. Attention: `hopper_attention_lab`.
 """
 
 # mypy: ignore-errors
@@ -14,17 +14,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import attention_lab
 import fused_lab
 import torch
 import triangle_lab
-from gluon_attention import attention_kernel
-from gluon_forward import forward_kernel
 from gluon_pairs import output_pair_kernel, pair_kernel
 from torch import Tensor
 from triton.testing import do_bench
 
-from optimized.ops.attention import launch as attention
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, processors
 from optimized.ops.parameters import pack
@@ -142,86 +138,6 @@ def transitions(n: int) -> Iterator[dict[str, object]]:
         yield {"n": n, "transition": (rows, units, warps, registers), "distance": distance, "ms": ms}
 
 
-HEADS, HEAD = 4, 32
-
-
-def attention_forward(n: int) -> Iterator[dict[str, object]]:
-    """The package's kernel and Gluon's with 128 registers and without a limit, keys masked or not; N a multiple of 64."""
-    made = attention_lab.Problem.make((n, HEADS, n, HEAD))
-    beyond = torch.zeros((n, n, 16), dtype=torch.bfloat16, device="cuda")
-    beyond[..., 0].masked_fill_(~made.mask[0], -1e30)
-    o, found = torch.empty_like(made.q), torch.empty_like(made.q)
-    lse = torch.empty((2, *made.q.shape[:-1]), device="cuda")
-    forward = attention.plan_for(made.q, "ieee").forward
-    for masked in (False, True):
-        mask = made.mask if masked else None
-        call = attention.make_call(made.q, made.k, made.v, made.bias, mask, HEAD**-0.5, "ieee", True)
-        package = partial(attention.launch_forward, call, o, lse, forward)
-        package()
-        pairs = call.bias.view(torch.int32)
-        arguments = (call.q, call.k, call.v, pairs, beyond, found, lse[1], n, n, call.unit_scale)
-        theirs = do_bench(package, warmup=10, rep=40, return_mode="median")
-        for stages, sums, registers in (
-            (3, False, 128),
-            (4, False, 128),
-            (4, True, 128),
-            (4, False, 0),
-            (4, True, 0),
-        ):
-            constants = {"H": HEADS, "BK": 32, "D": HEAD, "STAGES": stages, "MASKED": masked, "SUMS": sums}
-            cap = {"maxnreg": registers} if registers else {}
-            run = partial(
-                attention_kernel[(n // 64 * (n // 2) * HEADS,)], *arguments, **constants, num_warps=4, **cap
-            )
-            run()
-            distance = ((found.float() - o.float()).norm() / o.float().norm()).item()
-            of_lse = (lse[1] - lse[0]).abs().max().item()
-            ms = do_bench(run, warmup=10, rep=40, return_mode="median")
-            row = {"n": n, "attention": (stages, sums, registers), "masked": masked, "distance": distance}
-            yield row | {"lse": of_lse, "package": theirs, "ms": ms}
-
-
-def attention_of_any_length(n: int) -> Iterator[dict[str, object]]:
-    """The same with the kernel for any length; a row without a key must have NaN for log-sum-exp, and nothing else."""
-    made = attention_lab.Problem.make((n - 1, HEADS, n, HEAD))
-    mask = made.mask.clone()
-    mask[:, 1] = False
-    o, found = torch.empty_like(made.q), torch.empty_like(made.q)
-    lse = torch.empty((2, *made.q.shape[:-1]), device="cuda")
-    forward = attention.plan_for(made.q, "ieee").forward
-    for given in (None, mask):
-        call = attention.make_call(made.q, made.k, made.v, made.bias, given, HEAD**-0.5, "ieee", False)
-        package = partial(attention.launch_forward, call, o, lse, forward)
-        package()
-        theirs = do_bench(package, warmup=10, rep=40, return_mode="median")
-        strides = [stride for t in (call.q, call.k, call.v, o) for stride in attention.strides8(t)]
-        arguments = (
-            call.q,
-            call.k,
-            call.v,
-            call.bias.view(torch.int32),
-            mask,
-            found,
-            lse[1],
-            *call.sizes,
-            *strides,
-        )
-        arguments = (*arguments, *mask.stride()[:2], call.unit_scale)
-        rows, heads, queries, _ = call.sizes
-        grid = (ceil_div(queries, 64) * ceil_div(rows, 2) * heads * call.q.shape[0],)
-        for stages in (3, 4):
-            constants = {"MASKED": given is not None, "D": HEAD, "STAGES": stages}
-            run = partial(forward_kernel[grid], *arguments, **constants, num_warps=4, maxnreg=128)
-            run()
-            kept = lse[1].isfinite()
-            unset = (~kept).logical_xor(lse[0].isinf()).sum().item()
-            apart = torch.where(kept[..., None], found.float() - o.float(), 0.0).norm() / o.float().norm()
-            of_lse = (lse[1] - lse[0])[kept].abs().max().item()
-            row = {"n": n, "attention of any length": stages, "masked": given is not None, "unset": unset}
-            row |= {"distance": apart.item(), "lse": of_lse, "package": theirs}
-            yield row | {"ms": do_bench(run, warmup=10, rep=40, return_mode="median")}
-
-
 def main() -> None:
     """Compare and time all of them at every length."""
     parser = argparse.ArgumentParser(
@@ -232,9 +148,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "hopper_lab.jsonl").open("w") as file:
         for n in LENGTHS:
-            whole = attention_forward(n) if n % 64 == 0 and n <= 1024 else ()
-            whole = (*whole, *(attention_of_any_length(n) if n <= 1024 else ()))
-            for row in (*projections(n), *outputs(n), *transitions(n), *whole):
+            for row in (*projections(n), *outputs(n), *transitions(n)):
                 print(row, flush=True)
                 file.write(json.dumps(row) + "\n")
             torch.cuda.empty_cache()

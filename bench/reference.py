@@ -74,6 +74,7 @@ def parts() -> dict[str, Part]:
         "attention": Part(f"{lab}/attention_lab.py --out {{out}} --budget 120", 150),
         "triangle": Part(f"{lab}/triangle_lab.py --out {{out}}", 150),
         "hopper": Part(f"{lab}/hopper_lab.py --out {{out}}", 60),
+        "hopper-attention": Part(f"{lab}/hopper_attention_lab.py --out {{out}}", 100),
         "host": Part(f"{lab}/host_lab.py", 60),
         "options": Part(f"{lab}/step_options.py --out {{out}} --seq-len 384,640 {WAYS}", 400),
     }
