@@ -25,21 +25,21 @@ TILE = gl.constexpr(64)
 
 
 @gluon.jit
-def place(p, n_tokens, padded, stride_i, stride_j, EVEN: gl.constexpr):
-    """Whether positions p of the padded square are inside the real one, and where their rows of z begin; outside, any row."""
-    if EVEN:
-        return p >= 0, p.to(gl.int64) * WIDTH
-    else:
-        i = p // padded
-        j = p % padded
-        inside = (i < n_tokens) & (j < n_tokens)
-        return inside, gl.where(inside, i.to(gl.int64) * stride_i + j.to(gl.int64) * stride_j, 0)
+def pair_of(p, n_tokens, padded):
+    """Whether positions p of the padded square are inside the real one, their rows and their columns."""
+    i = p // padded
+    j = p % padded
+    return (i < n_tokens) & (j < n_tokens), i, j
 
 
 @gluon.jit
 def fetch_rows(z_ptr, into, p, n_tokens, padded, stride_i, stride_j, EVEN: gl.constexpr, layout: gl.constexpr, on):  # fmt: skip
-    """Rows of z at the positions p, on their way."""
-    _, source = place(p, n_tokens, padded, stride_i, stride_j, EVEN)
+    """Rows of z at the positions p, on their way; outside the real square any row."""
+    if EVEN:
+        source = p.to(gl.int64) * WIDTH
+    else:
+        inside, i, j = pair_of(p, n_tokens, padded)
+        source = gl.where(inside, i.to(gl.int64) * stride_i + j.to(gl.int64) * stride_j, 0)
     cells = z_ptr + source[:, None] + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
     async_copy.async_copy_global_to_shared(into, cells, mask=on)
 

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from optimized.ops.gluon_parts import barrier, fast_tanh
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, fetch_rows, load_rows
+from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, fetch_rows, load_rows, pair_of
 
 
 @gluon.jit
@@ -50,7 +50,8 @@ def take_x(x_s, stats_ptr, start, area, n_tokens, padded, eps, EVEN: gl.constexp
     rstd = gl.rsqrt(gl.sum(off * off, 0) / WIDTH + eps)
     p = start + gl.arange(0, TILE, gl.SliceLayout(0, layout))
     if not EVEN:
-        rstd = gl.where((p // padded < n_tokens) & (p % padded < n_tokens), rstd, 0.0)
+        inside, _, _ = pair_of(p, n_tokens, padded)
+        rstd = gl.where(inside, rstd, 0.0)
     shift = -mean * rstd
     gl.store(stats_ptr + p, rstd, mask=(p >= 0) & on)
     gl.store(stats_ptr + area + p, shift, mask=(p >= 0) & on)
@@ -85,9 +86,7 @@ def put_rows(y, out_ptr, start, n_tokens, padded, EVEN: gl.constexpr, on):
     if EVEN:
         gl.store(out_ptr + p.to(gl.int64)[:, None] * WIDTH + t, y, mask=on)
     else:
-        i = p // padded
-        j = p % padded
-        inside = (i < n_tokens) & (j < n_tokens)
+        inside, i, j = pair_of(p, n_tokens, padded)
         cell = i.to(gl.int64) * n_tokens + j
         gl.store(out_ptr + cell[:, None] * WIDTH + t, y, mask=inside[:, None] & on)
 

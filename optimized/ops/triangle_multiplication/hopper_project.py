@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from optimized.ops.gluon_parts import barrier, fast_tanh
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, fetch_rows, load_rows
+from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, fetch_rows, load_rows, pair_of
 
 RUNS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -108,9 +108,7 @@ def load_kept(
     inside = p >= 0
     cell = p.to(gl.int64)
     if not EVEN:
-        i = p // padded
-        j = p % padded
-        inside = (i < n_tokens) & (j < n_tokens)
+        inside, i, j = pair_of(p, n_tokens, padded)
         cell = i.to(gl.int64) * n_tokens + j
     keep = inside
     if MASKED:
