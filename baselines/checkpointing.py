@@ -13,6 +13,7 @@ kernels than for the second, in attention for instance: they agree as far as rou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import is_dataclass
 from functools import wraps
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from baselines.offloading import HostStore
 from megafold_bench.errors import UserError
 
 MODES = ("none", "block", "reentrant")
@@ -33,14 +35,22 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def checkpoint_units(units: Iterable[tuple[str, nn.Module]], mode: str = "block") -> None:
-    """Wrap the ``forward`` of each unit, in place. Parameters, names and state dict stay as they are."""
+def checkpoint_units(
+    units: Iterable[tuple[str, nn.Module]], mode: str = "block", store: HostStore | None = None
+) -> None:
+    """Wrap the ``forward`` of each unit, in place. Parameters, names and state dict stay as they are.
+
+    With a `store`, it keeps the units' inputs.
+    """
     for _, unit in units:
-        unit.forward = recomputed(unit.forward, has_dropout(unit), mode)
+        unit.forward = recomputed(unit.forward, has_dropout(unit), mode, store)
 
 
 def recomputed(
-    function: Callable[..., Any], keeps_random_state: bool = False, mode: str = "block"
+    function: Callable[..., Any],
+    keeps_random_state: bool = False,
+    mode: str = "block",
+    store: HostStore | None = None,
 ) -> Callable[..., Any]:
     """`function`, run again in backward instead of keeping its intermediates; unchanged without gradient or with mode
     ``none``.
@@ -48,6 +58,7 @@ def recomputed(
     `keeps_random_state` must be True if the function draws from the default random generators. It costs a
     copy of their state on the host at each call, so functions without dropout leave it off. With mode ``reentrant``
     gradients are for `backward` alone, not for `torch.autograd.grad`; calls that it cannot serve go as ``block``.
+    A `store` keeps the tensors among the arguments, by position, in host memory.
     """
     if mode == "none":
         return function
@@ -56,6 +67,10 @@ def recomputed(
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
+        with nullcontext() if store is None else store.saving():
+            return twice(*args, **kwargs)
+
+    def twice(*args: Any, **kwargs: Any) -> Any:
         values = (*args, *kwargs.values())
         if mode != "reentrant" or not _reentrant(values):
             return checkpoint(

@@ -86,15 +86,18 @@ OPTIONS: dict[str, Whole | Choice | Flag] = {
     "warmup_steps": Whole(1, tiny=5, small=1000, af3=1000),
     "ema": Flag(True),
     "graphs": Flag(False),
+    "offload": Flag(False),
 }
+LATER = ("graphs", "offload")
+"""Factors only where they are on: records from before there were such flags mean the same without them."""
 
 
 def resolve_factors(options: Mapping[str, Scalar], seq_len: int) -> dict[str, Scalar]:
     """Every factor of the workload, defaults filled in.
 
     ``preset`` is ``af3`` where torch sees a GPU, else ``tiny``; without a GPU ``precision`` is ``fp32``.
-    ``input`` is None for the synthetic complex. The diffusion chunk is at most the number of samples. ``graphs`` is
-    a factor only where it is on.
+    ``input`` is None for the synthetic complex. The diffusion chunk is at most the number of samples. ``graphs`` and
+    ``offload`` are factors only where they are on.
     Raises `UserError` for an unknown option, an impossible value, files that are missing or do not fit, or
     a length that the input cannot give; to tell, it reads the files.
     """
@@ -116,8 +119,13 @@ def resolve_factors(options: Mapping[str, Scalar], seq_len: int) -> dict[str, Sc
             if name == "precision" and not on_gpu:
                 value = "fp32"
         factors[name] = option.parse(name, value)
-    if not factors["graphs"]:  # records from before there were graphs have no such factor and mean the same
-        del factors["graphs"]
+    if factors["offload"] and factors["checkpointing"] == "none":
+        raise UserError(
+            "offload=true moves what checkpointed blocks keep: give checkpointing=block or reentrant, not none"
+        )
+    for name in LATER:
+        if not factors[name]:
+            del factors[name]
     factors["diffusion_chunk"] = min(_whole(factors, "diffusion_chunk"), _whole(factors, "diffusion_samples"))
     check_input(factors, seq_len)
     return factors

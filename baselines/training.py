@@ -37,6 +37,7 @@ from baselines.losses.diffusion import (
 from baselines.losses.distogram import distogram_loss
 from baselines.losses.labels import Features, Labels
 from baselines.losses.weights import LossWeights
+from baselines.offloading import host_store
 from baselines.optim import Optimizer, OptimizerConfig
 from baselines.permutation import permute_labels
 from baselines.precision import POLICIES, PrecisionPolicy
@@ -62,6 +63,8 @@ class TrainingConfig:
     checkpointing: str = "block"
     graphs: bool = False
     """Whether the denoiser's repetitions are replayed from CUDA graphs: see `baselines.replay`."""
+    offload: bool = False
+    """Whether the trunk's and the confidence head's blocks keep their inputs in host memory: see `baselines.offloading`."""
     weights: LossWeights = field(default_factory=LossWeights)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -92,8 +95,14 @@ class TrainingSession:
         self.optimizer = Optimizer(self.model.parameters(), config.optimizer)
         self._condition = self.model.diffusion.condition
         self._recorder = Recorder(device) if config.graphs else None
+        self.host_store = host_store(device) if config.offload else None
         if config.checkpointing != "none":
-            checkpoint_units(self.model.checkpoint_units(), config.checkpointing)
+            units = self.model.checkpoint_units()
+            # The diffusion module's backward pass follows its forward pass at once.
+            waiting = [unit for unit in units if not unit[0].startswith("diffusion.")]
+            at_once = [unit for unit in units if unit[0].startswith("diffusion.")]
+            checkpoint_units(waiting, config.checkpointing, self.host_store)
+            checkpoint_units(at_once, config.checkpointing)
             self._condition = recomputed(self._condition, mode=config.checkpointing)
 
     def step(self, features: Features, index: int) -> Losses:
@@ -110,6 +119,8 @@ class TrainingSession:
 
     def _backward(self, features: Features, index: int) -> Losses:
         weights = self.config.weights
+        if self.host_store is not None:
+            self.host_store.begin_step()
         trains_trunk = weights.diffusion > 0 or weights.distogram > 0
         trunk = self._trunk(features, index, trains_trunk)
         leaves = trunk.leaves()

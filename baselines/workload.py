@@ -72,6 +72,8 @@ def build_workload(
     prepare(model)
     session = TrainingSession(model, training_config(factors), where, seed)
     facts = describe(model, factors, features, complex_.content_hash)
+    if session.host_store is not None:
+        facts["offload"] = session.host_store.facts  # fills up during the steps
     resident = {name: value.to(where) for name, value in features.items()}
     return FixedCropWorkload(session, resident, facts, around_step)
 
@@ -100,6 +102,7 @@ def training_config(factors: Mapping[str, Scalar]) -> TrainingConfig:
         precision=precision_policy(str(factors["precision"])),
         checkpointing=check_mode(str(factors["checkpointing"])),
         graphs=bool(factors.get("graphs")),
+        offload=bool(factors.get("offload")),
         weights=stage_weights(str(factors["stage"])),
         optimizer=OptimizerConfig(
             warmup_steps=whole("warmup_steps"), ema_decay=EMA_DECAY if factors["ema"] else None

@@ -1,6 +1,6 @@
 """What a training step of `megafold` holds at its peaks, by line of code: predicted on a CPU, nothing is computed.
 
-python bench/step_memory.py --seq-len 768 [--ops all]      (half a minute)
+python bench/step_memory.py --seq-len 768 [--ops all] [--offload]      (half a minute)
 
 The `af3` model runs on fake tensors, part after part as `baselines.training` runs them: trunk, conditioning, confidence
 head, one diffusion chunk, and their backward passes. Counted is what PyTorch would allocate, what operators need inside
@@ -27,10 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from baselines import offloading, training
 from baselines.af3.config import preset
 from baselines.af3.diffusion import DiffusionConditioning
 from baselines.af3.model import AlphaFold3
 from baselines.inputs import make_crop, open_complex
+from baselines.offloading import HostStore
 from baselines.training import TrainingSession
 from baselines.workload import training_config
 from optimized.patch import apply
@@ -50,6 +52,7 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._held: dict[int, tuple[int, str]] = {}
+        self._in_host_memory: set[int] = set()
         self.now = self.peak = self._shown = 0
         self.parts: Counter[str] = Counter()
 
@@ -60,9 +63,13 @@ class Live(TorchDispatchMode):
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._held or not size:
+        if key in self._held or key in self._in_host_memory or not size:
             return
         frames = traceback.extract_stack() if size >= TOLD else ()
+        if any(f.name == "take" and f.filename == offloading.__file__ for f in frames):
+            self._in_host_memory.add(key)
+            weakref.finalize(storage, self._in_host_memory.discard, key)
+            return
         own = [f for f in frames if any(f.filename.startswith(str(ROOT / name)) for name in PACKAGES)]
         place = " < ".join(f"{Path(f.filename).relative_to(ROOT)}:{f.lineno}" for f in reversed(own[-3:]))
         self._held[key] = size, place or "small"
@@ -138,11 +145,13 @@ def main() -> None:
     )
     parser.add_argument("--seq-len", type=int, default=768)
     parser.add_argument("--ops", default=None, help="as the option of the variant; its default if not given")
+    parser.add_argument("--offload", action="store_true", help="as the option of the same name")
     parser.add_argument("--rows", type=int, default=16)
     args = parser.parse_args()
     inside_operators()
     factors = MEGAFOLD.resolve(
-        {"preset": "af3", "precision": "bf16", "ops": args.ops, "cycles": 1}, args.seq_len
+        {"preset": "af3", "precision": "bf16", "ops": args.ops, "cycles": 1, "offload": args.offload},
+        args.seq_len,
     )
     crop = make_crop(open_complex(factors, args.seq_len, 0), factors, args.seq_len, 0)
     with torch.device("meta"):
@@ -159,6 +168,7 @@ def main() -> None:
         materialise(model)
         apply(model, OPS if factors["ops"] == "all" else str(factors["ops"]).split(","))
         model.to = lambda device: model  # type: ignore[method-assign]  # it is where it should be
+        training.host_store = lambda device: HostStore(device, least_bytes=TOLD, room=1 << 50)
         session = TrainingSession(model, training_config(factors), device, 0)
         policy = session.config.precision
         features = {name: torch.empty_like(fake.from_tensor(value)) for name, value in crop.items()}
