@@ -87,15 +87,16 @@ def make_case(
 def hopper_cases() -> list[KernelCase]:
     """The kernels in Gluon, for whole tiles and for others."""
     from optimized.ops.transition import hopper as transition_hopper
-    from optimized.ops.triangle_multiplication import hopper_output, hopper_project
+    from optimized.ops.triangle_multiplication import hopper_gradient, hopper_output, hopper_project
 
     found: list[KernelCase] = []
     for fn, config, short in (
         (hopper_project.project_kernel, triangle.PROJECT_HOPPER, "project_hopper"),
         (hopper_output.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper"),
+        (hopper_gradient.input_gradient_kernel, triangle.GRADIENT_HOPPER, "input_gradient_hopper"),
     ):
         for even in (False, True):
-            sizes = {"EVEN": even, "MASKED": True, "num_warps": config.num_warps}
+            sizes = {"EVEN": even, "MASKED": True, "MORE": True, "num_warps": config.num_warps}
             name = f"triangle_multiplication.bf16.128.{short}{'.even' if even else ''}"
             found.append(make_case(name, fn, config, "bf16", sizes))
     config = transition.FORWARD_HOPPER

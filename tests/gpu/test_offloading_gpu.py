@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from baselines import training
 from baselines.checkpointing import checkpoint_units
 from baselines.offloading import HostStore
-from baselines.systems import INDUCTOR, PYTORCH
+from baselines.systems import PYTORCH
 from optimized.variant import MEGAFOLD
 from tests.gpu.test_replay_gpu import FLOORS, WHOLE_FLOORS, assert_as_repeatable, second
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.weight = nn.Parameter(torch.randn(SIDE, SIDE) / SIDE**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
+        y = torch.tanh(x)
         for _ in range(self.products):
             y = torch.tanh(y @ self.weight)
         return x + y
@@ -88,11 +88,9 @@ def test_step(variant, checkpointing, monkeypatch):
     assert one.facts["host_bytes"] > 0 and one.facts["left_on_device_bytes"] == 0
 
 
-def test_with_graphs_and_compiled(monkeypatch):
-    """The denoiser's recordings take nothing from the store; compiled blocks run in it."""
+def test_with_graphs(monkeypatch):
+    """The denoiser's recordings take nothing from the store."""
     monkeypatch.setattr(training, "host_store", lambda device: HostStore(device, least_bytes=1024))
-    for variant, options in ((MEGAFOLD, {"graphs": True}), (INDUCTOR, {})):
-        torch._dynamo.reset()
-        plain, again = (second(variant, precision="bf16", **options) for _ in range(2))
-        moved = second(variant, precision="bf16", **options, offload=True)
-        assert_as_repeatable(plain, again, moved, FLOORS["bf16"], WHOLE_FLOORS["bf16"])
+    plain, again = (second(MEGAFOLD, precision="bf16", graphs=True) for _ in range(2))
+    moved = second(MEGAFOLD, precision="bf16", graphs=True, offload=True)
+    assert_as_repeatable(plain, again, moved, FLOORS["bf16"], WHOLE_FLOORS["bf16"])

@@ -22,6 +22,8 @@ from optimized.ops.triangle_multiplication import (
     statistics,
 )
 from optimized.ops.triangle_multiplication.layout import (
+    GRADIENT_HOPPER,
+    GRADIENT_TILE,
     HOPPER_TILE,
     MOMENTS,
     NORMALISE,
@@ -380,6 +382,34 @@ def input_gradient(
     return dz, shares
 
 
+def input_gradient_hopper(
+    z: Tensor,
+    norm: tuple[Tensor, Tensor],
+    w: Tensor,
+    mask: Tensor | None,
+    grad: Tensor,
+    dn: Tensor,
+    n: Tensor,
+    shape: Shape,
+    stats: Tensor,
+    more: Tensor | None = None,
+    config: Config = GRADIENT_HOPPER,
+) -> tuple[Tensor, Tensor]:
+    """As `input_gradient` with statistics. See `hopper_gradient`."""
+    from optimized.ops.triangle_multiplication import hopper_gradient
+
+    programs, group = spread(shape.padded**2 // GRADIENT_TILE, config, shape.channels, w)
+    shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
+    square = (shape.tokens, shape.tokens, shape.channels)
+    whole = shape.tokens == shape.padded
+    dz = dn.view(square) if whole else torch.empty(square, dtype=z.dtype, device=z.device)
+    pointers = (mask if mask is not None else z, grad, dn, dz, n, shares, dz if more is None else more)
+    arguments = (z, stats, *norm, w, *pointers, *shape.place(z), group)
+    sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None, "MORE": more is not None}
+    launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
+    return dz, shares
+
+
 def project_input_gradient(
     z: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -536,7 +566,9 @@ def backward(
     # a and b are spent: their memory takes LN(z) where it is large enough.
     size = shape.padded**2 * shape.channels
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
-    if x.dtype.itemsize == 2:
+    if kept and rstd is None and overlaps(z, shape.hidden, x.dtype):
+        dz, shares_in = input_gradient_hopper(z, norm_in, packed, mask, grad, dn, n, shape, stats, more)
+    elif x.dtype.itemsize == 2:
         inner = (z, norm_in, packed, mask, grad, dn, n, shape, eps)
         # Beside a float32 tile the kernel has no registers for another.
         beside = None if rstd is not None else more

@@ -64,6 +64,7 @@ FULL = dict.fromkeys((*HALF, "project_input"), tile(32, 16, 8, 1))
 # Of the kernels for Hopper: tiles on their way or in use.
 PROJECT_HOPPER = Config({"STAGES": 6}, 8)
 OUTPUT_HOPPER = Config({"STAGES": 4}, 8)
+GRADIENT_HOPPER = Config({}, 8)
 FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
 MOMENTS = Config({"BLOCK": 1024}, 4)
 Z_STATISTICS = Config({"CHANNELS": 32, "BLOCK": 32}, 4)
@@ -158,8 +159,9 @@ def _raw_output(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
     return z.device.type == "cpu" or on_hopper(z.device)
 
 
-HOPPER_CHANNELS, HOPPER_TILE = 128, 64
-"""The one number of channels, of z and of the contraction, that the kernels for Hopper know; positions of their tiles."""
+HOPPER_CHANNELS, HOPPER_TILE, GRADIENT_TILE = 128, 64, 128
+"""The one number of channels, of z and of the contraction, that the kernels for Hopper know; positions of their tiles, and of
+their input gradient's."""
 
 
 def overlaps(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
