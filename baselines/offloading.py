@@ -12,8 +12,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from mmap import mmap
+from contextlib import contextmanager, suppress
+from mmap import MADV_HUGEPAGE, mmap
 from typing import Any
 
 import torch
@@ -75,7 +75,10 @@ class Buffers:
 
     def _pin(self, nbytes: int) -> Tensor:
         # Whole pages of its own: what shares a page with something pinned cannot be pinned.
-        buffer = torch.frombuffer(mmap(-1, nbytes), dtype=torch.uint8)
+        memory = mmap(-1, nbytes)
+        with suppress(OSError):  # large pages take less time to make and to pin, where the system has them
+            memory.madvise(MADV_HUGEPAGE)
+        buffer = torch.frombuffer(memory, dtype=torch.uint8)
         runtime: Any = torch.cuda.cudart()
         status = runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)
         if status != runtime.cudaError.success:

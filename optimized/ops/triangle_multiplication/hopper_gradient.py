@@ -3,7 +3,7 @@
 One program holds all four projections' weights in shared memory, where both products read them: that of LN(z), which makes the
 linear parts and gates again, and that of their gradients. Positions are the rows of both, so that what the first leaves in
 registers is the second's operand there, as in attention; the gradients of a and b, which lie channel by channel, are turned as
-they are read from shared memory. While one group of four warps computes, the other's products run.
+they are read from shared memory.
 
 Columns of the weights lie in shared memory in such an order that the values of a lane are eight channels one after another,
 twice four times: every tensor of rows goes from memory to registers and back 16 bytes a lane, 64 of four lanes.
@@ -31,7 +31,7 @@ ROWS = gl.constexpr(128)
 STEP = gl.constexpr(64)
 """Channels of a and b at a time."""
 STEPS = gl.constexpr(4)
-"""Times that make all 256."""
+"""Times that make all 256. Gradients of three are on their way while those of one are in use."""
 CHANNELS = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]],
@@ -53,9 +53,7 @@ def channel_of(n):
 @gluon.jit
 def turned_about(x):
     """`[rows, 128]` of columns as products have them, as channels; or the other way: a view of what each lane holds."""
-    return gl.reshape(
-        gl.permute(gl.reshape(x, (x.shape[0], 4, 4, 4, 2)), (0, 1, 3, 2, 4)), (x.shape[0], 128)
-    )
+    return gl.reshape(gl.permute(gl.reshape(x, (x.shape[0], 4, 4, 4, 2)), (0, 1, 3, 2, 4)), (x.shape[0], 128))
 
 
 @gluon.jit
@@ -158,8 +156,12 @@ def input_gradient_kernel(
         gl.allocate_shared_memory(gl.bfloat16, [STEP, ROWS], wide),
     )
     banks: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    beta_s = gl.allocate_shared_memory(gl.float32, [32, WIDTH], banks, gl.full([32, WIDTH], 0.0, gl.float32, sl))
-    gamma_s = gl.allocate_shared_memory(gl.float32, [32, WIDTH], banks, gl.full([32, WIDTH], 0.0, gl.float32, sl))
+    beta_s = gl.allocate_shared_memory(
+        gl.float32, [32, WIDTH], banks, gl.full([32, WIDTH], 0.0, gl.float32, sl)
+    )
+    gamma_s = gl.allocate_shared_memory(
+        gl.float32, [32, WIDTH], banks, gl.full([32, WIDTH], 0.0, gl.float32, sl)
+    )
     first = gl.program_id(0) * group
     last = gl.minimum(first + group, ((padded * padded) + ROWS - 1) // ROWS)
     for k in gl.static_range(3):
@@ -169,19 +171,24 @@ def input_gradient_kernel(
     fence_async_shared()
     c = gl.arange(0, WIDTH, gl.SliceLayout(0, CHANNELS))
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    line = gl.arange(0, 256, flat)
+    line = gl.arange(0, 256, flat)  # of 128 bytes: a tile of rows
     for tile in range(first, last):
         start = tile * ROWS
         if EVEN:
             ahead = (start + ROWS).to(gl.int64) * WIDTH + line * 64
             ask_for(z_ptr + ahead, (line >= 0) & (tile + 1 < last))
             ask_for(dn_gate_ptr + ahead, (line >= 0) & (tile + 1 < last))
-        p, inside, source, cell = places(start, n_tokens, padded, stride_i, stride_j, EVEN, gl.SliceLayout(1, CHANNELS))
+        p, inside, source, cell = places(
+            start, n_tokens, padded, stride_i, stride_j, EVEN, gl.SliceLayout(1, CHANNELS)
+        )
         keep = inside
         if MASKED:
             keep = inside & gl.load(mask_ptr + cell, mask=inside, other=0).to(gl.int1)
         normal, _ = standardised(z_ptr, stats_ptr, area, p, inside, source, c)
-        half_gamma, half_beta = 0.5 * gl.load(gamma_ptr + c).to(gl.float32), 0.5 * gl.load(beta_ptr + c).to(gl.float32)
+        half_gamma, half_beta = (
+            0.5 * gl.load(gamma_ptr + c).to(gl.float32),
+            0.5 * gl.load(beta_ptr + c).to(gl.float32),
+        )
         n = normal * half_gamma[None, :] + half_beta[None, :]
         n = gl.where(keep[:, None], n, 0.0).to(gl.bfloat16)
         square = p.to(gl.int64)[:, None] * WIDTH + c[None, :]
@@ -192,14 +199,18 @@ def input_gradient_kernel(
             async_copy.wait_group(2)
             barrier()
             # Into the place of the step before, which every warp has read.
-            fetch_gradients(grad_ptr, grad_s[(k + 3) % 4], tile + (k + 3) // 4, (k + 3) % 4, area, gradients_l, tile + (k + 3) // 4 < last)  # fmt: skip
+            of_tile = tile + (k + 3) // 4
+            fetch_gradients(
+                grad_ptr, grad_s[(k + 3) % 4], of_tile, (k + 3) % 4, area, gradients_l, of_tile < last
+            )
             linear = warpgroup_mma(n, linear_s.index(k).permute((1, 0)), none, use_acc=False, is_async=True)
             gate = warpgroup_mma(n, gate_s.index(k).permute((1, 0)), none, use_acc=False, is_async=True)
             grad = grad_s[k].permute((1, 0)).load(part_l)
             if k == 0:
                 linear, gate = warpgroup_mma_wait(0, deps=[linear, gate])
-            else:
-                linear, gate, dn, d_linear, d_gate = warpgroup_mma_wait(0, deps=[linear, gate, dn, d_linear, d_gate])
+            else:  # the products of the step before, which read its gradients from registers, have ended too
+                of_before = [linear, gate, dn, d_linear, d_gate]  # noqa: F821
+                linear, gate, dn, d_linear, d_gate = warpgroup_mma_wait(0, deps=of_before)
             grad = grad.to(gl.float32)
             t = fast_tanh(gate)
             # Both doubled, as are dn and its sums until the end: see `project.gated_gradients`.
