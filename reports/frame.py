@@ -57,7 +57,7 @@ class Run:
 
     @property
     def caption(self) -> str:
-        """What the run was measured on and with, in one line, and whether that changed on the way."""
+        """What the run was measured on and with, in one line, whether that changed on the way, and the options asked for."""
         known = self._records_provenance
         devices = {p["device_uuid"] for p in known if p.get("device_uuid")}
         now = self.provenance
@@ -71,7 +71,21 @@ class Run:
             line += f" · on {len(devices)} devices of this kind, one after another"
         if len(commits) > 1:
             line += f" · trials at commits {', '.join(c or 'unknown' for c in commits)}"
+        if self._options:
+            line += f" · {self._options}"
         return line
+
+    @property
+    def _options(self) -> str:
+        """What was set beside the preset and the input, which tables and titles tell: ``offload=true``."""
+        spec = self.manifest.get("spec") or {}
+        options = (spec.get("base") or spec).get("options") or {}
+        told = {
+            n: v
+            for n, v in options.items()
+            if n not in ("preset", "input", "msa", "template") and v is not None
+        }
+        return ", ".join(f"{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in told.items())
 
 
 def load_run(run_dir: Path) -> Run:

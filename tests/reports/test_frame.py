@@ -183,3 +183,18 @@ def test_as_frame_has_no_zero_for_what_is_missing(make):
     frame = as_frame(cells(load_run(make("failed")).records))
     assert frame["step_time_median_s"].isna().all()
     assert frame["reserved_peak_bytes"].isna().all()
+
+
+def test_captions_name_the_options_asked_for(make):
+    run = make("cpu", lengths=(32,))
+    assert "=" not in load_run(run).caption
+    manifest = json.loads((run / "manifest.json").read_text())
+    for spec in (manifest["spec"], {"base": manifest["spec"]}):  # of a sweep, of a boundary search
+        manifest["spec"]["options"] = {
+            "preset": "af3",
+            "input": "complexes/7a4d",
+            "offload": True,
+            "chunk": 4,
+        }
+        (run / "manifest.json").write_text(json.dumps({**manifest, "spec": spec}))
+        assert load_run(run).caption.endswith(" · offload=true, chunk=4")
