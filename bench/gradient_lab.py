@@ -1,0 +1,149 @@
+"""One GPU call for triangle multiplication's input gradient on Hopper: Triton's kernel, the package's in Gluon, and forms of it.
+
+python bench/gradient_lab.py --out DIR [--profile N]      (a minute on one Hopper card)
+
+The forms (`gluon_gradient`) have two groups of four warps that do not wait for each other: 64 channels after 64; 32 after 32; 32
+after 32 with the next ones' products asked for before these are differentiated. Compiled for sm_90 by Triton 3.6, and not run yet.
+With --profile every kernel runs once at N tokens, between the marks that a profiler started with it looks for.
+"""
+
+# mypy: ignore-errors
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from gluon_gradient import apart_kernel
+from torch import Tensor
+from triton.testing import do_bench
+
+from optimized.ops.launcher import launch
+from optimized.ops.launching import ceil_div, processors
+from optimized.ops.triangle_multiplication import launch as package
+from optimized.ops.triangle_multiplication.layout import Shape
+from optimized.ops.triangle_multiplication.reference import TriangleWeights
+from optimized.ops.tuning import Config
+
+C = 128
+FORMS = {"apart": 0, "apart, halves": 1, "apart, ahead": 2}
+LENGTHS = (64, 50, 101, 384, 450, 768, 1024, 2048)
+
+
+class Problem:
+    """Inputs of one length; of 101 tokens z is a part of wider rows."""
+
+    def __init__(self, n: int, masked: bool, more: bool) -> None:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda").bfloat16()
+
+        self.n = n
+        self.z = (1.5 * normal(n, n + (8 if n == 101 else 0), C) + 0.2)[:, :n]
+        shapes = [(C,) if "norm" in name else (C, C) for name in TriangleWeights._fields]
+        w = TriangleWeights(*(torch.randn(*shape, device="cuda") / 11 for shape in shapes))
+        w = w._replace(norm_in_weight=1 + w.norm_in_weight, norm_out_weight=1 + w.norm_out_weight)
+        self.mask = torch.rand(n, n, device="cuda") > 0.1 if masked else None
+        self.shape = Shape.of(self.z, C)
+        padded = self.shape.padded
+        self.stats = package.forward(self.z, w, self.mask, True, 1e-5, torch.bfloat16)[2]
+        self.packed = package.packed_weights(w, self.z, torch.bfloat16)[1]
+        self.norm = (w.norm_in_weight, w.norm_in_bias)
+        self.grad, self.dn = normal(2 * C, padded, padded), normal(padded**2, C)
+        self.more = normal(n, n, C) if more else None
+
+    def calls(self) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """By name: dz and shares from dn, which dz may overwrite, and room for LN(z) / 2."""
+        given = (self.z, self.norm, self.packed, self.mask, self.grad)
+        found = {
+            "triton": lambda dn, n: package.input_gradient(
+                *given, dn, n, self.shape, 1e-5, stats=self.stats, more=self.more
+            ),
+            "package": lambda dn, n: package.input_gradient_hopper(
+                *given, dn, n, self.shape, self.stats, self.more
+            ),
+        }
+        return found | {name: partial(self.apart, form) for name, form in FORMS.items()}
+
+    def apart(self, form: int, dn: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        """As `launch.input_gradient_hopper`, by the kernel whose groups do not wait for each other."""
+        z, shape = self.z, self.shape
+        tiles = shape.padded**2 // 64
+        group = ceil_div(tiles, processors(z.device))
+        programs = ceil_div(tiles, group)
+        shares = torch.empty((2 * programs, 2 * C), dtype=torch.float32, device="cuda")
+        whole = shape.tokens == shape.padded
+        dz = dn.view(z.shape) if whole else torch.empty(z.shape, dtype=z.dtype, device="cuda")
+        mask, more = (z if self.mask is None else self.mask), (dz if self.more is None else self.more)
+        arguments = (z, self.stats, *self.norm, self.packed, mask, self.grad, dn, dz, n, shares, more)
+        sizes = {
+            "MASKED": self.mask is not None,
+            "EVEN": whole and z.is_contiguous(),
+            "MORE": self.more is not None,
+        }
+        arguments = (*arguments, *shape.place(z), group)
+        launch(apart_kernel, (programs, 1, 1), Config({}, 4), arguments, FORM=form, **sizes)
+        return dz, shares
+
+
+def apart_by(found: Tensor, exact: Tensor) -> float:
+    """Relative distance."""
+    return ((found.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
+def row(problem: Problem) -> dict[str, object]:
+    """Distances to Triton's kernel, whether repetitions are the same in every bit, and times."""
+    found: dict[str, object] = {
+        "n": problem.n,
+        "masked": problem.mask is not None,
+        "more": problem.more is not None,
+    }
+    calls = problem.calls()
+    rows = [torch.full_like(problem.dn, 7.0) for _ in range(2)]
+    exact, shares = calls["triton"](problem.dn.clone(), rows[0])
+    for name, call in calls.items():
+        first, again = (call(problem.dn.clone(), rows[1]) for _ in range(2))
+        same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        distances = (
+            apart_by(first[0], exact),
+            apart_by(first[1].sum(0), shares.sum(0)),
+            apart_by(rows[1], rows[0]),
+        )
+        found[name] = {"distances": distances, "same": same}
+        if problem.n >= 384:
+            run = partial(call, problem.dn.clone(), rows[1])
+            found[name]["ms"] = do_bench(run, warmup=10, rep=50, return_mode="median")
+    return found
+
+
+def main() -> None:
+    """Compare and time all of them at every length, or run each once."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--profile", type=int, metavar="N")
+    args = parser.parse_args()
+    if args.profile:
+        problem = Problem(args.profile, masked=True, more=False)
+        rows = torch.empty_like(problem.dn)
+        for call in problem.calls().values():
+            call(problem.dn.clone(), rows)
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStart()
+            call(problem.dn, rows)
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStop()
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "gradient_lab.jsonl").open("w") as file:
+        for n in LENGTHS:
+            for masked in (False, True):
+                found = row(Problem(n, masked, more=n < 384 and masked))
+                print(found, flush=True)
+                file.write(json.dumps(found) + "\n")
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
