@@ -58,7 +58,7 @@ def recomputed(
     `keeps_random_state` must be True if the function draws from the default random generators. It costs a
     copy of their state on the host at each call, so functions without dropout leave it off. With mode ``reentrant``
     gradients are for `backward` alone, not for `torch.autograd.grad`; calls that it cannot serve go as ``block``.
-    A `store` keeps the tensors among the arguments, by position, in host memory.
+    A `store` keeps the tensors among the arguments.
     """
     if mode == "none":
         return function
@@ -71,11 +71,7 @@ def recomputed(
             return twice(*args, **kwargs)
 
     def twice(*args: Any, **kwargs: Any) -> Any:
-        values = (*args, *kwargs.values())
-        if mode != "reentrant" or not _reentrant(values):
-            return checkpoint(
-                function, *args, use_reentrant=False, preserve_rng_state=keeps_random_state, **kwargs
-            )
+        values = (*args, *kwargs.values())  # what is given by name, a store would not see
 
         def positional(*given: Any) -> Any:
             return function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
@@ -83,7 +79,7 @@ def recomputed(
         return checkpoint(
             positional if kwargs else function,
             *values,
-            use_reentrant=True,
+            use_reentrant=mode == "reentrant" and _reentrant(values),
             preserve_rng_state=keeps_random_state,
         )
 

@@ -97,6 +97,23 @@ def test_what_a_block_kept_is_gone_when_the_next_but_one_begins():
     assert not any(kept)
 
 
+@pytest.mark.parametrize("mode", ["block", "reentrant"])
+def test_arguments_by_name(mode):
+    store = HostStore(CPU, least_bytes=BYTES)
+    torch.manual_seed(0)
+    block = Block()
+    plain = copy.deepcopy(block)
+    checkpoint_units([("block", block)], mode, store)
+    m, z = (torch.randn(ROWS, 8, requires_grad=True) for _ in range(2))
+    for each in (block, plain):
+        torch.manual_seed(2)
+        m.grad = z.grad = None
+        sum(t.sum() for t in each(mask=torch.ones(8), z=z, m=m)).backward()
+        each.found = [m.grad, z.grad, *(p.grad for p in each.parameters())]
+    assert_same(block.found, plain.found)
+    assert store.facts["host_bytes"] == 2 * BYTES
+
+
 def test_small_and_strided_tensors_stay():
     store = HostStore(CPU, least_bytes=BYTES + 1)
     assert_same(gradients(stack_with(store)), gradients(stack_with(None)))

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from baselines.checkpointing import checkpoint_units
+from baselines.offloading import HostStore
 from optimized import modules
 from optimized.patch import apply
 from optimized.recipes import OPS
@@ -301,3 +303,18 @@ def test_the_libraries_and_ours_together():
     report = apply(both, OPS)
     assert {r.kind.partition(".")[0] for r in report.replaced} == {"protenix"}
     assert report.reasons() == {"Transition: already replaced": 1}
+
+
+@pytest.mark.parametrize("name", ["boltz", "protenix", "openfold3"])
+def test_layers_keep_their_inputs_on_the_host(name):
+    """Checkpointed from outside with a store, patched layers of a peer give the gradients of layers that are not checkpointed."""
+    build, call = PAIRFORMERS[name]
+    plain = randomise(build()).train()
+    apply(plain)
+    moved = copy.deepcopy(plain)
+    store = HostStore(torch.device("cpu"), least_bytes=N * N * C_Z * 4)
+    layers = next(m for m in moved.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
+    checkpoint_units(layers.named_children(), store=store)
+    found, expected = (run(stack, PAIRFORMER, seeded(call)) for stack in (moved, plain))
+    assert_same(found, expected, 1e-6)
+    assert store.facts == {"host_bytes": 2 * N * N * C_Z * 4, "left_on_device_bytes": 0}
