@@ -1,4 +1,4 @@
-"""Triangle multiplication's input gradient for Hopper with two groups of four warps that do not wait for each other: see `gradient_lab`.
+"""Triangle multiplication's input gradient for Hopper with two groups of four warps that do not wait for each other: see `apart_lab`.
 
 What `optimized.ops.triangle_multiplication.hopper_gradient` computes, from the same weights in shared memory. There both groups
 meet at a barrier every 64 channels, ask for products at the same time and compute at the same time. Here each takes tiles of 64
@@ -112,9 +112,9 @@ def plainly(
         if k == 0:
             linear, gate = warpgroup_mma_wait(0, deps=[linear, gate])
         else:
-            linear, gate, dn, d_linear, d_gate = warpgroup_mma_wait(
+            linear, gate, n, dn, d_linear, d_gate = warpgroup_mma_wait(
                 0,
-                deps=[linear, gate, dn, d_linear, d_gate],  # noqa: F821
+                deps=[linear, gate, n, dn, d_linear, d_gate],  # noqa: F821
             )
         d_linear, d_gate = differentiated(linear, gate, grad)
         dn = warpgroup_mma(d_linear, linear_s.index(k + none_yet), dn, use_acc=k > 0, is_async=True)
@@ -145,9 +145,9 @@ def halves(
         if s == 0:
             linear, gate = warpgroup_mma_wait(0, deps=[linear, gate])
         else:
-            linear, gate, dn, d_linear, d_gate = warpgroup_mma_wait(
+            linear, gate, n, dn, d_linear, d_gate = warpgroup_mma_wait(
                 0,
-                deps=[linear, gate, dn, d_linear, d_gate],  # noqa: F821
+                deps=[linear, gate, n, dn, d_linear, d_gate],  # noqa: F821
             )
         d_linear, d_gate = differentiated(linear, gate, grad)
         dn = warpgroup_mma(d_linear, of_linear, dn, use_acc=s > 0, is_async=True)
@@ -187,9 +187,9 @@ def ahead(
         if s < 2:
             linear, gate = warpgroup_mma_wait(2 + 2 * s, deps=[linear, gate])
         else:
-            linear, gate, older_linear, older_gate = warpgroup_mma_wait(
+            linear, gate, n, older_linear, older_gate = warpgroup_mma_wait(
                 4 if s < 7 else 2,
-                deps=[linear, gate, older_linear, older_gate],  # noqa: F821
+                deps=[linear, gate, n, older_linear, older_gate],  # noqa: F821
             )
         if s > 0:
             older_linear, older_gate = d_linear, d_gate  # noqa: F821

@@ -73,6 +73,7 @@ def parts() -> dict[str, Part]:
         "boltz": Part(f"{lab}/boltz_lab.py --out {{out}} --profile", 300),
         "attention": Part(f"{lab}/attention_lab.py --out {{out}} --budget 120", 150),
         "triangle": Part(f"{lab}/triangle_lab.py --out {{out}}", 150),
+        "apart": Part(f"{lab}/apart_lab.py --out {{out}}", 100),
         "host": Part(f"{lab}/host_lab.py", 60),
         "options": Part(f"{lab}/step_options.py --out {{out}} --seq-len 384,640 {WAYS}", 400),
     }
@@ -87,6 +88,12 @@ def parts() -> dict[str, Part]:
         found[f"steps-{tokens}"] = Part(f"{sweep} --seq-lens {tokens} --variants {PEERS}", limit)
         graphs = f"{sweep} --seq-lens {tokens} --variants {GRAPHED} --option graphs=true"
         found[f"graphs-{tokens}"] = Part(graphs, limit / 2)
+    offload = "--variants megafold --option offload=true"
+    found["offload-768"] = Part(f"{sweep} --seq-lens 768 {offload}", 300)
+    found["boundary-offload"] = Part(
+        f"{cli} boundary --preset af3 --device cuda --granularity 128 --confirm 1 --probes-above 0 {offload} --start 3072 --out {{out}}",
+        900,
+    )
     for variant, start, limit in (("megafold", 2176, 500), ("inductor", 1664, 500), ("pytorch", 1536, 400),
         ("flex", 1664, 500), ("cuequivariance", 1664, 500), ("trifast", 1664, 500),
     ):  # fmt: skip

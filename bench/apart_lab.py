@@ -1,10 +1,11 @@
-"""One GPU call for triangle multiplication's input gradient on Hopper: Triton's kernel, the package's in Gluon, and forms of it.
+"""One GPU call for triangle multiplication's projections and their input gradient on Hopper: the package's kernels, and forms of them.
 
-python bench/gradient_lab.py --out DIR [--profile N]      (a minute on one Hopper card)
+python bench/apart_lab.py --out DIR [--profile N]      (a minute on one Hopper card)
 
-The forms (`gluon_gradient`) have two groups of four warps that do not wait for each other: 64 channels after 64; 32 after 32; 32
-after 32 with the next ones' products asked for before these are differentiated. Compiled for sm_90 by Triton 3.6, and not run yet.
-With --profile every kernel runs once at N tokens, between the marks that a profiler started with it looks for.
+The forms (`gluon_project`, `gluon_gradient`) have two groups of four warps that do not wait for each other. Those of the gradient
+take 64 channels after 64; 32 after 32; 32 after 32 with the next ones' products asked for before these are differentiated.
+Compiled for sm_90 by Triton 3.6, and not run yet. With --profile every kernel runs once at N tokens, between the marks that a
+profiler started with it looks for.
 """
 
 # mypy: ignore-errors
@@ -14,14 +15,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import gluon_gradient
+import gluon_project
 import torch
-from gluon_gradient import apart_kernel
 from torch import Tensor
 from triton.testing import do_bench
 
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, processors
 from optimized.ops.triangle_multiplication import launch as package
+from optimized.ops.triangle_multiplication import statistics
 from optimized.ops.triangle_multiplication.layout import Shape
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
 from optimized.ops.tuning import Config
@@ -47,7 +50,7 @@ class Problem:
         self.shape = Shape.of(self.z, C)
         padded = self.shape.padded
         self.stats = package.forward(self.z, w, self.mask, True, 1e-5, torch.bfloat16)[2]
-        self.packed = package.packed_weights(w, self.z, torch.bfloat16)[1]
+        self.folded, self.packed = package.packed_weights(w, self.z, torch.bfloat16)
         self.norm = (w.norm_in_weight, w.norm_in_bias)
         self.grad, self.dn = normal(2 * C, padded, padded), normal(padded**2, C)
         self.more = normal(n, n, C) if more else None
@@ -82,8 +85,37 @@ class Problem:
             "MORE": self.more is not None,
         }
         arguments = (*arguments, *shape.place(z), group)
-        launch(apart_kernel, (programs, 1, 1), Config({}, 4), arguments, FORM=form, **sizes)
+        launch(gluon_gradient.apart_kernel, (programs, 1, 1), Config({}, 4), arguments, FORM=form, **sizes)
         return dz, shares
+
+    def projections(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """By name: a and b from statistics `[3, P, P]` of z, which all but those that are given put there."""
+        given = (self.z, self.mask)
+        moments = package.moments_of(self.stats, self.shape, torch.bfloat16)[statistics.MOMENTS :]
+        return {
+            "package": lambda stats: package.project_hopper(*given, stats, self.folded, self.shape, 1e-5),
+            "apart": partial(self.projected, False),
+            "triton, given": lambda stats: package.project_folded(
+                self.z, stats[2], moments, self.folded, self.shape
+            ),
+            "apart, given": partial(self.projected, True),
+        }
+
+    def projected(self, given: bool, stats: Tensor) -> Tensor:
+        """As `launch.project_hopper`, by the kernel whose groups do not wait for each other."""
+        z, shape = self.z, self.shape
+        tiles = shape.padded**2 // 64
+        group = ceil_div(tiles, processors(z.device))
+        ab = torch.empty((2 * C, shape.padded, shape.padded), dtype=z.dtype, device="cuda")
+        mask = z if self.mask is None else self.mask
+        arguments = (z, mask, stats, *self.folded, ab, *shape.place(z), group, 1e-5)
+        sizes = {
+            "EVEN": shape.tokens == shape.padded and z.is_contiguous(),
+            "MASKED": self.mask is not None,
+            "GIVEN": given,
+        }
+        launch(gluon_project.apart_kernel, (ceil_div(tiles, group), 1, 1), Config({}, 4), arguments, **sizes)
+        return ab
 
 
 def apart_by(found: Tensor, exact: Tensor) -> float:
@@ -116,6 +148,23 @@ def row(problem: Problem) -> dict[str, object]:
     return found
 
 
+def projected(problem: Problem) -> dict[str, object]:
+    """The same of the projections; the distance of the statistics too, which those of the forward pass are."""
+    found: dict[str, object] = {"n": problem.n, "masked": problem.mask is not None}
+    exact = None
+    for name, call in problem.projections().items():
+        stats = problem.stats[2:].clone() if "given" in name else torch.zeros_like(problem.stats[2:])
+        ab = call(stats)
+        exact = ab if exact is None else exact
+        found[name] = {
+            "distances": (apart_by(ab, exact), apart_by(stats, problem.stats[2:])),
+            "same": torch.equal(ab, call(stats)),
+        }
+        if problem.n >= 384:
+            found[name]["ms"] = do_bench(partial(call, stats), warmup=10, rep=50, return_mode="median")
+    return found
+
+
 def main() -> None:
     """Compare and time all of them at every length, or run each once."""
     parser = argparse.ArgumentParser(
@@ -127,21 +176,25 @@ def main() -> None:
     if args.profile:
         problem = Problem(args.profile, masked=True, more=False)
         rows = torch.empty_like(problem.dn)
-        for call in problem.calls().values():
-            call(problem.dn.clone(), rows)
+        gradients = [partial(call, problem.dn.clone(), rows) for call in problem.calls().values()]
+        stats = problem.stats[2:].clone()
+        for call in (*gradients, *(partial(call, stats) for call in problem.projections().values())):
+            call()
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStart()
-            call(problem.dn, rows)
+            call()
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStop()
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "gradient_lab.jsonl").open("w") as file:
+    with (args.out / "apart_lab.jsonl").open("w") as file:
         for n in LENGTHS:
             for masked in (False, True):
-                found = row(Problem(n, masked, more=n < 384 and masked))
-                print(found, flush=True)
-                file.write(json.dumps(found) + "\n")
+                problem = Problem(n, masked, more=n < 384 and masked)
+                for found in (projected(problem), row(problem)):
+                    print(found, flush=True)
+                    file.write(json.dumps(found) + "\n")
+                del problem
                 torch.cuda.empty_cache()
 
 
