@@ -35,37 +35,50 @@ LENGTHS = (64, 50, 101, 384, 450, 768, 1024, 2048)
 
 
 class Problem:
-    """Inputs of one length; of 101 tokens z is a part of wider rows."""
+    """Inputs of one length; of 101 tokens z is a part of wider rows. `full`: z is float32, and what the kernels read is made of it."""
 
-    def __init__(self, n: int, masked: bool, more: bool) -> None:
+    def __init__(self, n: int, masked: bool, more: bool, full: bool = False) -> None:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, device="cuda").bfloat16()
 
         self.n = n
-        self.z = (1.5 * normal(n, n + (8 if n == 101 else 0), C) + 0.2)[:, :n]
+        z = (1.5 * normal(n, n + (8 if n == 101 else 0), C) + 0.2)[:, :n]
+        if full:
+            z = z.float()
         shapes = [(C,) if "norm" in name else (C, C) for name in TriangleWeights._fields]
         w = TriangleWeights(*(torch.randn(*shape, device="cuda") / 11 for shape in shapes))
         w = w._replace(norm_in_weight=1 + w.norm_in_weight, norm_out_weight=1 + w.norm_out_weight)
         self.mask = torch.rand(n, n, device="cuda") > 0.1 if masked else None
-        self.shape = Shape.of(self.z, C)
+        self.shape = Shape.of(z, C)
         padded = self.shape.padded
-        self.stats = package.forward(self.z, w, self.mask, True, 1e-5, torch.bfloat16)[2]
-        self.folded, self.packed = package.packed_weights(w, self.z, torch.bfloat16)
+        self.stats = package.forward(z, w, self.mask, True, 1e-5, torch.bfloat16)[2]
+        self.folded, self.packed = package.packed_weights(w, z, torch.bfloat16)
+        self.z, self.rstd = z, None
+        if full:
+            room = torch.empty_like(self.stats[2:]), package.empty_moments(z, self.shape, self.folded, 1)
+            self.z, self.rstd = package.normalise(z, None, self.shape, 1e-5, *room)
         self.norm = (w.norm_in_weight, w.norm_in_bias)
         self.grad, self.dn = normal(2 * C, padded, padded), normal(padded**2, C)
-        self.more = normal(n, n, C) if more else None
+        self.more = normal(n, n, C).to(z.dtype) if more else None
 
     def calls(self) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
         """By name: dz and shares from dn, which dz may overwrite, and room for LN(z) / 2."""
         given = (self.z, self.norm, self.packed, self.mask, self.grad)
-        found = {
-            "triton": lambda dn, n: package.input_gradient(
-                *given, dn, n, self.shape, 1e-5, stats=self.stats, more=self.more
-            ),
-            "package": lambda dn, n: package.input_gradient_hopper(
+
+        def triton(dn: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+            beside = None if self.rstd is not None else self.more
+            dz, shares = package.input_gradient(
+                *given, dn, n, self.shape, 1e-5, stats=self.stats, rstd=self.rstd, more=beside
+            )
+            if self.more is not None and beside is None:
+                dz += self.more
+            return dz, shares
+
+        found = {"triton": triton}
+        if self.rstd is None:
+            found["package"] = lambda dn, n: package.input_gradient_hopper(
                 *given, dn, n, self.shape, self.stats, self.more
-            ),
-        }
+            )
         return found | {name: partial(self.apart, form) for name, form in FORMS.items()}
 
     def apart(self, form: int, dn: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,12 +89,20 @@ class Problem:
         programs = ceil_div(tiles, group)
         shares = torch.empty((2 * programs, 2 * C), dtype=torch.float32, device="cuda")
         whole = shape.tokens == shape.padded
-        dz = dn.view(z.shape) if whole else torch.empty(z.shape, dtype=z.dtype, device="cuda")
+        wide = self.rstd is not None
+        in_place = whole and not wide
+        dz = (
+            dn.view(z.shape)
+            if in_place
+            else torch.empty(z.shape, dtype=torch.float32 if wide else z.dtype, device="cuda")
+        )
         mask, more = (z if self.mask is None else self.mask), (dz if self.more is None else self.more)
-        arguments = (z, self.stats, *self.norm, self.packed, mask, self.grad, dn, dz, n, shares, more)
+        rstd = self.rstd if wide else shares
+        arguments = (z, self.stats, rstd, *self.norm, self.packed, mask, self.grad, dn, dz, n, shares, more)
         sizes = {
             "MASKED": self.mask is not None,
             "EVEN": whole and z.is_contiguous(),
+            "NORMAL": wide,
             "MORE": self.more is not None,
         }
         arguments = (*arguments, *shape.place(z), group)
@@ -129,6 +150,7 @@ def row(problem: Problem) -> dict[str, object]:
         "n": problem.n,
         "masked": problem.mask is not None,
         "more": problem.more is not None,
+        "full": problem.rstd is not None,
     }
     calls = problem.calls()
     rows = [torch.full_like(problem.dn, 7.0) for _ in range(2)]
@@ -196,6 +218,10 @@ def main() -> None:
                     file.write(json.dumps(found) + "\n")
                 del problem
                 torch.cuda.empty_cache()
+            found = row(Problem(n, True, more=True, full=True))
+            print(found, flush=True)
+            file.write(json.dumps(found) + "\n")
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -205,9 +205,9 @@ def ahead(
 
 @gluon.jit
 def tiles(
-    z_ptr, stats_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, dn_gate_ptr, dz_ptr, n_ptr, share_ptr, more_ptr,
+    z_ptr, stats_ptr, rstd_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, dn_gate_ptr, dz_ptr, n_ptr, share_ptr, more_ptr,
     n_tokens, padded, stride_i, stride_j, first, last, linear_s, gate_s, grad_0, grad_1, grad_2, grad_3, beta_s, gamma_s,
-    MASKED: gl.constexpr, EVEN: gl.constexpr, MORE: gl.constexpr, FORM: gl.constexpr,
+    MASKED: gl.constexpr, EVEN: gl.constexpr, NORMAL: gl.constexpr, MORE: gl.constexpr, FORM: gl.constexpr,
 ):  # fmt: skip
     """Every other tile from `first` on, by four warps."""
     zero = gl.full([ROWS, WIDTH], 0.0, gl.float32, WHOLE)
@@ -300,11 +300,13 @@ def tiles(
         dn = dn * gl.load(gamma_ptr + c).to(gl.float32)[None, :]
         mean = gl.sum(dn, 1) * (1.0 / WIDTH)
         slope = gl.sum(dn * normal, 1) * (1.0 / WIDTH)
+        if NORMAL:
+            rstd = gl.load(rstd_ptr + p, mask=inside, other=1.0)
         dz = (dn - mean[:, None] - normal * slope[:, None]) * (0.5 * rstd)[:, None]
         cells = cell[:, None] * WIDTH + c[None, :]
         if MORE:
             dz += gl.load(more_ptr + cells, mask=inside[:, None], other=0.0).to(gl.float32)
-        gl.store(dz_ptr + cells, dz.to(gl.bfloat16), mask=inside[:, None])
+        gl.store(dz_ptr + cells, dz.to(dz_ptr.dtype.element_ty), mask=inside[:, None])
     async_copy.wait_group(0)
     barrier()
     columns: gl.constexpr = gl.BlockedLayout([16, 1], [1, 32], [1, 4], [1, 0])
@@ -315,11 +317,14 @@ def tiles(
 
 @gluon.jit(do_not_specialize=["group"])
 def apart_kernel(
-    z_ptr, stats_ptr, gamma_ptr, beta_ptr, w_ptr, mask_ptr, grad_ptr, dn_gate_ptr, dz_ptr, n_ptr, norm_partial_ptr,
+    z_ptr, stats_ptr, rstd_ptr, gamma_ptr, beta_ptr, w_ptr, mask_ptr, grad_ptr, dn_gate_ptr, dz_ptr, n_ptr, norm_partial_ptr,
     more_ptr, n_tokens, padded, stride_i, stride_j, group,
-    MASKED: gl.constexpr, EVEN: gl.constexpr, MORE: gl.constexpr, FORM: gl.constexpr, num_warps: gl.constexpr,
+    MASKED: gl.constexpr, EVEN: gl.constexpr, NORMAL: gl.constexpr, MORE: gl.constexpr, FORM: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As `hopper_gradient.input_gradient_kernel`, of `group` tiles of 64 positions; four warps, and four besides. Two shares a program."""
+    """As `hopper_gradient.input_gradient_kernel`, of `group` tiles of 64 positions; four warps, and four besides. Two shares a program.
+
+    NORMAL: z is x̂ of what dz is the gradient to, in float32 as is `more`, and rstd `[P, P]` that one's.
+    """
     gl.assume(n_tokens > 0)
     gl.assume(padded > 0)
     gl.assume(stride_i >= 0)
@@ -351,8 +356,8 @@ def apart_kernel(
     share = norm_partial_ptr + gl.program_id(0).to(gl.int64) * (4 * WIDTH)
     gl.warp_specialize(
         [
-            (tiles, (z_ptr, stats_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, dn_gate_ptr, dz_ptr, n_ptr, share, more_ptr, n_tokens, padded, stride_i, stride_j, first, last, linear_s, gate_s, a0, a1, a2, a3, a_beta, a_gamma, MASKED, EVEN, MORE, FORM)),
-            (tiles, (z_ptr, stats_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, dn_gate_ptr, dz_ptr, n_ptr, share + 2 * WIDTH, more_ptr, n_tokens, padded, stride_i, stride_j, first + 1, last, linear_s, gate_s, b0, b1, b2, b3, b_beta, b_gamma, MASKED, EVEN, MORE, FORM)),
+            (tiles, (z_ptr, stats_ptr, rstd_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, dn_gate_ptr, dz_ptr, n_ptr, share, more_ptr, n_tokens, padded, stride_i, stride_j, first, last, linear_s, gate_s, a0, a1, a2, a3, a_beta, a_gamma, MASKED, EVEN, NORMAL, MORE, FORM)),
+            (tiles, (z_ptr, stats_ptr, rstd_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, dn_gate_ptr, dz_ptr, n_ptr, share + 2 * WIDTH, more_ptr, n_tokens, padded, stride_i, stride_j, first + 1, last, linear_s, gate_s, b0, b1, b2, b3, b_beta, b_gamma, MASKED, EVEN, NORMAL, MORE, FORM)),
         ],
         [4],
         [240],
