@@ -1,8 +1,8 @@
-"""One GPU call for triangle multiplication's projections and their input gradient on Hopper: the package's kernels, and forms of them.
+"""One GPU call for triangle multiplication on Hopper: input projections, their input gradient and the output side's backward pass.
 
 python bench/apart_lab.py --out DIR [--profile N]      (a minute on one Hopper card)
 
-The forms (`gluon_project`, `gluon_gradient`) have two groups of four warps that do not wait for each other. Those of the gradient
+Beside the package's kernels forms (`gluon_project`, `gluon_gradient`, `gluon_output`) with two groups of four warps that do not wait for each other. Those of the gradient
 take 64 channels after 64; 32 after 32; 32 after 32 with the next ones' products asked for before these are differentiated.
 Compiled for sm_90 by Triton 3.6, and not run yet. With --profile every kernel runs once at N tokens, between the marks that a
 profiler started with it looks for.
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import gluon_gradient
+import gluon_output
 import gluon_project
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class Problem:
         self.mask = torch.rand(n, n, device="cuda") > 0.1 if masked else None
         self.shape = Shape.of(z, C)
         padded = self.shape.padded
-        self.stats = package.forward(z, w, self.mask, True, 1e-5, torch.bfloat16)[2]
+        _, self.x, self.stats = package.forward(z, w, self.mask, True, 1e-5, torch.bfloat16)
         self.folded, self.packed = package.packed_weights(w, z, torch.bfloat16)
         self.z, self.rstd = z, None
         if full:
@@ -60,6 +61,7 @@ class Problem:
         self.norm = (w.norm_in_weight, w.norm_in_bias)
         self.grad, self.dn = normal(2 * C, padded, padded), normal(padded**2, C)
         self.more = normal(n, n, C).to(z.dtype) if more else None
+        self.dy = normal(n, n, C)
 
     def calls(self) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
         """By name: dz and shares from dn, which dz may overwrite, and room for LN(z) / 2."""
@@ -138,6 +140,24 @@ class Problem:
         launch(gluon_project.apart_kernel, (ceil_div(tiles, group), 1, 1), Config({}, 4), arguments, **sizes)
         return ab
 
+    def outputs(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+        """By name: dx, and the gradients of linear part and gate."""
+        moments = package.moments_of(self.stats, self.shape, torch.bfloat16)
+        given = (self.x, self.z, self.stats, moments, self.folded, self.dy, self.shape)
+        return {"triton": partial(package.output_backward_folded, *given), "apart": self.backward_apart}
+
+    def backward_apart(self) -> tuple[Tensor, ...]:
+        """As `launch.output_backward_folded`, by the kernel whose groups do not wait for each other."""
+        z, shape = self.z, self.shape
+        tiles = shape.padded**2 // 64
+        group = ceil_div(tiles, processors(z.device))
+        found = tuple(torch.empty_like(self.x) for _ in range(3))
+        arguments = (self.x, z, self.stats, *self.folded, self.dy, *found, *shape.place(z), group)
+        even = shape.tokens == shape.padded and z.is_contiguous()
+        grid = (ceil_div(tiles, group), 1, 1)
+        launch(gluon_output.apart_kernel, grid, Config({}, 4), arguments, EVEN=even)
+        return found
+
 
 def apart_by(found: Tensor, exact: Tensor) -> float:
     """Relative distance."""
@@ -187,6 +207,23 @@ def projected(problem: Problem) -> dict[str, object]:
     return found
 
 
+def output(problem: Problem) -> dict[str, object]:
+    """The same of the output side's backward pass: distances of dx and both gradients."""
+    found: dict[str, object] = {"n": problem.n, "masked": problem.mask is not None}
+    calls = problem.outputs()
+    exact = calls["triton"]()
+    for name, call in calls.items():
+        first, again = call(), call()
+        found[f"output, {name}"] = {
+            "distances": [apart_by(a, b) for a, b in zip(first, exact, strict=True)],
+            "same": all(map(torch.equal, first, again)),
+        }
+        if problem.n >= 384:
+            ms = do_bench(call, warmup=10, rep=50, return_mode="median")
+            found[f"output, {name}"]["ms"] = ms
+    return found
+
+
 def main() -> None:
     """Compare and time all of them at every length, or run each once."""
     parser = argparse.ArgumentParser(
@@ -200,7 +237,8 @@ def main() -> None:
         rows = torch.empty_like(problem.dn)
         gradients = [partial(call, problem.dn.clone(), rows) for call in problem.calls().values()]
         stats = problem.stats[2:].clone()
-        for call in (*gradients, *(partial(call, stats) for call in problem.projections().values())):
+        projections = [partial(call, stats) for call in problem.projections().values()]
+        for call in (*gradients, *projections, *problem.outputs().values()):
             call()
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStart()
@@ -213,7 +251,7 @@ def main() -> None:
         for n in LENGTHS:
             for masked in (False, True):
                 problem = Problem(n, masked, more=n < 384 and masked)
-                for found in (projected(problem), row(problem)):
+                for found in (projected(problem), row(problem), output(problem)):
                     print(found, flush=True)
                     file.write(json.dumps(found) + "\n")
                 del problem
