@@ -9,11 +9,11 @@ far the host runs ahead.
 
 from __future__ import annotations
 
+import mmap
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from mmap import MADV_HUGEPAGE, mmap
 from typing import Any
 
 import torch
@@ -75,9 +75,11 @@ class Buffers:
 
     def _pin(self, nbytes: int) -> Tensor:
         # Whole pages of its own: what shares a page with something pinned cannot be pinned.
-        memory = mmap(-1, nbytes)
-        with suppress(OSError):  # large pages take less time to make and to pin, where the system has them
-            memory.madvise(MADV_HUGEPAGE)
+        memory = mmap.mmap(-1, nbytes)
+        with suppress(
+            AttributeError, OSError
+        ):  # large pages take less time to make and to pin, where there are any
+            memory.madvise(mmap.MADV_HUGEPAGE)
         buffer = torch.frombuffer(memory, dtype=torch.uint8)
         runtime: Any = torch.cuda.cudart()
         status = runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)
@@ -133,9 +135,9 @@ class HostStore:
         self._least, self._device = least_bytes, device
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers = Buffers(host_room() if room is None else room, self._side)
-        self._closing = weakref.finalize(
-            self, self.buffers.close
-        )  # graphs hold the store: none is left to read them
+        # Graphs hold the store: when it goes, none is left to read what it kept. At the process's end the driver is faster.
+        self._closing = weakref.finalize(self, self.buffers.close)
+        self._closing.atexit = False
         self.facts: dict[str, Any] = {"host_bytes": 0, "left_on_device_bytes": 0}
         self._group = self._left = 0
         self._here: list[_Kept] = []

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import mmap
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +166,44 @@ def test_buffers_of_another_size_make_way():
     assert buffers.take(300) is small[2]
     buffers.close()
     assert buffers.take(1) is None
+
+
+class Runtime:
+    """Pins what it is told to, up to a number of calls."""
+
+    class cudaError:  # noqa: N801 (as PyTorch names it)
+        success = 0
+
+    def __init__(self, most: int) -> None:
+        self.most, self.pinned = most, set()
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        if len(self.pinned) == self.most:
+            return 2
+        self.pinned.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
+        self.pinned.remove(address)
+
+    def cudaGetErrorString(self, status: int) -> str:  # noqa: N802
+        return "out of memory"
+
+
+def test_pinned_buffers_are_whole_pages_and_are_unpinned(monkeypatch):
+    runtime = Runtime(most=2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    side = SimpleNamespace(synchronize=lambda: None)
+    buffers = Buffers(1 << 30, side)
+    first, second = buffers.take(5000), buffers.take(3)
+    first.fill_(7)
+    assert first.numel() == 5000 and runtime.pinned == {first.data_ptr(), second.data_ptr()}
+    assert all(address % mmap.PAGESIZE == 0 for address in runtime.pinned)
+    with pytest.raises(UnsupportedError, match=r"pinned 5003 bytes .* no 9 more \(out of memory\)"):
+        buffers.take(9)
+    buffers.give(first)
+    buffers.close()
+    assert runtime.pinned == set()
 
 
 def test_backward_twice():
