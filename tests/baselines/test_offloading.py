@@ -171,22 +171,22 @@ def test_buffers_of_another_size_make_way():
 class Runtime:
     """Pins what it is told to, up to a number of calls."""
 
-    class cudaError:  # noqa: N801 (as PyTorch names it)
+    class cudaError:
         success = 0
 
     def __init__(self, most: int) -> None:
         self.most, self.pinned = most, set()
 
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         if len(self.pinned) == self.most:
             return 2
         self.pinned.add(address)
         return 0
 
-    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> None:
         self.pinned.remove(address)
 
-    def cudaGetErrorString(self, status: int) -> str:  # noqa: N802
+    def cudaGetErrorString(self, status: int) -> str:
         return "out of memory"
 
 
