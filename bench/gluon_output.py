@@ -19,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from optimized.ops.gluon_parts import barrier, fast_tanh
-from optimized.ops.triangle_multiplication.hopper import WIDTH
-from optimized.ops.triangle_multiplication.hopper_gradient import ask_for, channel_of, turned_about
+from optimized.ops.triangle_multiplication.hopper import WIDTH, value_of
+from optimized.ops.triangle_multiplication.hopper_gradient import ask_for, turned_about
 from optimized.ops.triangle_multiplication.hopper_project import in_turns
 
 PART = gl.constexpr(32)
@@ -46,15 +46,15 @@ def in_order(x):
 
 @gluon.jit
 def place(w_ptr, sums_ptr, into, beside_s, TURNED: gl.constexpr, wl: gl.constexpr, bl: gl.constexpr):
-    """32 rows of weights at a time, in the order of `channel_of`, and what moments are multiplied by. TURNED: columns likewise."""
+    """32 rows of weights at a time, in the order of `value_of`, and what moments are multiplied by. TURNED: columns likewise."""
     e = gl.arange(0, 16, gl.SliceLayout(0, bl))
     for k in gl.static_range(4):
-        t = k * PART + channel_of(gl.arange(0, PART, gl.SliceLayout(1, wl)))
+        t = k * PART + value_of(gl.arange(0, PART, gl.SliceLayout(1, wl)))
         c = gl.arange(0, WIDTH, gl.SliceLayout(0, wl))
         if TURNED:
-            c = channel_of(c)
+            c = value_of(c)
         into.index(k).store(gl.load(w_ptr + t[:, None] * WIDTH + c[None, :]))
-        rows = sums_ptr + k * PART + channel_of(gl.arange(0, PART, gl.SliceLayout(1, bl)))
+        rows = sums_ptr + k * PART + value_of(gl.arange(0, PART, gl.SliceLayout(1, bl)))
         biases, sums = gl.load(rows + WIDTH), gl.load(rows)
         beside_s.index(k).store((in_turns(biases, e, 2) + in_turns(sums, e - 3, 2)).to(gl.bfloat16))
 
@@ -103,7 +103,7 @@ def tiles(
     area = padded.to(gl.int64) * padded
     c = gl.arange(0, WIDTH, gl.SliceLayout(0, CHANNELS))
     t = gl.arange(0, PART, gl.SliceLayout(0, OUTPUTS))
-    n = channel_of(gl.arange(0, PART, gl.SliceLayout(1, X)))
+    n = value_of(gl.arange(0, PART, gl.SliceLayout(1, X)))
     h = gl.arange(0, PART, gl.SliceLayout(1, X))
     line = gl.arange(0, 128, FLAT)
     fetch_x(x_ptr, x_0, first, area, first < last)

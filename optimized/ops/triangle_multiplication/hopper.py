@@ -25,6 +25,15 @@ TILE = gl.constexpr(64)
 
 
 @gluon.jit
+def value_of(n):
+    """Which value column n of a product's results stands for where a lane is to hold eight values one after another, twice in 64.
+
+    The matrix unit leaves a lane columns 8j + 2q and 8j + 2q + 1: what it reads has to lie in this order.
+    """
+    return n // 32 * 32 + n // 2 % 4 * 8 + n // 8 % 4 * 2 + n % 2
+
+
+@gluon.jit
 def pair_of(p, n_tokens, padded):
     """Whether positions p of the padded square are inside the real one, their rows and their columns."""
     i = p // padded

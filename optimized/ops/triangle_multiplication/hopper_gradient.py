@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from optimized.ops.gluon_parts import barrier, fast_tanh
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import WIDTH, pair_of
+from optimized.ops.triangle_multiplication.hopper import WIDTH, pair_of, value_of
 
 ROWS = gl.constexpr(128)
 """Positions of a tile: 64 for each group of four warps."""
@@ -45,12 +45,6 @@ CHANNELS = gl.constexpr(
 
 
 @gluon.jit
-def channel_of(n):
-    """Which channel of z column n of its products is."""
-    return n // 32 * 32 + n // 2 % 4 * 8 + n // 8 % 4 * 2 + n % 2
-
-
-@gluon.jit
 def turned_about(x):
     """`[rows, 128]` of columns as products have them, as channels; or the other way: a view of what each lane holds."""
     return gl.reshape(gl.permute(gl.reshape(x, (x.shape[0], 4, 4, 4, 2)), (0, 1, 3, 2, 4)), (x.shape[0], 128))
@@ -61,7 +55,7 @@ def place_weights(w_ptr, into, first, layout: gl.constexpr):
     """64 rows at a time of the weights, from row `first` on, columns as products have them."""
     for k in gl.static_range(4):
         t = first + k * STEP + gl.arange(0, STEP, gl.SliceLayout(1, layout))
-        c = channel_of(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)))
+        c = value_of(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)))
         into.index(k).store(gl.load(w_ptr + t[:, None] * WIDTH + c[None, :]))
 
 

@@ -20,7 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from optimized.ops.gluon_parts import barrier, fast_tanh
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, fetch_rows, load_rows, pair_of
+from optimized.ops.triangle_multiplication.hopper import (
+    TILE,
+    WIDTH,
+    fetch_rows,
+    load_rows,
+    pair_of,
+    value_of,
+)
 
 RUNS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -52,12 +59,6 @@ MOMENTS_OF_LANES = gl.constexpr(
     )
 )
 """The lanes that hold a row of z make its moments."""
-
-
-@gluon.jit
-def position_of(n):
-    """Which position of a tile column n of its products is."""
-    return n // 32 * 32 + n // 2 % 4 * 8 + n // 8 % 4 * 2 + n % 2
 
 
 @gluon.jit
@@ -204,7 +205,7 @@ def project_kernel(
     moments_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, 16], thin)
     rstd_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], plain)
     none = gl.full([WIDTH, TILE], 0.0, gl.float32, acc_l)
-    columns = position_of(gl.arange(0, TILE, gl.SliceLayout(1, zl)))
+    columns = value_of(gl.arange(0, TILE, gl.SliceLayout(1, zl)))
     first = gl.program_id(0) * group
     last = gl.minimum(first + group, (padded * padded) // TILE)
     for s in gl.static_range(STAGES - 1):
