@@ -17,12 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from optimized.ops.gluon_parts import barrier, fast_tanh
-from optimized.ops.triangle_multiplication.hopper import WIDTH, pair_of
+from optimized.ops.triangle_multiplication.hopper import WIDTH
 from optimized.ops.triangle_multiplication.hopper_gradient import (
     STEP,
     ask_for,
+    fetch_gradients,
     place_weights,
+    places,
     standardised,
+    sums_of_lanes,
     turned_about,
 )
 
@@ -42,38 +45,6 @@ HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 WHOLE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 GRADIENTS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-
-
-@gluon.jit
-def fetch_gradients(grad_ptr, into, tile, STEP_AT: gl.constexpr, area, on):
-    """Gradients of 64 channels of a and b at the positions of a tile, on their way."""
-    t = STEP_AT * STEP + gl.arange(0, STEP, gl.SliceLayout(1, GRADIENTS))
-    k = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, GRADIENTS))
-    async_copy.async_copy_global_to_shared(
-        into, grad_ptr + t.to(gl.int64)[:, None] * area + k[None, :], mask=on
-    )
-    async_copy.commit_group()
-
-
-@gluon.jit
-def places(start, n_tokens, padded, stride_i, stride_j, EVEN: gl.constexpr, layout: gl.constexpr):
-    """Which positions of a tile are inside the real square, where their rows of z begin, and which cells they are."""
-    p = start + gl.arange(0, ROWS, layout)
-    if EVEN:
-        inside, cell = p >= 0, p.to(gl.int64)
-        source = cell * WIDTH
-    else:
-        inside, i, j = pair_of(p, n_tokens, padded)
-        cell = gl.where(inside, i.to(gl.int64) * n_tokens + j, 0)
-        source = gl.where(inside, i.to(gl.int64) * stride_i + j.to(gl.int64) * stride_j, 0)
-    return p, inside, source, cell
-
-
-@gluon.jit
-def sums_of_lanes(x):
-    """`[16, 128]`: sums of four rows of a tile each, two of a lane and two of its neighbour."""
-    x = gl.sum(gl.reshape(x, (4, 2, 8, 128)), 1)
-    return gl.reshape(gl.sum(gl.reshape(x, (4, 2, 4, 128)), 1), (16, 128))
 
 
 @gluon.jit
@@ -106,7 +77,7 @@ def plainly(
         async_copy.wait_group(2)
         barrier()
         of_tile = tile + (k + 3) // 4 * stride
-        fetch_gradients(grad_ptr, grad_s[(k + 3) % 4], of_tile, (k + 3) % 4, area, of_tile < last)
+        fetch_gradients(grad_ptr, grad_s[(k + 3) % 4], of_tile, (k + 3) % 4, area, GRADIENTS, of_tile < last)
         linear, gate = products_in(n, linear_s.index(k + none_yet), gate_s.index(k + none_yet), none)
         grad = grad_s[k].permute((1, 0)).load(PART)
         if k == 0:
@@ -136,7 +107,7 @@ def halves(
             barrier()
             of_tile = tile + (s // 2 + 3) // 4 * stride
             fetch_gradients(
-                grad_ptr, grad_s[(s // 2 + 3) % 4], of_tile, (s // 2 + 3) % 4, area, of_tile < last
+                grad_ptr, grad_s[(s // 2 + 3) % 4], of_tile, (s // 2 + 3) % 4, area, GRADIENTS, of_tile < last
             )
         of_linear = linear_s.index(s // 2 + none_yet).slice(s % 2 * 32, 32, 0)
         of_gate = gate_s.index(s // 2 + none_yet).slice(s % 2 * 32, 32, 0)
@@ -172,7 +143,7 @@ def ahead(
             barrier()
             of_tile = tile + (s // 2 + 3) // 4 * stride
             fetch_gradients(
-                grad_ptr, grad_s[(s // 2 + 3) % 4], of_tile, (s // 2 + 3) % 4, area, of_tile < last
+                grad_ptr, grad_s[(s // 2 + 3) % 4], of_tile, (s // 2 + 3) % 4, area, GRADIENTS, of_tile < last
             )
         linear, gate = next_linear, next_gate
         if s < 7:
@@ -215,9 +186,9 @@ def tiles(
     area = padded.to(gl.int64) * padded
     beta_s.store(gl.full([16, WIDTH], 0.0, gl.float32, sl))
     gamma_s.store(gl.full([16, WIDTH], 0.0, gl.float32, sl))
-    fetch_gradients(grad_ptr, grad_0, first, 0, area, first < last)
-    fetch_gradients(grad_ptr, grad_1, first, 1, area, first < last)
-    fetch_gradients(grad_ptr, grad_2, first, 2, area, first < last)
+    fetch_gradients(grad_ptr, grad_0, first, 0, area, GRADIENTS, first < last)
+    fetch_gradients(grad_ptr, grad_1, first, 1, area, GRADIENTS, first < last)
+    fetch_gradients(grad_ptr, grad_2, first, 2, area, GRADIENTS, first < last)
     c = gl.arange(0, WIDTH, gl.SliceLayout(0, CHANNELS))
     line = gl.arange(0, 128, FLAT)
     for tile in range(first, last, 2):
@@ -226,9 +197,8 @@ def tiles(
             later = (start + 2 * ROWS).to(gl.int64) * WIDTH + line * 64
             ask_for(z_ptr + later, (line >= 0) & (tile + 2 < last))
             ask_for(dn_gate_ptr + later, (line >= 0) & (tile + 2 < last))
-        p, inside, source, cell = places(
-            start, n_tokens, padded, stride_i, stride_j, EVEN, gl.SliceLayout(1, CHANNELS)
-        )
+        p = start + gl.arange(0, ROWS, gl.SliceLayout(1, CHANNELS))
+        inside, source, cell = places(p, n_tokens, padded, stride_i, stride_j, EVEN)
         keep = inside
         if MASKED:
             keep = inside & gl.load(mask_ptr + cell, mask=inside, other=0).to(gl.int1)
@@ -240,56 +210,11 @@ def tiles(
         square = p.to(gl.int64)[:, None] * WIDTH + c[None, :]
         gl.store(n_ptr + square, n)
         if FORM == 2:
-            dn, d_linear, d_gate = ahead(
-                n,
-                zero,
-                grad_0,
-                grad_1,
-                grad_2,
-                grad_3,
-                linear_s,
-                gate_s,
-                grad_ptr,
-                area,
-                tile,
-                2,
-                last,
-                tile >> 28,
-            )
+            dn, d_linear, d_gate = ahead(n, zero, grad_0, grad_1, grad_2, grad_3, linear_s, gate_s, grad_ptr, area, tile, 2, last, tile >> 28)  # fmt: skip
         elif FORM == 1:
-            dn, d_linear, d_gate = halves(
-                n,
-                zero,
-                grad_0,
-                grad_1,
-                grad_2,
-                grad_3,
-                linear_s,
-                gate_s,
-                grad_ptr,
-                area,
-                tile,
-                2,
-                last,
-                tile >> 28,
-            )
+            dn, d_linear, d_gate = halves(n, zero, grad_0, grad_1, grad_2, grad_3, linear_s, gate_s, grad_ptr, area, tile, 2, last, tile >> 28)  # fmt: skip
         else:
-            dn, d_linear, d_gate = plainly(
-                n,
-                zero,
-                grad_0,
-                grad_1,
-                grad_2,
-                grad_3,
-                linear_s,
-                gate_s,
-                grad_ptr,
-                area,
-                tile,
-                2,
-                last,
-                tile >> 28,
-            )
+            dn, d_linear, d_gate = plainly(n, zero, grad_0, grad_1, grad_2, grad_3, linear_s, gate_s, grad_ptr, area, tile, 2, last, tile >> 28)  # fmt: skip
         normal, rstd = standardised(z_ptr, stats_ptr, area, p, inside, source, c)
         of_gate = gl.load(dn_gate_ptr + square, mask=inside[:, None], other=0.0).to(gl.float32)
         dn, d_linear, d_gate = warpgroup_mma_wait(0, deps=[dn, d_linear, d_gate])

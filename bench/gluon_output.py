@@ -7,7 +7,7 @@ product that makes dx. Rows of the weights lie in such an order that a lane's gr
 
 # ruff: noqa: ANN001, ANN201 (Gluon compiles these functions: an annotation would mean a compile-time constant)
 # mypy: ignore-errors
-from gluon_gradient import CHANNELS, FLAT, HALF, ROWS, WHOLE, places
+from gluon_gradient import CHANNELS, FLAT, HALF, ROWS, WHOLE
 from gluon_project import BESIDE
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from optimized.ops.gluon_parts import barrier, fast_tanh
 from optimized.ops.triangle_multiplication.hopper import WIDTH, value_of
-from optimized.ops.triangle_multiplication.hopper_gradient import ask_for, turned_about
+from optimized.ops.triangle_multiplication.hopper_gradient import ask_for, places, turned_about
 from optimized.ops.triangle_multiplication.hopper_project import in_turns
 
 PART = gl.constexpr(32)
@@ -119,7 +119,8 @@ def tiles(
                 later = (tile * ROWS + 2 * ROWS).to(gl.int64) * WIDTH + line * 64
                 ask_for(z_ptr + later, (line >= 0) & (tile + 2 < last))
                 ask_for(dy_ptr + later, (line >= 0) & (tile + 2 < last))
-            p, inside, source, cell = places(tile * ROWS, n_tokens, padded, stride_i, stride_j, EVEN, rows)
+            p = tile * ROWS + gl.arange(0, ROWS, rows)
+            inside, source, cell = places(p, n_tokens, padded, stride_i, stride_j, EVEN)
             inside = inside & on
             z = gl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None], other=0.0)
             rstd_x = gl.load(stats_ptr + p, mask=inside, other=0.0)

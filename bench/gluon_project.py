@@ -8,7 +8,7 @@ turned on their way through shared memory.
 
 # ruff: noqa: ANN001, ANN201 (Gluon compiles these functions: an annotation would mean a compile-time constant)
 # mypy: ignore-errors
-from gluon_gradient import CHANNELS, PART, ROWS, places
+from gluon_gradient import CHANNELS, PART, ROWS
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from optimized.ops.gluon_parts import barrier, fast_tanh
 from optimized.ops.triangle_multiplication.hopper import WIDTH
-from optimized.ops.triangle_multiplication.hopper_gradient import STEP, place_weights, turned_about
+from optimized.ops.triangle_multiplication.hopper_gradient import STEP, place_weights, places, turned_about
 from optimized.ops.triangle_multiplication.hopper_project import in_turns
 
 BESIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
@@ -41,7 +41,8 @@ def place_beside(sums_ptr, into, first, layout: gl.constexpr):
 def load_z(z_ptr, tile, n_tokens, padded, stride_i, stride_j, c, EVEN: gl.constexpr, on):
     """Rows of z of a tile; outside the real square any row."""
     rows: gl.constexpr = gl.SliceLayout(1, CHANNELS)
-    _, _, source, _ = places(tile * ROWS, n_tokens, padded, stride_i, stride_j, EVEN, rows)
+    p = tile * ROWS + gl.arange(0, ROWS, rows)
+    _, source, _ = places(p, n_tokens, padded, stride_i, stride_j, EVEN)
     return gl.load(z_ptr + source[:, None] + c[None, :], mask=on)
 
 
@@ -51,7 +52,8 @@ def statistics_of(
 ):  # fmt: skip
     """1 / rstd and -mean of the rows, and rstd where a position is kept; they are put to memory, unless they are GIVEN there."""
     rows: gl.constexpr = gl.SliceLayout(1, CHANNELS)
-    p, inside, _, cell = places(tile * ROWS, n_tokens, padded, 0, 0, EVEN, rows)
+    p = tile * ROWS + gl.arange(0, ROWS, rows)
+    inside, _, cell = places(p, n_tokens, padded, 0, 0, EVEN)
     if GIVEN:
         rstd, shift = gl.load(stats_ptr + p), gl.load(stats_ptr + area + p)
         deviation = 1.0 / gl.where(inside, rstd, 1.0)

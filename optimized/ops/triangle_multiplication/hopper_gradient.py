@@ -61,9 +61,9 @@ def place_weights(w_ptr, into, first, layout: gl.constexpr):
 
 @gluon.jit
 def fetch_gradients(grad_ptr, into, tile, STEP_AT: gl.constexpr, area, layout: gl.constexpr, on):
-    """Gradients of 64 channels of a and b at the positions of a tile, on their way."""
+    """Gradients of 64 channels of a and b at the positions of a tile, as many as there is room for, on their way."""
     t = STEP_AT * STEP + gl.arange(0, STEP, gl.SliceLayout(1, layout))
-    k = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+    k = tile * into.shape[1] + gl.arange(0, into.shape[1], gl.SliceLayout(0, layout))
     async_copy.async_copy_global_to_shared(
         into, grad_ptr + t.to(gl.int64)[:, None] * area + k[None, :], mask=on
     )
@@ -84,9 +84,8 @@ def ask_for(ptr, on):
 
 
 @gluon.jit
-def places(start, n_tokens, padded, stride_i, stride_j, EVEN: gl.constexpr, layout: gl.constexpr):
-    """Which positions of a tile are inside the real square, where their rows of z begin, and which cells they are."""
-    p = start + gl.arange(0, ROWS, layout)
+def places(p, n_tokens, padded, stride_i, stride_j, EVEN: gl.constexpr):
+    """Which positions p are inside the real square, where their rows of z begin, and which cells they are."""
     if EVEN:
         inside, cell = p >= 0, p.to(gl.int64)
         source = cell * WIDTH
@@ -94,7 +93,7 @@ def places(start, n_tokens, padded, stride_i, stride_j, EVEN: gl.constexpr, layo
         inside, i, j = pair_of(p, n_tokens, padded)
         cell = gl.where(inside, i.to(gl.int64) * n_tokens + j, 0)
         source = gl.where(inside, i.to(gl.int64) * stride_i + j.to(gl.int64) * stride_j, 0)
-    return p, inside, source, cell
+    return inside, source, cell
 
 
 @gluon.jit
@@ -108,9 +107,10 @@ def standardised(z_ptr, stats_ptr, area, p, inside, source, c):
 
 @gluon.jit
 def sums_of_lanes(x):
-    """`[32, 128]`: sums of four rows of a tile each, two of a lane and two of its neighbour."""
-    x = gl.sum(gl.reshape(x, (8, 2, 8, 128)), 1)
-    return gl.reshape(gl.sum(gl.reshape(x, (8, 2, 4, 128)), 1), (32, 128))
+    """A quarter of the rows of x: sums of four each, two of a lane and two of its neighbour."""
+    halves = gl.sum(gl.reshape(x, (x.shape[0] // 16, 2, 8, WIDTH)), 1)
+    quarters = gl.sum(gl.reshape(halves, (x.shape[0] // 16, 2, 4, WIDTH)), 1)
+    return gl.reshape(quarters, (x.shape[0] // 4, WIDTH))
 
 
 @gluon.jit(repr=profiled_as("triangle_multiplication_input_gradient_hopper"), do_not_specialize=["group"])
@@ -172,9 +172,8 @@ def input_gradient_kernel(
             ahead = (start + ROWS).to(gl.int64) * WIDTH + line * 64
             ask_for(z_ptr + ahead, (line >= 0) & (tile + 1 < last))
             ask_for(dn_gate_ptr + ahead, (line >= 0) & (tile + 1 < last))
-        p, inside, source, cell = places(
-            start, n_tokens, padded, stride_i, stride_j, EVEN, gl.SliceLayout(1, CHANNELS)
-        )
+        p = start + gl.arange(0, ROWS, gl.SliceLayout(1, CHANNELS))
+        inside, source, cell = places(p, n_tokens, padded, stride_i, stride_j, EVEN)
         keep = inside
         if MASKED:
             keep = inside & gl.load(mask_ptr + cell, mask=inside, other=0).to(gl.int1)
