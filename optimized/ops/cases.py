@@ -90,15 +90,20 @@ def hopper_cases() -> list[KernelCase]:
     from optimized.ops.triangle_multiplication import hopper_gradient, hopper_output, hopper_project
 
     found: list[KernelCase] = []
-    for fn, config, short in (
-        (hopper_project.project_kernel, triangle.PROJECT_HOPPER, "project_hopper"),
-        (hopper_output.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper"),
-        (hopper_gradient.input_gradient_kernel, triangle.GRADIENT_HOPPER, "input_gradient_hopper"),
+    of_floats = {"NORMAL": True, "MORE": True}
+    for fn, config, short, more in (
+        (hopper_project.project_kernel, triangle.PROJECT_HOPPER, "project_hopper", {}),
+        (hopper_output.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper", {}),
+        (hopper_gradient.input_gradient_kernel, triangle.GRADIENT_HOPPER, "input_gradient_hopper", {"NORMAL": False, "MORE": True}),
+        (hopper_gradient.input_gradient_kernel, triangle.GRADIENT_HOPPER, "normal.input_gradient_hopper", of_floats),
     ):
         for even in (False, True):
-            sizes = {"EVEN": even, "MASKED": True, "MORE": True, "num_warps": config.num_warps}
+            sizes = {"EVEN": even, "MASKED": True, **more, "num_warps": config.num_warps}
             name = f"triangle_multiplication.bf16.128.{short}{'.even' if even else ''}"
-            found.append(make_case(name, fn, config, "bf16", sizes))
+            case = make_case(name, fn, config, "bf16", sizes)
+            if more is of_floats:
+                case = replace(case, signature=case.signature | dict.fromkeys(("dz_ptr", "more_ptr"), "*fp32"))
+            found.append(case)
     config = transition.FORWARD_HOPPER
     for added in (False, True):
         sizes = {"C": 128, "H": 512, "ADDED": added, "num_warps": config.num_warps}

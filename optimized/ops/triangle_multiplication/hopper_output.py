@@ -17,7 +17,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from optimized.ops.gluon_parts import barrier, fast_tanh
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, fetch_rows, load_rows, pair_of
+from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, pair_of, places
+
+
+@gluon.jit
+def fetch_rows(z_ptr, into, p, n_tokens, padded, stride_i, stride_j, EVEN: gl.constexpr, layout: gl.constexpr, on):  # fmt: skip
+    """Rows of z at the positions p, on their way; outside the real square any row."""
+    _, source, _ = places(p, n_tokens, padded, stride_i, stride_j, EVEN)
+    cells = z_ptr + source[:, None] + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    async_copy.async_copy_global_to_shared(into, cells, mask=on)
+
+
+@gluon.jit
+def load_rows(ptr, first, layout: gl.constexpr):
+    """128 rows of weights `[rows, 128]`, from row `first` on."""
+    r = first + gl.arange(0, WIDTH, gl.SliceLayout(1, layout))
+    return gl.load(ptr + r[:, None] * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :])
 
 
 @gluon.jit

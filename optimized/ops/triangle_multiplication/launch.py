@@ -23,7 +23,6 @@ from optimized.ops.triangle_multiplication import (
 )
 from optimized.ops.triangle_multiplication.layout import (
     GRADIENT_HOPPER,
-    GRADIENT_TILE,
     HOPPER_TILE,
     MOMENTS,
     NORMALISE,
@@ -118,12 +117,19 @@ def project_hopper(
     """As `project_folded`, and the statistics `[3, P, P]` of z are put into `stats`. See `hopper`."""
     from optimized.ops.triangle_multiplication import hopper_project
 
-    programs, group = spread(shape.padded**2 // HOPPER_TILE, config, shape.channels, w.weights)
+    programs, group = _one_each(shape, z)
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
     arguments = (z, z if mask is None else mask, stats, *w, ab, *shape.place(z), group, eps)
     sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None}
     launch(hopper_project.project_kernel, (programs, 1, 1), config, arguments, **sizes)
     return ab
+
+
+def _one_each(shape: Shape, z: Tensor) -> tuple[int, int]:
+    """How many programs take the tiles of the padded square, one on each multiprocessor, and how many each takes."""
+    tiles = shape.padded**2 // HOPPER_TILE
+    group = ceil_div(tiles, processors(z.device))
+    return ceil_div(tiles, group), group
 
 
 def _even(z: Tensor, shape: Shape) -> bool:
@@ -388,24 +394,24 @@ def input_gradient_hopper(
     w: Tensor,
     mask: Tensor | None,
     grad: Tensor,
-    dn: Tensor,
+    d_gate: Tensor,
     n: Tensor,
     shape: Shape,
     stats: Tensor,
+    rstd: Tensor | None = None,
     more: Tensor | None = None,
     config: Config = GRADIENT_HOPPER,
 ) -> tuple[Tensor, Tensor]:
-    """As `input_gradient` with statistics. See `hopper_gradient`."""
+    """As `gate_gradient` and then `input_gradient` with statistics. See `hopper_gradient`."""
     from optimized.ops.triangle_multiplication import hopper_gradient
 
-    programs, group = spread(shape.padded**2 // GRADIENT_TILE, config, shape.channels, w)
-    shares = torch.empty((programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
+    programs, group = _one_each(shape, z)
+    shares = torch.empty((2 * programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
     square = (shape.tokens, shape.tokens, shape.channels)
-    whole = shape.tokens == shape.padded
-    dz = dn.view(square) if whole else torch.empty(square, dtype=z.dtype, device=z.device)
-    pointers = (mask if mask is not None else z, grad, dn, dz, n, shares, dz if more is None else more)
-    arguments = (z, stats, *norm, w, *pointers, *shape.place(z), group)
-    sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None, "MORE": more is not None}
+    dz = torch.empty(square, dtype=z.dtype if rstd is None else torch.float32, device=z.device)
+    pointers = (z if mask is None else mask, grad, d_gate, dz, n, shares, dz if more is None else more)
+    arguments = (z, stats, shares if rstd is None else rstd, *norm, w, *pointers, *shape.place(z), group)
+    sizes = {"MASKED": mask is not None, "EVEN": _even(z, shape), "NORMAL": rstd is not None, "MORE": more is not None}
     launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dz, shares
 
@@ -544,7 +550,7 @@ def backward(
     weights = packed_weights(w, z, x.dtype)
     of_folded, packed = weights
     kept = stats.numel() > 0
-    rstd = None
+    rstd, early = None, False
     if kept and of_folded is not None:
         if z.dtype != x.dtype:
             again = torch.empty_like(stats[2:]), empty_moments(z, shape, of_folded, 1)
@@ -552,7 +558,8 @@ def backward(
         moments = moments_of(stats, shape, x.dtype)
         dx, d_linear, d_gate = output_backward_folded(x, z, stats, moments, of_folded, dy, shape)
         d_ends, shares_out = output_weight_folded(d_linear, d_gate, x, z, moments, norms, packed, shape)
-        dn = gate_gradient(d_gate, packed, shape)
+        early = overlaps(z, shape.hidden, x.dtype)
+        dn = d_gate if early else gate_gradient(d_gate, packed, shape)
         del d_linear, d_gate
         ab = project_folded(z, stats[4], moments[statistics.MOMENTS :], of_folded, shape)
         del moments
@@ -566,8 +573,8 @@ def backward(
     # a and b are spent: their memory takes LN(z) where it is large enough.
     size = shape.padded**2 * shape.channels
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
-    if kept and rstd is None and overlaps(z, shape.hidden, x.dtype):
-        dz, shares_in = input_gradient_hopper(z, norm_in, packed, mask, grad, dn, n, shape, stats, more)
+    if early:
+        dz, shares_in = input_gradient_hopper(z, norm_in, packed, mask, grad, dn, n, shape, stats, rstd, more)
     elif x.dtype.itemsize == 2:
         inner = (z, norm_in, packed, mask, grad, dn, n, shape, eps)
         # Beside a float32 tile the kernel has no registers for another.

@@ -61,10 +61,10 @@ HALF_NARROW = {
 FULL = dict.fromkeys((*HALF, "project_input"), tile(32, 16, 8, 1))
 
 
-# Of the kernels for Hopper: tiles on their way or in use.
-PROJECT_HOPPER = Config({"STAGES": 6}, 8)
+# Of the kernels for Hopper; STAGES: tiles on their way or in use. Where there are four warps, the kernel adds four.
+PROJECT_HOPPER = Config({}, 4)
 OUTPUT_HOPPER = Config({"STAGES": 4}, 8)
-GRADIENT_HOPPER = Config({}, 8)
+GRADIENT_HOPPER = Config({}, 4)
 FOLD_WEIGHTS = Config({"ROWS": 16}, 4)
 MOMENTS = Config({"BLOCK": 1024}, 4)
 Z_STATISTICS = Config({"CHANNELS": 32, "BLOCK": 32}, 4)
@@ -159,13 +159,12 @@ def _raw_output(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
     return z.device.type == "cpu" or on_hopper(z.device)
 
 
-HOPPER_CHANNELS, HOPPER_TILE, GRADIENT_TILE = 128, 64, 128
-"""The one number of channels, of z and of the contraction, that the kernels for Hopper know; positions of their tiles, and of
-their input gradient's."""
+HOPPER_CHANNELS, HOPPER_TILE = 128, 64
+"""The one number of channels, of z and of the contraction, that the kernels for Hopper know; positions of their tiles."""
 
 
 def overlaps(z: Tensor, hidden: int, dtype: torch.dtype) -> bool:
-    """Whether the forward kernels are those of `hopper`: where `folds_output`, and copies of 16 bytes can fetch z."""
+    """Whether the kernels are those of `hopper`: where `folds_output`, and copies of 16 bytes can fetch z."""
     widths = z.shape[2] == hidden == HOPPER_CHANNELS
     if not (widths and dtype == torch.bfloat16 and runs_gluon(z.device)):
         return False
