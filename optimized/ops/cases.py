@@ -86,24 +86,29 @@ def make_case(
 
 def hopper_cases() -> list[KernelCase]:
     """The kernels in Gluon, for whole tiles and for others."""
+    from optimized.ops.layer_norm_linear import hopper as linear_hopper
     from optimized.ops.transition import hopper as transition_hopper
     from optimized.ops.triangle_multiplication import hopper_gradient, hopper_output, hopper_project
 
     found: list[KernelCase] = []
-    of_floats = {"NORMAL": True, "MORE": True}
-    for fn, config, short, more in (
-        (hopper_project.project_kernel, triangle.PROJECT_HOPPER, "project_hopper", {}),
-        (hopper_output.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper", {}),
-        (hopper_gradient.input_gradient_kernel, triangle.GRADIENT_HOPPER, "input_gradient_hopper", {"NORMAL": False, "MORE": True}),
-        (hopper_gradient.input_gradient_kernel, triangle.GRADIENT_HOPPER, "normal.input_gradient_hopper", of_floats),
+    gradient = (hopper_gradient.input_gradient_kernel, triangle.GRADIENT_HOPPER)
+    for fn, config, short, floats in (
+        (hopper_project.project_kernel, triangle.PROJECT_HOPPER, "project_hopper", False),
+        (hopper_output.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper", False),
+        (*gradient, "input_gradient_hopper", False),
+        (*gradient, "normal.input_gradient_hopper", True),
     ):
         for even in (False, True):
-            sizes = {"EVEN": even, "MASKED": True, **more, "num_warps": config.num_warps}
+            sizes = {"EVEN": even, "MASKED": True, "NORMAL": floats, "MORE": True}
             name = f"triangle_multiplication.bf16.128.{short}{'.even' if even else ''}"
-            case = make_case(name, fn, config, "bf16", sizes)
-            if more is of_floats:
-                case = replace(case, signature=case.signature | dict.fromkeys(("dz_ptr", "more_ptr"), "*fp32"))
-            found.append(case)
+            case = make_case(name, fn, config, "bf16", sizes | {"num_warps": config.num_warps})
+            of_floats = dict.fromkeys(("dz_ptr", "more_ptr"), "*fp32") if floats else {}
+            found.append(replace(case, signature=case.signature | of_floats))
+    for x in ("bf16", "fp32"):
+        sizes = {"HEADS": 4, "T": 4, "num_warps": linear.HOPPER.num_warps}
+        name = f"layer_norm_linear.bf16.128.forward_hopper.of_{x}"
+        case = make_case(name, linear_hopper.forward_kernel, linear.HOPPER, "bf16", sizes)
+        found.append(replace(case, signature=case.signature | {"x_ptr": f"*{x}"}))
     config = transition.FORWARD_HOPPER
     for added in (False, True):
         sizes = {"C": 128, "H": 512, "ADDED": added, "num_warps": config.num_warps}

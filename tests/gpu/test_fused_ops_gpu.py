@@ -101,6 +101,23 @@ def test_layer_norm_linear_errors(dtype, parameter_dtype):
     )
 
 
+@pytest.mark.parametrize("rows", [1, 63, 65, 1000])
+@pytest.mark.parametrize(("maps", "heads"), [(1, 0), (3, 16), (4, 20)])
+@pytest.mark.parametrize("dtype", [BF, FULL])
+def test_layer_norm_linear_of_few_rows(rows, maps, heads, dtype):
+    """Fewer than a tile has, and tiles that are not full; under autocast."""
+    x = (torch.randn(rows, 128, device="cuda") * 2 + 0.3).to(dtype)
+    gamma, beta, *weights = parameters([(128,), (128,), *[(128, 128)] * maps], FULL, "cuda")
+    head = parameters([(heads, 128)], FULL, "cuda")[0] if heads else None
+    with torch.autocast("cuda", BF):
+        found = layer_norm_linear(x, gamma, beta, weights, head)
+    exact = layer_norm_linear_reference(x.double(), gamma, beta, weights, head, 1e-5, torch.double)
+    assert len(found) == maps + (heads > 0)
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == BF and one.shape == other.shape
+        assert distance(one, other) < 2**-7
+
+
 @pytest.mark.parametrize("n", [96, 101])
 @pytest.mark.parametrize("dtype", [BF, HALF, FULL])
 def test_updates_added_to_their_input(dtype, n):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, processors, product_width, tile
+from optimized.ops.launching import ceil_div, chosen, processors, product_width, runs_gluon, tile
 from optimized.ops.layer_norm_linear import kernels
 from optimized.ops.parameters import fold, gradient_dtype
 from optimized.ops.tuning import Config
@@ -28,6 +28,8 @@ NARROW, NARROW_WIDE = Config({"BM": 64, "BN": 16}), Config({"BM": 32, "BN": 16})
 HALF_WIDE = dict.fromkeys(HALF, tile(32, 32, 8, 1))
 FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1)) | {"bias_gradient": tile(16, 16, 8, 1)}
 FOLD = Config({"ROWS": 8})
+HOPPER, HOPPER_ROWS, HOPPER_CHANNELS, HOPPER_HEADS = Config({}, 4), 64, 128, 16
+"""Of the kernel in `hopper`, which adds four warps: rows of a tile, channels and outputs of a map, the most of the narrow one."""
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
@@ -83,6 +85,13 @@ class Widths:
         }
 
 
+def overlaps(x: Tensor, widths: Widths, dtype: torch.dtype) -> bool:
+    """Whether the forward kernel is that of `hopper`."""
+    sizes = x.shape[1] == widths.hidden == HOPPER_CHANNELS and widths.heads <= HOPPER_HEADS
+    dtypes = dtype == torch.bfloat16 and x.dtype in (torch.bfloat16, torch.float32)
+    return sizes and dtypes and runs_gluon(x.device)
+
+
 def forward(
     x: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -98,13 +107,27 @@ def forward(
     rows, channels = x.shape
     if not widths.count and w.dtype == torch.float32:
         return [_narrow_map(x, norm, w, widths, eps)]
-    config = config or _config("forward", x, w.dtype)
     outs = [torch.empty((rows, widths.hidden), dtype=w.dtype, device=x.device) for _ in range(widths.count)]
     narrow = [torch.empty((widths.heads, rows), dtype=w.dtype, device=x.device)] if widths.heads else []
-    arguments = (x, *norm, w, *_four(outs, w), *(narrow or [w]), rows, eps)
+    pointers = (x, *norm, w, *_four(outs, w), *(narrow or [w]))
+    if config is None and overlaps(x, widths, w.dtype):
+        from optimized.ops.layer_norm_linear import hopper
+
+        tiles = ceil_div(rows, HOPPER_ROWS)
+        group = ceil_div(tiles, processors(x.device))
+        sizes = {"HEADS": widths.heads, "T": widths.count}
+        launch(
+            hopper.forward_kernel,
+            (ceil_div(tiles, group), 1, 1),
+            HOPPER,
+            (*pointers, rows, group, eps),
+            **sizes,
+        )
+        return outs + narrow
+    config = config or _config("forward", x, w.dtype)
     grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
     blocks = widths.blocks(channels) | {"SHORT": rows < config.constants["BM"]}
-    launch(kernels.forward_kernel, grid, config, arguments, **blocks)
+    launch(kernels.forward_kernel, grid, config, (*pointers, rows, eps), **blocks)
     return outs + narrow
 
 

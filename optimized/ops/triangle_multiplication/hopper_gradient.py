@@ -19,17 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import barrier, fast_tanh
+from optimized.ops.gluon_parts import CHANNELS, WIDTH, barrier, fast_tanh, place_weights, turned_about
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import (
-    CHANNELS,
-    STEP,
-    TILE,
-    WIDTH,
-    place_weights,
-    places,
-    turned_about,
-)
+from optimized.ops.triangle_multiplication.hopper import STEP, TILE, places
 
 HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 """Of a product with 32 columns, and of one with 128."""
@@ -43,9 +35,7 @@ def fetch_gradients(ptr, into, tile, STEP_AT: gl.constexpr, area, on):
     """Gradients of 64 channels at the positions of a tile, on their way."""
     t = STEP_AT * STEP + gl.arange(0, STEP, gl.SliceLayout(1, GRADIENTS))
     k = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(0, GRADIENTS))
-    async_copy.async_copy_global_to_shared(
-        into, ptr + t.to(gl.int64)[:, None] * area + k[None, :], mask=on
-    )
+    async_copy.async_copy_global_to_shared(into, ptr + t.to(gl.int64)[:, None] * area + k[None, :], mask=on)
     async_copy.commit_group()
 
 

@@ -15,9 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import barrier, fast_tanh
+from optimized.ops.gluon_parts import WIDTH, barrier, fast_tanh
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import TILE, WIDTH, pair_of, places
+from optimized.ops.triangle_multiplication.hopper import TILE, pair_of, places
 
 
 @gluon.jit

@@ -411,7 +411,12 @@ def input_gradient_hopper(
     dz = torch.empty(square, dtype=z.dtype if rstd is None else torch.float32, device=z.device)
     pointers = (z if mask is None else mask, grad, d_gate, dz, n, shares, dz if more is None else more)
     arguments = (z, stats, shares if rstd is None else rstd, *norm, w, *pointers, *shape.place(z), group)
-    sizes = {"MASKED": mask is not None, "EVEN": _even(z, shape), "NORMAL": rstd is not None, "MORE": more is not None}
+    sizes = {
+        "MASKED": mask is not None,
+        "EVEN": _even(z, shape),
+        "NORMAL": rstd is not None,
+        "MORE": more is not None,
+    }
     launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
     return dz, shares
 

@@ -1,0 +1,134 @@
+"""Forward kernel of LayerNorm and linear maps for Hopper, in Gluon, Triton's lower level: what `kernels.forward_kernel` computes.
+
+One program holds all weights in shared memory, where Triton's reads them from the second cache for every tile, and two groups of
+four warps take tiles of 64 rows of their own and never wait for each other. What they read and write goes between memory and
+registers, where the matrix unit reads the rows of its products: rows and columns of the weights lie in such an order that the
+values of a lane are channels one after another (`gluon_parts`).
+
+bf16 weights and results, x in bf16 or fp32, 128 channels and outputs of a map, at most 16 of the narrow one; sm_90.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Gluon compiles these functions: an annotation would mean a compile-time constant)
+# mypy: ignore-errors
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from optimized.ops.gluon_parts import CHANNELS, WIDTH, barrier, turned_about, value_of
+from optimized.ops.names import profiled_as
+
+ROWS = gl.constexpr(64)
+"""Of a tile."""
+NARROW = gl.constexpr(16)
+"""Outputs of the narrow map, as many as a product has at least."""
+WHOLE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+BESIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+
+
+@gluon.jit
+def place_map(w_ptr, into, first, layout: gl.constexpr):
+    """128 rows of the weights from `first` on; rows and columns as products have them."""
+    j = first + value_of(gl.arange(0, WIDTH, gl.SliceLayout(1, layout)))
+    c = value_of(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)))
+    into.store(gl.load(w_ptr + j[:, None] * WIDTH + c[None, :]))
+
+
+@gluon.jit
+def place_narrow(w_ptr, into, first, HEADS: gl.constexpr, layout: gl.constexpr):
+    """The narrow map's rows, from `first` on, and zeros; columns as products have them."""
+    k = gl.arange(0, NARROW, gl.SliceLayout(1, layout))
+    c = value_of(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)))
+    cells = w_ptr + (first + k)[:, None] * WIDTH + c[None, :]
+    into.store(gl.load(cells, mask=(k < HEADS)[:, None], other=0.0))
+
+
+@gluon.jit
+def load_rows(ptr, tile, rows, on):
+    """`[64, 128]` of a tile, zero where there are no rows."""
+    p = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, CHANNELS))
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, CHANNELS))
+    return gl.load(
+        ptr + p.to(gl.int64)[:, None] * WIDTH + c[None, :], mask=(p < rows)[:, None] & on, other=0.0
+    )
+
+
+@gluon.jit
+def store_rows(ptr, tile, rows, value):
+    """`[64, 128]` to the rows of a tile."""
+    p = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, CHANNELS))
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, CHANNELS))
+    cells = ptr + p.to(gl.int64)[:, None] * WIDTH + c[None, :]
+    gl.store(cells, value.to(ptr.dtype.element_ty), mask=(p < rows)[:, None])
+
+
+@gluon.jit
+def normalised(x, eps):
+    """(x - mean) · rstd in fp32; two passes."""
+    x = x.to(gl.float32)
+    x = x - (gl.sum(x, 1) * (1.0 / WIDTH))[:, None]
+    return x * gl.rsqrt(gl.sum(x * x, 1) * (1.0 / WIDTH) + eps)[:, None]
+
+
+@gluon.jit
+def forward_tiles(
+    x_ptr, gamma_ptr, beta_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr, s_ptr, rows, eps, first, last, w_s, head_s,
+    HEADS: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
+    """Every other tile from `first` on, by four warps."""
+    none = gl.full([ROWS, WIDTH], 0.0, gl.float32, WHOLE)
+    few = gl.full([ROWS, NARROW], 0.0, gl.float32, BESIDE)
+    y_ptrs = (y0_ptr, y1_ptr, y2_ptr, y3_ptr)
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, CHANNELS))
+    x = load_rows(x_ptr, first, rows, first < last)
+    for tile in range(first, last, 2):
+        # As large as nothing, and unknown before: addresses of weights would be kept, and spilled, through the loop.
+        none_yet = tile >> 28
+        normal = normalised(x, eps)
+        gamma, beta = gl.load(gamma_ptr + c).to(gl.float32), gl.load(beta_ptr + c).to(gl.float32)
+        n = (normal * gamma[None, :] + beta[None, :]).to(gl.bfloat16)
+        n = gl.convert_layout(turned_about(n), gl.DotOperandLayout(0, WHOLE, 2))
+        x = load_rows(x_ptr, tile + 2, rows, tile + 2 < last)
+        for t in gl.static_range(T):
+            y = warpgroup_mma(n, w_s.index(t + none_yet).permute((1, 0)), none, use_acc=False, is_async=True)
+            y, n = warpgroup_mma_wait(0, deps=[y, n])
+            store_rows(y_ptrs[t], tile, rows, gl.convert_layout(turned_about(y.to(gl.bfloat16)), CHANNELS))
+        if HEADS > 0:
+            s = warpgroup_mma(n, head_s.index(none_yet).permute((1, 0)), few, use_acc=False, is_async=True)
+            s, n = warpgroup_mma_wait(0, deps=[s, n])
+            q = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, BESIDE))
+            k = gl.arange(0, NARROW, gl.SliceLayout(0, BESIDE))
+            cells = s_ptr + k.to(gl.int64)[None, :] * rows + q[:, None]
+            gl.store(cells, s.to(gl.bfloat16), mask=(q < rows)[:, None] & (k < HEADS)[None, :])
+
+
+@gluon.jit(repr=profiled_as("layer_norm_linear_forward_hopper"), do_not_specialize=["group"])
+def forward_kernel(
+    x_ptr, gamma_ptr, beta_ptr, w_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr, s_ptr, rows, group, eps,
+    HEADS: gl.constexpr, T: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """T results `[rows, 128]` and `[HEADS, rows]` of `group` tiles of 64 rows. Four warps, and four besides."""
+    gl.assume(rows > 0)
+    gl.assume(group > 0)
+    wl: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [num_warps, 1], [1, 0])
+    wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    w_s = gl.allocate_shared_memory(gl.bfloat16, [T, WIDTH, WIDTH], wide)
+    head_s = gl.allocate_shared_memory(gl.bfloat16, [1, NARROW, WIDTH], wide)
+    for t in gl.static_range(T):
+        place_map(w_ptr, w_s.index(t), t * WIDTH, wl)
+    place_narrow(w_ptr, head_s.index(0), T * WIDTH, HEADS, wl)
+    fence_async_shared()
+    barrier()
+    first = gl.program_id(0) * group
+    last = gl.minimum(first + group, (rows + ROWS - 1) // ROWS)
+    gl.warp_specialize(
+        [
+            (forward_tiles, (x_ptr, gamma_ptr, beta_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr, s_ptr, rows, eps, first, last, w_s, head_s, HEADS, T)),
+            (forward_tiles, (x_ptr, gamma_ptr, beta_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr, s_ptr, rows, eps, first + 1, last, w_s, head_s, HEADS, T)),
+        ],
+        [4],
+        [240],
+    )  # fmt: skip
