@@ -99,16 +99,16 @@ def hopper_cases() -> list[KernelCase]:
         (*gradient, "normal.input_gradient_hopper", True),
     ):
         for even in (False, True):
-            sizes = {"EVEN": even, "MASKED": True, "NORMAL": floats, "MORE": True}
+            sizes: dict[str, int] = {"EVEN": even, "MASKED": True, "NORMAL": floats, "MORE": True}
             name = f"triangle_multiplication.bf16.128.{short}{'.even' if even else ''}"
             case = make_case(name, fn, config, "bf16", sizes | {"num_warps": config.num_warps})
             of_floats = dict.fromkeys(("dz_ptr", "more_ptr"), "*fp32") if floats else {}
-            found.append(replace(case, signature=case.signature | of_floats))
+            found.append(replace(case, signature={**case.signature, **of_floats}))
     for x in ("bf16", "fp32"):
         sizes = {"HEADS": 4, "T": 4, "num_warps": linear.HOPPER.num_warps}
         name = f"layer_norm_linear.bf16.128.forward_hopper.of_{x}"
         case = make_case(name, linear_hopper.forward_kernel, linear.HOPPER, "bf16", sizes)
-        found.append(replace(case, signature=case.signature | {"x_ptr": f"*{x}"}))
+        found.append(replace(case, signature={**case.signature, "x_ptr": f"*{x}"}))
     config = transition.FORWARD_HOPPER
     for added in (False, True):
         sizes = {"C": 128, "H": 512, "ADDED": added, "num_warps": config.num_warps}

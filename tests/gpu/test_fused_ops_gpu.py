@@ -175,6 +175,19 @@ def test_a_narrow_map_alone_in_float32():
     )
 
 
+def test_memory_of_triangle_multiplication():
+    """Both passes hold no more than eight tensors as large as z at a time, and the sums of the weights' gradients."""
+    n = 384
+    z, grad = pair_input(n, 128, BF)
+    leaves = [t.requires_grad_() for t in (z, *triangle_parameters(128, 128, FULL))]
+    for _ in range(3):  # the third follows a plan
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(multiplied(*leaves), leaves, grad)
+        assert torch.cuda.max_memory_allocated() - before < 8.4 * z.nbytes
+
+
 def test_hundred_repeats_are_bitwise_equal():
     x, grad = pair_input(90, 128, BF)
     check_bitwise(transitions()[0], [x, *transition_parameters(128, 4, FULL)], [grad], times=100)

@@ -564,12 +564,12 @@ def backward(
         dx, d_linear, d_gate = output_backward_folded(x, z, stats, moments, of_folded, dy, shape)
         d_ends, shares_out = output_weight_folded(d_linear, d_gate, x, z, moments, norms, packed, shape)
         early = overlaps(z, shape.hidden, x.dtype)
-        dn = d_gate if early else gate_gradient(d_gate, packed, shape)
+        of_gate = d_gate if early else gate_gradient(d_gate, packed, shape)
         del d_linear, d_gate
         ab = project_folded(z, stats[4], moments[statistics.MOMENTS :], of_folded, shape)
         del moments
     else:
-        dx, dn, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
+        dx, of_gate, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
         d_ends = output_weight_gradient(pairs, shape)
         del pairs
         ab = project_in(z, norm_in, weights, mask, shape, eps)
@@ -579,15 +579,20 @@ def backward(
     size = shape.padded**2 * shape.channels
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
     if early:
-        dz, shares_in = input_gradient_hopper(z, norm_in, packed, mask, grad, dn, n, shape, stats, rstd, more)
+        dz, shares_in = input_gradient_hopper(
+            z, norm_in, packed, mask, grad, of_gate, n, shape, stats, rstd, more
+        )
     elif x.dtype.itemsize == 2:
-        inner = (z, norm_in, packed, mask, grad, dn, n, shape, eps)
+        inner = (z, norm_in, packed, mask, grad, of_gate, n, shape, eps)
         # Beside a float32 tile the kernel has no registers for another.
         beside = None if rstd is not None else more
         dz, shares_in = input_gradient(*inner, stats=stats if kept else None, rstd=rstd, more=beside)
         if more is not None and beside is None:
             dz += more
     else:
-        dz, shares_in = project_input_gradient(z, norm_in, packed, mask, grad, dn, n, shape, eps, more=more)
+        dz, shares_in = project_input_gradient(
+            z, norm_in, packed, mask, grad, of_gate, n, shape, eps, more=more
+        )
+    del of_gate
     d_project = project_weight_gradient(n, grad, packed, shape)
     return dz, fold([shares_in, shares_out], [d_project, d_ends], gradient_dtype(w))
