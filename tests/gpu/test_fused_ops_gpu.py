@@ -185,7 +185,7 @@ def test_memory_of_triangle_multiplication():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         torch.autograd.grad(multiplied(*leaves), leaves, grad)
-        assert torch.cuda.max_memory_allocated() - before < 8.4 * z.nbytes
+        assert torch.cuda.max_memory_allocated() - before < 8.5 * z.nbytes
 
 
 def test_hundred_repeats_are_bitwise_equal():
