@@ -3,7 +3,7 @@
 One program holds all four projections' weights in shared memory, where both products read them: that of LN(z), which makes the
 linear parts and gates again, and that of their gradients; what the first leaves in registers is the second's operand there, as in
 attention. 32 channels at a time, which leaves registers for the rest. The gradients of a and b, which lie channel by channel, are
-turned as they are read from shared memory; so does the gate's gradient, which the matrix unit reads there as it lies.
+turned as they are read from shared memory; the gate's, whose product comes last, the matrix unit reads there as it lies.
 
 What the forward pass kept is given. See `hopper`.
 """

@@ -593,6 +593,6 @@ def backward(
         dz, shares_in = project_input_gradient(
             z, norm_in, packed, mask, grad, of_gate, n, shape, eps, more=more
         )
-    del of_gate
+    del of_gate  # the weights' gradients need room
     d_project = project_weight_gradient(n, grad, packed, shape)
     return dz, fold([shares_in, shares_out], [d_project, d_ends], gradient_dtype(w))
