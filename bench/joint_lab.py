@@ -24,8 +24,8 @@ from optimized.kernels.implementations import build
 from optimized.kernels.problems import make_problem
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, processors
+from optimized.ops.triangle_multiplication import hopper_launch, statistics
 from optimized.ops.triangle_multiplication import launch as package
-from optimized.ops.triangle_multiplication import statistics
 from optimized.ops.triangle_multiplication.layout import Shape
 from optimized.ops.triangle_multiplication.reference import TriangleWeights
 from optimized.ops.tuning import Config
@@ -78,14 +78,14 @@ class Problem:
         """By name: dz and shares, and LN(z) / 2 in the room that is given."""
         given = (self.z, self.norm, self.packed, self.mask, self.grad, self.d_gate)
         return {
-            "package": lambda n: package.input_gradient_hopper(
+            "package": lambda n: hopper_launch.input_gradient(
                 *given, n, self.shape, self.stats, self.rstd, self.more
             ),
             "joint": self.gradient,
         }
 
     def gradient(self, n: Tensor) -> tuple[Tensor, Tensor]:
-        """As `launch.input_gradient_hopper`."""
+        """As `hopper_launch.input_gradient`."""
         programs, group = self.programs()
         shares = torch.empty((2 * programs, 2 * C), dtype=torch.float32, device="cuda")
         kind = self.z.dtype if self.rstd is None else torch.float32
@@ -112,7 +112,7 @@ class Problem:
         moments = self.moments[statistics.MOMENTS :]
         given = (self.z, self.mask)
         return {
-            "package": lambda stats: package.project_hopper(*given, stats, self.folded, self.shape, 1e-5),
+            "package": lambda stats: hopper_launch.project(*given, stats, self.folded, self.shape, 1e-5),
             "joint": partial(self.projected, False),
             "joint, ahead": partial(self.projected, True),
             "triton, given": lambda _: package.project_folded(
@@ -121,7 +121,7 @@ class Problem:
         }
 
     def projected(self, ahead: bool, stats: Tensor) -> Tensor:
-        """As `launch.project_hopper`."""
+        """As `hopper_launch.project`."""
         programs, group = self.programs()
         ab = torch.empty((2 * C, *self.d_gate.shape[1:]), dtype=self.z.dtype, device="cuda")
         mask = self.z if self.mask is None else self.mask

@@ -17,17 +17,14 @@ from optimized.ops.triangle_multiplication import (
     folded,
     folded_output,
     gradients,
+    hopper_launch,
     output,
     project,
     statistics,
 )
 from optimized.ops.triangle_multiplication.layout import (
-    GRADIENT_HOPPER,
-    HOPPER_TILE,
     MOMENTS,
     NORMALISE,
-    OUTPUT_HOPPER,
-    PROJECT_HOPPER,
     X_STATISTICS,
     Z_STATISTICS,
     Folded,
@@ -103,38 +100,6 @@ def project_folded(
     sizes = shape.inner(w.weights) | {"EVEN": shape.tokens % rows == 0}
     launch(folded.project_kernel, (programs, columns, 1), config, arguments, **sizes)
     return ab
-
-
-def project_hopper(
-    z: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-    w: Folded,
-    shape: Shape,
-    eps: float,
-    config: Config = PROJECT_HOPPER,
-) -> Tensor:
-    """As `project_folded`, and the statistics `[3, P, P]` of z are put into `stats`. See `hopper`."""
-    from optimized.ops.triangle_multiplication import hopper_project
-
-    programs, group = _one_each(shape, z)
-    ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
-    arguments = (z, z if mask is None else mask, stats, *w, ab, *shape.place(z), group, eps)
-    sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None}
-    launch(hopper_project.project_kernel, (programs, 1, 1), config, arguments, **sizes)
-    return ab
-
-
-def _one_each(shape: Shape, z: Tensor) -> tuple[int, int]:
-    """How many programs take the tiles of the padded square, one on each multiprocessor, and how many each takes."""
-    tiles = shape.padded**2 // HOPPER_TILE
-    group = ceil_div(tiles, processors(z.device))
-    return ceil_div(tiles, group), group
-
-
-def _even(z: Tensor, shape: Shape) -> bool:
-    """Whether positions of the padded square are rows of z one after another."""
-    return shape.tokens == shape.padded and z.is_contiguous()
 
 
 def project_forward(
@@ -216,25 +181,6 @@ def output_folded(
     arguments = (x, z, stats, moments, *w, y, *shape.place(z), group)
     sizes = shape.blocks(w.weights) | {"EVEN": shape.tokens % rows == 0}
     launch(folded_output.forward_kernel, (programs, columns, 1), config, arguments, **sizes)
-    return y
-
-
-def output_hopper(
-    x: Tensor,
-    z: Tensor,
-    stats: Tensor,
-    w: Folded,
-    shape: Shape,
-    eps: float,
-    config: Config = OUTPUT_HOPPER,
-) -> Tensor:
-    """As `output_folded`; of the statistics `[5, P, P]` those of x are put there. See `hopper`."""
-    from optimized.ops.triangle_multiplication import hopper_output
-
-    programs, group = spread(shape.padded**2 // HOPPER_TILE, config, shape.channels, w.weights)
-    y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
-    arguments = (x, z, stats, *w, y, *shape.place(z), group, eps)
-    launch(hopper_output.output_kernel, (programs, 1, 1), config, arguments, EVEN=_even(z, shape))
     return y
 
 
@@ -388,39 +334,6 @@ def input_gradient(
     return dz, shares
 
 
-def input_gradient_hopper(
-    z: Tensor,
-    norm: tuple[Tensor, Tensor],
-    w: Tensor,
-    mask: Tensor | None,
-    grad: Tensor,
-    d_gate: Tensor,
-    n: Tensor,
-    shape: Shape,
-    stats: Tensor,
-    rstd: Tensor | None = None,
-    more: Tensor | None = None,
-    config: Config = GRADIENT_HOPPER,
-) -> tuple[Tensor, Tensor]:
-    """As `gate_gradient` and then `input_gradient` with statistics. See `hopper_gradient`."""
-    from optimized.ops.triangle_multiplication import hopper_gradient
-
-    programs, group = _one_each(shape, z)
-    shares = torch.empty((2 * programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
-    square = (shape.tokens, shape.tokens, shape.channels)
-    dz = torch.empty(square, dtype=z.dtype if rstd is None else torch.float32, device=z.device)
-    pointers = (z if mask is None else mask, grad, d_gate, dz, n, shares, dz if more is None else more)
-    arguments = (z, stats, shares if rstd is None else rstd, *norm, w, *pointers, *shape.place(z), group)
-    sizes = {
-        "MASKED": mask is not None,
-        "EVEN": _even(z, shape),
-        "NORMAL": rstd is not None,
-        "MORE": more is not None,
-    }
-    launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
-    return dz, shares
-
-
 def project_input_gradient(
     z: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -518,8 +431,8 @@ def _forward_raw(
     """y and the contraction by the kernels that multiply raw rows; the statistics are put into `stats [5, P, P]`."""
     raw, early = z.dtype == w.weights.dtype, overlaps(z, shape.hidden, w.weights.dtype)
     if raw and early:
-        x = contract(project_hopper(z, mask, stats[2:], w, shape, eps), outgoing)
-        return output_hopper(x, z, stats, w, shape, eps), x
+        x = contract(hopper_launch.project(z, mask, stats[2:], w, shape, eps), outgoing)
+        return hopper_launch.output(x, z, stats, w, shape, eps), x
     moments = empty_moments(z, shape, w, 2)
     of_x, of_z = moments.chunk(2)
     if raw:
@@ -528,7 +441,7 @@ def _forward_raw(
         z, _ = normalise(z, mask, shape, eps, stats[2:], of_z)
     x = contract(project_folded(z, stats[4], of_z, w, shape), outgoing)
     if early:
-        return output_hopper(x, z, stats, w, shape, eps), x
+        return hopper_launch.output(x, z, stats, w, shape, eps), x
     x_statistics(x, shape, eps, stats[:2], of_x)
     return output_folded(x, z, stats, moments, w, shape), x
 
@@ -579,7 +492,7 @@ def backward(
     size = shape.padded**2 * shape.channels
     n = ab.view(-1)[:size] if shape.channels <= 2 * shape.hidden else ab.new_empty(size)
     if early:
-        dz, shares_in = input_gradient_hopper(
+        dz, shares_in = hopper_launch.input_gradient(
             z, norm_in, packed, mask, grad, of_gate, n, shape, stats, rstd, more
         )
     elif x.dtype.itemsize == 2:
