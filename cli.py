@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from megafold_bench.boundary import BoundarySpec
+    from megafold_bench.points import Phase, Trial
     from megafold_bench.records import Record
     from megafold_bench.seeds import Seed as BoundarySeed
     from megafold_bench.sweep import SweepSpec
@@ -236,6 +237,9 @@ def sweep(
     out: Out = None,
     resume: Resume = False,
     retry_failed: RetryFailed = False,
+    only: Annotated[
+        str | None, typer.Option(help="time or memory: take those trials now, and leave the others.")
+    ] = None,
     dry_run: DryRun = False,
     gpus: Gpus = 1,
     no_sampler: Annotated[
@@ -257,6 +261,7 @@ def sweep(
     from megafold_bench.sweep import plan
 
     _one_gpu(gpus)
+    phase = _phase(only)
     asked = {
         "variants": variants,
         "seq_lens": seq_lens,
@@ -281,13 +286,13 @@ def sweep(
     )
     spec = _sweep_spec(out, resume, asked, options)
     _refuse_unknown(spec.variants)
-    trials = plan(spec)
+    trials = [trial for trial in plan(spec) if phase in (None, trial.point.phase)]
     if dry_run:
         for number, trial in enumerate(trials, start=1):
             typer.echo(f"{number:4d}  {trial}  {trial.trial_id}")
         return
     path = out or _default_out("sweep")
-    _run_sweep(spec, path, resume, retry_failed, snapshot)
+    _run_sweep(spec, trials, path, resume, retry_failed, snapshot)
     if find_boundary:
         from megafold_bench.boundary import BoundarySpec
         from megafold_bench.records import read_manifest
@@ -301,15 +306,24 @@ def sweep(
     _print_run(path)
 
 
-def _run_sweep(spec: SweepSpec, path: Path, resume: bool, retry_failed: bool, snapshot: bool) -> None:
+def _phase(name: str | None) -> Phase | None:
+    from megafold_bench.points import Phase
+
+    if name is not None and name not in list(Phase):
+        raise UserError(f"--only {name}: choose from {', '.join(Phase)}, or leave it out for both")
+    return None if name is None else Phase(name)
+
+
+def _run_sweep(
+    spec: SweepSpec, trials: Sequence[Trial], path: Path, resume: bool, retry_failed: bool, snapshot: bool
+) -> None:
     from megafold_bench.environment import collect
     from megafold_bench.launchers import LocalLauncher
     from megafold_bench.progress import LiveListener, PlainListener, can_redraw
     from megafold_bench.runs import RunFolder
-    from megafold_bench.sweep import SAMPLE_INTERVAL_S, Runner, plan, run_plan
+    from megafold_bench.sweep import SAMPLE_INTERVAL_S, Runner, run_plan
 
     console = _console()
-    trials = plan(spec)
     with ExitStack() as stack:
         folder = stack.enter_context(
             RunFolder.open(path, kind="sweep", spec=spec.as_dict(), environment=collect, resume=resume)

@@ -258,6 +258,22 @@ def test_sweep_without_the_sampler(call, tmp_path):
     assert call("sweep", *SMALL, "--seq-lens", "16", "--out", tmp_path / "run", "--resume")[0] == 0
 
 
+def test_one_phase_now_and_the_other_later(call, tmp_path):
+    arguments = [*SMALL, "--seq-lens", "16,32", "--out", tmp_path / "run"]
+    code, out, _ = call("sweep", *arguments, "--only", "memory")
+    assert code == 0 and "[2/2] fake N=32 memory #1: ok" in out
+
+    def phases():
+        lines = (tmp_path / "run/results.jsonl").read_text().splitlines()
+        return [json.loads(line)["factors"]["phase"] for line in lines]
+
+    assert phases() == ["memory"] * 2
+    assert call("sweep", "--resume", "--out", tmp_path / "run")[0] == 0
+    assert phases() == ["memory"] * 2 + ["time"] * 2
+    code, _, err = call("sweep", *arguments, "--only", "speed")
+    assert code == 2 and "--only speed: choose from time, memory" in err
+
+
 def test_figures_for_a_paper(call, tmp_path):
     run = ROOT / "reports/reference/h200-7a4d"
     code, out, _ = call("report", run, "--html", tmp_path / "r.html", "--pdf", "--width", "page")
