@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from reports.figures.style import COLUMN_IN, FAINT, INK, LEADER, Look
+from reports.figures.style import COLUMN_IN, FAINT, INK, LEADER, SAVED_DPI, Look
 
 CAPTION_PT = 5.0
 CAPTION_MARGIN_IN = 0.1
@@ -89,12 +89,25 @@ def new_figure(
             plot_height_in / height,
         )
     )
-    axes.set_title(title, x=-(LEFT_IN - 0.04) / (width_in - LEFT_IN - right_in))
+    put_title(figure, axes, title)
     figure.text(
         0.04 / width_in, 0.03 / height, "\n".join(lines), fontsize=CAPTION_PT, color=FAINT,
         va="bottom", ha="left", linespacing=1.15, gid="caption",
     )  # fmt: skip
     return figure, axes
+
+
+def put_title(figure: Figure, axes: Axes, title: str) -> None:
+    """The title from the figure's left edge on, in smaller letters where it would leave the right one."""
+    across = figure.get_figwidth()
+    text = axes.set_title(title, x=-(LEFT_IN - 0.04) / (axes.get_position().width * across))
+    font = text.get_fontproperties()
+    # Letters are as wide as in the saved picture only at its resolution.
+    sheet = Figure(figsize=(1, 1), dpi=SAVED_DPI)
+    box = sheet.text(0, 0, title, fontproperties=font).get_window_extent(
+        FigureCanvasAgg(sheet).get_renderer()
+    )
+    text.set_fontsize(font.get_size_in_points() * min(1.0, (across - 0.08) * SAVED_DPI / box.width))
 
 
 def length_axis(axes: Axes, lengths: Sequence[int], room_at_right: bool = False) -> None:

@@ -21,6 +21,7 @@ from reports.figures.canvas import (
     label_series,
     length_axis,
     marker_style,
+    put_title,
     slug,
     text_size_in,
     wrap_caption,
@@ -84,7 +85,7 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], caption: str) -> Figure:
     for number, (title, part) in enumerate(panels):
         bottom = height - TOP_IN - ROW_IN - number * (ROW_IN + GAP_IN)
         axes = figure.add_axes((LEFT_IN / COLUMN_IN, bottom / height, width / COLUMN_IN, ROW_IN / height))
-        axes.set_title(title, x=-(LEFT_IN - 0.04) / width)
+        put_title(figure, axes, title)
         _draw(axes, part, styles)
     figure.text(0.04 / COLUMN_IN, 0.03 / height, "\n".join(lines), fontsize=CAPTION_PT, color=FAINT,
                 va="bottom", ha="left", linespacing=1.15, gid="caption")  # fmt: skip

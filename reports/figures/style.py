@@ -10,6 +10,8 @@ from typing import Any
 
 import matplotlib
 
+SAVED_DPI = 300
+"""Of a picture in points (PNG)."""
 COLUMN_IN = 3.35
 """Width of one column of a two-column paper, inches."""
 
@@ -113,7 +115,7 @@ RC: dict[Any, Any] = {
     "axes.facecolor": PAPER,
     "savefig.facecolor": PAPER,
     "figure.dpi": 100,
-    "savefig.dpi": 300,
+    "savefig.dpi": SAVED_DPI,
     "pdf.fonttype": 42,
     "svg.fonttype": "path",
     "svg.hashsalt": "megafold-bench",

@@ -2,6 +2,7 @@ import io
 import json
 
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
 
 from megafold_bench.errors import UserError
@@ -129,6 +130,17 @@ def test_figure(folder):
     axes = drawing.figure.axes[0]
     assert {"1", "10", "100"} <= {label.get_text() for label in axes.get_yticklabels()}
     assert [path.suffix for path in save_kernels_figure(folder)] == [".svg", ".pdf", ".png", ".csv"]
+
+
+def test_a_long_title_stays_inside_the_figure(tmp_path):
+    row = measurement("triangle_multiplication_outgoing", 384, "cuequivariance", 1.0)
+    (tmp_path / "kernels.jsonl").write_text(json.dumps(row) + "\n")
+    figure = kernels_drawing(tmp_path).figure
+    figure.set_dpi(300)  # as it is saved
+    figure.draw_without_rendering()
+    [title] = [text for text in figure.findobj(Text) if text.get_text().startswith("triangle")]
+    box = title.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
 
 
 def test_folders_without_rows_are_refused(tmp_path):
