@@ -16,7 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from optimized.ops.gluon_parts import (
+    BESIDE,
     CHANNELS,
+    WHOLE,
     WIDTH,
     barrier,
     fast_tanh,
@@ -28,7 +30,6 @@ from optimized.ops.triangle_multiplication.hopper import PART, STEP, TILE, place
 from optimized.ops.triangle_multiplication.hopper_gradient import (
     FLAT,  # noqa: F401 (`ask_for` has it)
     HALF,
-    WHOLE,
     ask_for,
     differentiated,
     fetch_gradients,
@@ -36,7 +37,6 @@ from optimized.ops.triangle_multiplication.hopper_gradient import (
     sums_of_lanes,
 )
 from optimized.ops.triangle_multiplication.hopper_project import (
-    BESIDE,
     PLANES,
     in_turns,
     load_tile,

@@ -23,7 +23,7 @@ from triton.testing import do_bench
 from optimized.kernels.implementations import build
 from optimized.kernels.problems import make_problem
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, processors
+from optimized.ops.launching import one_each
 from optimized.ops.triangle_multiplication import hopper_launch, statistics
 from optimized.ops.triangle_multiplication import launch as package
 from optimized.ops.triangle_multiplication.layout import Shape
@@ -70,9 +70,7 @@ class Problem:
 
     def programs(self) -> tuple[int, int]:
         """One on each multiprocessor, and the tiles of each."""
-        tiles = self.shape.padded**2 // 64
-        group = ceil_div(tiles, processors(self.z.device))
-        return ceil_div(tiles, group), group
+        return one_each(self.shape.padded**2 // 64, self.z.device)
 
     def gradients(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
         """By name: dz and shares, and LN(z) / 2 in the room that is given."""

@@ -19,6 +19,9 @@ CHANNELS = gl.constexpr(
 )
 """The layout of a product of 64 rows by four warps with its 128 columns as channels: eight of a lane one after another, and four
 lanes beside each other. A tensor of rows goes from memory to registers and back 16 bytes a lane, 64 of four lanes."""
+WHOLE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+"""Of that product itself, and of one with 16 columns."""
+BESIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 # Its name in Triton 3.6, and since.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 

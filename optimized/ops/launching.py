@@ -58,6 +58,12 @@ def spread(steps: int, config: Config, channels: int, w: Tensor, columns: int = 
     return ceil_div(steps, group), group
 
 
+def one_each(tiles: int, device: torch.device) -> tuple[int, int]:
+    """How many programs, one on each multiprocessor, take `tiles`, and how many consecutive ones each takes."""
+    group = ceil_div(tiles, processors(device))
+    return ceil_div(tiles, group), group
+
+
 @cache
 def fast_sigmoid(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the sigmoid may use the hardware's tanh, whose error of 2⁻¹¹ is lost in bf16's 2⁻⁹."""

@@ -18,15 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import CHANNELS, WIDTH, barrier, turned_about, value_of
+from optimized.ops.gluon_parts import BESIDE, CHANNELS, WHOLE, WIDTH, barrier, turned_about, value_of
 from optimized.ops.names import profiled_as
 
 ROWS = gl.constexpr(64)
 """Of a tile."""
 NARROW = gl.constexpr(16)
 """Outputs of the narrow map, as many as a product has at least."""
-WHOLE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-BESIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, processors, product_width, runs_gluon, tile
+from optimized.ops.launching import ceil_div, chosen, one_each, processors, product_width, runs_gluon, tile
 from optimized.ops.layer_norm_linear import kernels
 from optimized.ops.parameters import fold, gradient_dtype
 from optimized.ops.tuning import Config
@@ -113,16 +113,10 @@ def forward(
     if config is None and overlaps(x, widths, w.dtype):
         from optimized.ops.layer_norm_linear import hopper
 
-        tiles = ceil_div(rows, HOPPER_ROWS)
-        group = ceil_div(tiles, processors(x.device))
+        programs, group = one_each(ceil_div(rows, HOPPER_ROWS), x.device)
+        arguments = (*pointers, rows, group, eps)
         sizes = {"HEADS": widths.heads, "T": widths.count}
-        launch(
-            hopper.forward_kernel,
-            (ceil_div(tiles, group), 1, 1),
-            HOPPER,
-            (*pointers, rows, group, eps),
-            **sizes,
-        )
+        launch(hopper.forward_kernel, (programs, 1, 1), HOPPER, arguments, **sizes)
         return outs + narrow
     config = config or _config("forward", x, w.dtype)
     grid = (ceil_div(rows, config.constants["BM"]), 1, 1)

@@ -19,13 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import CHANNELS, WIDTH, barrier, fast_tanh, place_weights, turned_about
+from optimized.ops.gluon_parts import CHANNELS, WHOLE, WIDTH, barrier, fast_tanh, place_weights, turned_about
 from optimized.ops.names import profiled_as
 from optimized.ops.triangle_multiplication.hopper import STEP, TILE, places
 
 HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
-"""Of a product with 32 columns, and of one with 128."""
-WHOLE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+"""Of a product with 32 columns."""
 GRADIENTS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 

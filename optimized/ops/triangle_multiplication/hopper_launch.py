@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, processors
+from optimized.ops.launching import one_each
 from optimized.ops.triangle_multiplication.layout import (
     GRADIENT_HOPPER,
     HOPPER_TILE,
@@ -17,13 +17,6 @@ from optimized.ops.triangle_multiplication.layout import (
     Shape,
 )
 from optimized.ops.tuning import Config
-
-
-def _one_each(shape: Shape, z: Tensor) -> tuple[int, int]:
-    """How many programs take the tiles of the padded square, one on each multiprocessor, and how many each takes."""
-    tiles = shape.padded**2 // HOPPER_TILE
-    group = ceil_div(tiles, processors(z.device))
-    return ceil_div(tiles, group), group
 
 
 def _even(z: Tensor, shape: Shape) -> bool:
@@ -43,7 +36,7 @@ def project(
     """As `launch.project_folded`, and the statistics `[3, P, P]` of z are put into `stats`."""
     from optimized.ops.triangle_multiplication import hopper_project
 
-    programs, group = _one_each(shape, z)
+    programs, group = one_each(shape.padded**2 // HOPPER_TILE, z.device)
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
     arguments = (z, z if mask is None else mask, stats, *w, ab, *shape.place(z), group, eps)
     sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None}
@@ -63,7 +56,7 @@ def output(
     """As `launch.output_folded`; of the statistics `[5, P, P]` those of x are put there."""
     from optimized.ops.triangle_multiplication import hopper_output
 
-    programs, group = _one_each(shape, z)
+    programs, group = one_each(shape.padded**2 // HOPPER_TILE, z.device)
     y = torch.empty((shape.tokens, shape.tokens, shape.channels), dtype=x.dtype, device=x.device)
     arguments = (x, z, stats, *w, y, *shape.place(z), group, eps)
     launch(hopper_output.output_kernel, (programs, 1, 1), config, arguments, EVEN=_even(z, shape))
@@ -87,7 +80,7 @@ def input_gradient(
     """As `launch.gate_gradient` and then `launch.input_gradient` with statistics."""
     from optimized.ops.triangle_multiplication import hopper_gradient
 
-    programs, group = _one_each(shape, z)
+    programs, group = one_each(shape.padded**2 // HOPPER_TILE, z.device)
     shares = torch.empty((2 * programs, 2 * shape.channels), dtype=torch.float32, device=z.device)
     square = (shape.tokens, shape.tokens, shape.channels)
     dz = torch.empty(square, dtype=z.dtype if rstd is None else torch.float32, device=z.device)

@@ -16,12 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import CHANNELS, WIDTH, barrier, fast_tanh, place_weights, turned_about
+from optimized.ops.gluon_parts import BESIDE, CHANNELS, WIDTH, barrier, fast_tanh, place_weights, turned_about
 from optimized.ops.names import profiled_as
 from optimized.ops.triangle_multiplication.hopper import PART, STEP, TILE, places
 
-BESIDE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
-"""Of the moments, as the results of a product would be."""
 PLANES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Of results on their way to memory."""
 
