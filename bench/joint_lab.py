@@ -2,9 +2,8 @@
 
 python bench/joint_lab.py --out DIR [--profile N] [--peer]      (a minute on one Hopper card)
 
-Beside the package's input projections and their gradient (`hopper_project`, `hopper_gradient`) those of `gluon_joint`; of the
-projections also with the next channels' product asked for before these are gated. Compiled for sm_90 by Triton 3.6, and not run
-yet. With --profile every kernel runs once at N tokens, between the marks that a profiler started with it looks for; --peer says
+Beside the package's input projections and their gradient (`hopper_project`, `hopper_gradient`) those of `gluon_joint`, also with
+groups of warps that ask for products in turns; of the projections with statistics that are given too. With --profile every kernel runs once at N tokens, between the marks that a profiler started with it looks for; --peer says
 by kernel what cuEquivariance's forward pass takes.
 """
 
@@ -79,10 +78,9 @@ class Problem:
             "package": lambda n: hopper_launch.input_gradient(
                 *given, n, self.shape, self.stats, self.rstd, self.more
             ),
-            "joint": self.gradient,
-        }
+        } | {f"joint, turns {turns}": partial(self.gradient, turns) for turns in (0, 1, 2)}
 
-    def gradient(self, n: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, turns: int, n: Tensor) -> tuple[Tensor, Tensor]:
         """As `hopper_launch.input_gradient`."""
         programs, group = self.programs()
         shares = torch.empty((2 * programs, 2 * C), dtype=torch.float32, device="cuda")
@@ -102,29 +100,38 @@ class Problem:
             group,
         )
         sizes = self.sizes() | {"NORMAL": self.rstd is not None, "MORE": self.more is not None}
+        sizes |= {"TURNS": turns}
         launch(gluon_joint.input_gradient_kernel, (programs, 1, 1), FOUR, arguments, **sizes)
         return dz, shares
 
     def projections(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """By name: a and b; statistics `[3, P, P]` of z are put where they are given, but by Triton's kernel."""
+        """By name: a and b; statistics `[3, P, P]` of z are put where they are given, but where they are given."""
         moments = self.moments[statistics.MOMENTS :]
-        given = (self.z, self.mask)
-        return {
-            "package": lambda stats: hopper_launch.project(*given, stats, self.folded, self.shape, 1e-5),
-            "joint": partial(self.projected, False),
-            "joint, ahead": partial(self.projected, True),
+        found = {
+            "package": lambda stats: hopper_launch.project(
+                self.z, self.mask, stats, self.folded, self.shape, 1e-5
+            ),
             "triton, given": lambda _: package.project_folded(
                 self.z, self.stats[4], moments, self.folded, self.shape
             ),
         }
+        for turns in (0, 1, 2):
+            found[f"turns {turns}"] = partial(self.projected, False, turns)
+            if turns < 2:
+                found[f"turns {turns}, given"] = lambda _, turns=turns: self.projected(
+                    True, turns, self.stats[2:]
+                )
+        return found
 
-    def projected(self, ahead: bool, stats: Tensor) -> Tensor:
+    def projected(self, given: bool, turns: int, stats: Tensor) -> Tensor:
         """As `hopper_launch.project`."""
         programs, group = self.programs()
         ab = torch.empty((2 * C, *self.d_gate.shape[1:]), dtype=self.z.dtype, device="cuda")
-        mask = self.z if self.mask is None else self.mask
+        mask = self.z if self.mask is None or given else self.mask
         arguments = (self.z, mask, stats, *self.folded, ab, *self.shape.place(self.z), group, 1e-5)
-        launch(gluon_joint.project_kernel, (programs, 1, 1), FOUR, arguments, **self.sizes(), AHEAD=ahead)
+        sizes = {"EVEN": self.sizes()["EVEN"], "MASKED": self.mask is not None and not given}
+        sizes |= {"GIVEN": given, "TURNS": turns}
+        launch(gluon_joint.project_kernel, (programs, 1, 1), FOUR, arguments, **sizes)
         return ab
 
 
@@ -145,7 +152,7 @@ def compared(calls: dict, room: Tensor, timed: bool) -> dict[str, object]:
         distances = [apart(a, b) if b.any() else 0.0 for a, b in zip(results, exact, strict=True)]
         found[name] = {"distances": distances, "same": all(map(torch.equal, first, again))}
         if timed:
-            found[name]["ms"] = do_bench(partial(call, own), warmup=10, rep=60, return_mode="median")
+            found[name]["ms"] = do_bench(partial(call, own), warmup=20, rep=100, return_mode="median")
     return found
 
 
