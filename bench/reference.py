@@ -73,7 +73,6 @@ def parts() -> dict[str, Part]:
         "boltz": Part(f"{lab}/boltz_lab.py --out {{out}} --profile", 300),
         "attention": Part(f"{lab}/attention_lab.py --out {{out}} --budget 120", 150),
         "triangle": Part(f"{lab}/triangle_lab.py --out {{out}}", 150),
-        "joint": Part(f"{lab}/joint_lab.py --out {{out}} --peer", 150),
         "host": Part(f"{lab}/host_lab.py", 60),
         "options": Part(f"{lab}/step_options.py --out {{out}} --seq-len 384,640 {WAYS}", 400),
     }

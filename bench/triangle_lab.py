@@ -32,7 +32,7 @@ from triton.testing import do_bench
 
 from optimized.ops import tuning
 from optimized.ops.launching import checked, tile
-from optimized.ops.triangle_multiplication import TriangleWeights
+from optimized.ops.triangle_multiplication import TriangleWeights, hopper_launch
 from optimized.ops.triangle_multiplication import launch as tm
 from optimized.ops.tuning import Config
 
@@ -58,16 +58,19 @@ TILES: dict[str, list[tuple[int, ...]]] = {
         (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2),
     ],
     "project_weight": [(64, 64, 4, 3), (64, 64, 4, 4)],
-    # Stages and warps: the forward pass on Hopper, which takes its statistics itself.
-    "project_hopper": [(5, 8), (6, 8), (8, 8)],
-    "output_hopper": [(3, 8), (4, 8)],
+    # On Hopper: forward, where they take their statistics themselves, and backward. Of the output side, stages and warps.
+    "project_hopper": [()],
+    "output_hopper": [(4, 8), (3, 8)],
+    "project_given_hopper": [()],
+    "input_gradient_hopper": [()],
     # Channels at a time, positions and warps.
     "z_statistics": [(32, 32, 4), (32, 64, 4), (32, 64, 8), (64, 32, 4), (128, 32, 4)],
     "x_statistics": [(16, 64, 2), (16, 128, 4), (8, 64, 2), (16, 64, 4), (32, 64, 2)],
 }  # fmt: skip
 # What stands for the same tile with statistics kept, and what has no tile that is looked up.
 KEPT = {"input_gradient_kept": "input_gradient"}
-FIXED = ("gate_gradient", "moments", "z_statistics", "x_statistics", "project_hopper", "output_hopper")
+HOPPER = ("project_hopper", "output_hopper", "project_given_hopper", "input_gradient_hopper")
+FIXED = ("gate_gradient", "moments", "z_statistics", "x_statistics", *HOPPER)
 # Run only where no statistics are kept.
 PLAIN = ("output", "output_backward", "output_weight", "input_gradient")
 # GEMM units of 2·N²·c·c FLOP and passes over N²·c bf16 values.
@@ -75,7 +78,9 @@ WORK = {
     "z_statistics": (0, 1),
     "project_folded": (4, 3),
     "project_hopper": (4, 3),
+    "project_given_hopper": (4, 3),
     "output_hopper": (2, 3),
+    "input_gradient_hopper": (9, 6),
     "x_statistics": (0, 1),
     "output_folded": (2, 3),
     "output": (2, 3),
@@ -97,7 +102,7 @@ def config_of(job: Job) -> Config:
     """The configuration of a candidate; ValueError where it breaks the rule of `checked`."""
     kernel, shape = job
     if kernel in FIXED:
-        if kernel.endswith("_hopper"):
+        if kernel == "output_hopper":
             return Config({"STAGES": shape[0]}, shape[1])
         names = ("CHANNELS", "BLOCK")
         return Config(dict(zip(names, shape, strict=False)), shape[-1]) if shape else tile(64, 64, 4, 1)
@@ -145,6 +150,7 @@ class Bench:
         self.folded, self.packed = tm.fold_weights(w, BF)
         self.pairs = tuple((normal(n * n, C), normal(n * n, C)) for _ in range(2))
         self.square = normal(C, self.shape.padded, self.shape.padded)
+        self.spare = torch.empty(3, self.shape.padded, self.shape.padded, device="cuda")
         self.stats = torch.rand(5, self.shape.padded, self.shape.padded, device="cuda") + 0.5
         self.moments = tm.moments_of(self.stats, self.shape, BF)
 
@@ -161,8 +167,14 @@ class Bench:
             "z_statistics": lambda: tm.z_statistics(
                 z, None, s, EPS, self.stats[2:], self.moments[4:], config
             ),
-            "project_hopper": lambda: tm.project_hopper(z, None, self.stats[2:], self.folded, s, EPS, config),
-            "output_hopper": lambda: tm.output_hopper(x, z, self.stats, self.folded, s, EPS, config),
+            "project_hopper": lambda: hopper_launch.project(z, None, self.spare, self.folded, s, EPS),
+            "project_given_hopper": lambda: hopper_launch.project(
+                z, None, self.stats[2:], self.folded, s, EPS, given=True
+            ),
+            "output_hopper": lambda: hopper_launch.output(x, z, self.stats, self.folded, s, EPS, config),
+            "input_gradient_hopper": lambda: hopper_launch.input_gradient(
+                z, self.norm, w, None, self.grad, self.square, self.n, s, self.stats
+            ),
             "x_statistics": lambda: tm.x_statistics(x, s, EPS, self.stats[:2], self.moments[:4], config),
             "moments": lambda: tm.moments_of(self.stats, s, BF),
             "project_folded": lambda: tm.project_folded(*projected, config),

@@ -92,14 +92,18 @@ def hopper_cases() -> list[KernelCase]:
 
     found: list[KernelCase] = []
     gradient = (hopper_gradient.input_gradient_kernel, triangle.GRADIENT_HOPPER)
+    project = (hopper_project.project_kernel, triangle.PROJECT_HOPPER)
     for fn, config, short, floats in (
-        (hopper_project.project_kernel, triangle.PROJECT_HOPPER, "project_hopper", False),
+        (*project, "project_hopper", False),
+        (*project, "given.project_hopper", False),
         (hopper_output.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper", False),
         (*gradient, "input_gradient_hopper", False),
         (*gradient, "normal.input_gradient_hopper", True),
     ):
         for even in (False, True):
-            sizes: dict[str, int] = {"EVEN": even, "MASKED": True, "NORMAL": floats, "MORE": True}
+            given = short.startswith("given")
+            sizes: dict[str, int] = {"EVEN": even, "MASKED": not given, "GIVEN": given}
+            sizes |= {"NORMAL": floats, "MORE": True}
             name = f"triangle_multiplication.bf16.128.{short}{'.even' if even else ''}"
             case = make_case(name, fn, config, "bf16", sizes | {"num_warps": config.num_warps})
             of_floats = dict.fromkeys(("dz_ptr", "more_ptr"), "*fp32") if floats else {}

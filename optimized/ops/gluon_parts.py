@@ -49,14 +49,3 @@ def turned_about(x):
     blocks: gl.constexpr = x.shape[1] // 32
     apart = gl.permute(gl.reshape(x, (x.shape[0], blocks, 4, 4, 2)), (0, 1, 3, 2, 4))
     return gl.reshape(apart, (x.shape[0], x.shape[1]))
-
-
-@gluon.jit
-def place_weights(w_ptr, into, first, layout: gl.constexpr):
-    """Some rows at a time of the weights `[rows, 128]`, from row `first` on, columns as products have them."""
-    parts: gl.constexpr = into.shape[0]
-    rows: gl.constexpr = into.shape[1]
-    for k in gl.static_range(parts):
-        t = first + k * rows + gl.arange(0, rows, gl.SliceLayout(1, layout))
-        c = value_of(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)))
-        into.index(k).store(gl.load(w_ptr + t[:, None] * WIDTH + c[None, :]))

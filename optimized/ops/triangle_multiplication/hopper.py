@@ -20,7 +20,7 @@ bf16, 128 channels of z and of the contraction, sm_90; strides and addresses of 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from optimized.ops.gluon_parts import WIDTH
+from optimized.ops.gluon_parts import WIDTH, value_of
 
 TILE = gl.constexpr(64)
 """Positions of a step."""
@@ -49,3 +49,25 @@ def places(p, n_tokens, padded, stride_i, stride_j, EVEN: gl.constexpr):
         cell = gl.where(inside, i.to(gl.int64) * n_tokens + j, 0)
         source = gl.where(inside, i.to(gl.int64) * stride_i + j.to(gl.int64) * stride_j, 0)
     return inside, source, cell
+
+
+@gluon.jit
+def place_both(w_ptr, into, layout: gl.constexpr):
+    """Some rows at a time of the weights of the linear parts of a and b, and as many of their gates, columns as products have them."""
+    parts: gl.constexpr = into.shape[0]
+    step: gl.constexpr = into.shape[1] // 2
+    for k in gl.static_range(parts):
+        r = gl.arange(0, 2 * step, gl.SliceLayout(1, layout))
+        t = r // step * (2 * WIDTH) + k * step + r % step
+        c = value_of(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)))
+        into.index(k).store(gl.load(w_ptr + t[:, None] * WIDTH + c[None, :]))
+
+
+@gluon.jit
+def in_halves(x, layout: gl.constexpr):
+    """The left and the right half of the columns: a view of what each lane holds."""
+    columns: gl.constexpr = x.shape[1] // 2
+    left, right = gl.split(gl.permute(gl.reshape(x, (x.shape[0], 2, columns)), (0, 2, 1)))
+    return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(
+        right, layout, assert_trivial=True
+    )

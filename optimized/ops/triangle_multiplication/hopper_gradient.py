@@ -2,8 +2,9 @@
 
 One program holds all four projections' weights in shared memory, where both products read them: that of LN(z), which makes the
 linear parts and gates again, and that of their gradients; what the first leaves in registers is the second's operand there, as in
-attention. 32 channels at a time, which leaves registers for the rest. The gradients of a and b, which lie channel by channel, are
-turned as they are read from shared memory; the gate's, whose product comes last, the matrix unit reads there as it lies.
+attention. Linear parts and gates of 32 channels are halves of one product's columns; of more, no registers would be left for the
+rest. The gradients of a and b, which lie channel by channel, are turned as they are read from shared memory; the gate's, whose
+product comes last, the matrix unit reads there as it lies.
 
 What the forward pass kept is given. See `hopper`.
 """
@@ -19,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import CHANNELS, WHOLE, WIDTH, barrier, fast_tanh, place_weights, turned_about
+from optimized.ops.gluon_parts import CHANNELS, WHOLE, WIDTH, barrier, fast_tanh, turned_about, value_of
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import STEP, TILE, places
+from optimized.ops.triangle_multiplication.hopper import PART, STEP, TILE, in_halves, place_both, places
 
 HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 """Of a product with 32 columns."""
@@ -55,12 +56,36 @@ def ask_for(ptr, tile, on):
 
 
 @gluon.jit
-def standardised(z_ptr, stats_ptr, area, p, inside, source, c):
-    """(z - mean) · rstd of a tile in fp32, and rstd."""
+def place_rows(w_ptr, first, into, layout: gl.constexpr):
+    """As `place_both`, of rows one after another from `first` on."""
+    parts: gl.constexpr = into.shape[0]
+    rows: gl.constexpr = into.shape[1]
+    for k in gl.static_range(parts):
+        t = first + k * rows + gl.arange(0, rows, gl.SliceLayout(1, layout))
+        c = value_of(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)))
+        into.index(k).store(gl.load(w_ptr + t[:, None] * WIDTH + c[None, :]))
+
+
+@gluon.jit
+def widened(x):
+    """x, in bf16, in fp32: pairs that lie in one register take two instructions."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; shl.b32 t, $2, 16; mov.b32 $0, t; and.b32 t, $2, 0xffff0000; mov.b32 $1, t; }",
+        "=f,=f,r",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def standardised(z_ptr, stats_ptr, factor, area, p, inside, source, c):
+    """factor · (z - mean) · rstd of a tile in fp32, and rstd."""
     rstd = gl.load(stats_ptr + 2 * area + p, mask=inside, other=1.0)
-    shift = gl.load(stats_ptr + 3 * area + p, mask=inside, other=0.0)
-    z = gl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None], other=0.0)
-    return z.to(gl.float32) * rstd[:, None] + shift[:, None], rstd
+    shift = gl.load(stats_ptr + 3 * area + p, mask=inside, other=0.0) * factor
+    z = widened(gl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None], other=0.0))
+    return z * (rstd * factor)[:, None] + shift[:, None], rstd
 
 
 @gluon.jit
@@ -76,7 +101,6 @@ def sums_of_lanes(x):
 def differentiated(linear, gate, grad):
     """Gradients of linear part and gate, doubled, as operands of the next product: see `project.gated_gradients`."""
     d_l: gl.constexpr = gl.DotOperandLayout(0, WHOLE, 2)
-    grad = grad.to(gl.float32)
     t = fast_tanh(gate)
     d_linear = grad * t + grad
     d_gate = d_linear * (linear - linear * t)
@@ -84,11 +108,11 @@ def differentiated(linear, gate, grad):
 
 
 @gluon.jit
-def through_projections(n, grad_ptr, d_gate_ptr, linear_s, gate_s, grad_s, area, tile, none_yet):
+def through_projections(n, grad_ptr, d_gate_ptr, both_s, grad_s, area, tile, none_yet):
     """The gradient to LN(z), doubled, of the projections of a tile; the gate's gradients are on their way then."""
-    none = gl.full([TILE, 32], 0.0, gl.float32, HALF)
+    none = gl.full([TILE, 64], 0.0, gl.float32, PART)
     dn = gl.full([TILE, WIDTH], 0.0, gl.float32, WHOLE)
-    n = gl.convert_layout(turned_about(n), gl.DotOperandLayout(0, HALF, 2))
+    n = gl.convert_layout(turned_about(n), gl.DotOperandLayout(0, PART, 2))
     for s in gl.static_range(8):
         if s % 2 == 0:
             async_copy.wait_group(1)
@@ -98,21 +122,20 @@ def through_projections(n, grad_ptr, d_gate_ptr, linear_s, gate_s, grad_s, area,
                 fetch_gradients(grad_ptr, grad_s[(s // 2 + 2) % 3], tile, s // 2 + 2, area, tile >= 0)
             else:
                 fetch_gradients(d_gate_ptr, grad_s[(s // 2 + 2) % 3], tile, s // 2 - 2, area, tile >= 0)
-        of_linear = linear_s.index(s // 2 + none_yet).slice(s % 2 * 32, 32, 0)
-        of_gate = gate_s.index(s // 2 + none_yet).slice(s % 2 * 32, 32, 0)
-        linear = warpgroup_mma(n, of_linear.permute((1, 0)), none, use_acc=False, is_async=True)
-        gate = warpgroup_mma(n, of_gate.permute((1, 0)), none, use_acc=False, is_async=True)
-        grad = grad_s[s // 2 % 3].slice(s % 2 * 32, 32, 0).permute((1, 0)).load(HALF)
+        weights = both_s.index(s + none_yet)
+        both = warpgroup_mma(n, weights.permute((1, 0)), none, use_acc=False, is_async=True)
+        grad = widened(grad_s[s // 2 % 3].slice(s % 2 * 32, 32, 0).permute((1, 0)).load(HALF))
         if s == 0:
-            linear, gate = warpgroup_mma_wait(0, deps=[linear, gate])
+            both = warpgroup_mma_wait(0, deps=[both])
         else:  # the products of the step before, which read its gradients from registers, have ended too
-            linear, gate, n, dn, d_linear, d_gate = warpgroup_mma_wait(
+            both, n, dn, d_linear, d_gate = warpgroup_mma_wait(
                 0,
-                deps=[linear, gate, n, dn, d_linear, d_gate],  # noqa: F821
+                deps=[both, n, dn, d_linear, d_gate],  # noqa: F821
             )
+        linear, gate = in_halves(both, HALF)
         d_linear, d_gate = differentiated(linear, gate, grad)
-        dn = warpgroup_mma(d_linear, of_linear, dn, use_acc=s > 0, is_async=True)
-        dn = warpgroup_mma(d_gate, of_gate, dn, is_async=True)
+        dn = warpgroup_mma(d_linear, weights.slice(0, 32, 0), dn, use_acc=s > 0, is_async=True)
+        dn = warpgroup_mma(d_gate, weights.slice(32, 32, 0), dn, is_async=True)
     dn, n, d_linear, d_gate = warpgroup_mma_wait(0, deps=[dn, n, d_linear, d_gate])
     return dn
 
@@ -120,7 +143,7 @@ def through_projections(n, grad_ptr, d_gate_ptr, linear_s, gate_s, grad_s, area,
 @gluon.jit
 def gradient_tiles(
     z_ptr, stats_ptr, rstd_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, d_gate_ptr, dz_ptr, n_ptr, share_ptr, more_ptr,
-    n_tokens, padded, stride_i, stride_j, first, last, linear_s, gate_s, out_gate_s, grad_0, grad_1, grad_2, beta_s, gamma_s,
+    n_tokens, padded, stride_i, stride_j, first, last, both_s, out_gate_s, grad_0, grad_1, grad_2, beta_s, gamma_s,
     MASKED: gl.constexpr, EVEN: gl.constexpr, NORMAL: gl.constexpr, MORE: gl.constexpr,
 ):  # fmt: skip
     """Every other tile from `first` on, by four warps."""
@@ -146,13 +169,12 @@ def gradient_tiles(
         keep = inside
         if MASKED:
             keep = inside & gl.load(mask_ptr + cell, mask=inside, other=0).to(gl.int1)
-        normal, _ = standardised(z_ptr, stats_ptr, area, p, inside, source, c)
-        half_gamma = 0.5 * gl.load(gamma_ptr + c).to(gl.float32)
+        half, _ = standardised(z_ptr, stats_ptr, 0.5, area, p, inside, source, c)
         half_beta = 0.5 * gl.load(beta_ptr + c).to(gl.float32)
-        n = normal * half_gamma[None, :] + half_beta[None, :]
+        n = half * gl.load(gamma_ptr + c).to(gl.float32)[None, :] + half_beta[None, :]
         n = gl.where(keep[:, None], n, 0.0).to(gl.bfloat16)
         gl.store(n_ptr + p.to(gl.int64)[:, None] * WIDTH + c[None, :], n)
-        dn = through_projections(n, grad_ptr, d_gate_ptr, linear_s, gate_s, grad_s, area, tile, none_yet)
+        dn = through_projections(n, grad_ptr, d_gate_ptr, both_s, grad_s, area, tile, none_yet)
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
@@ -164,7 +186,7 @@ def gradient_tiles(
         )
         fetch_gradients(grad_ptr, grad_s[0], following, 0, area, following < last)
         # z is read again (from L2): keeping the tile would cost its registers through the products.
-        normal, rstd = standardised(z_ptr, stats_ptr, area, p, inside, source, c)
+        normal, rstd = standardised(z_ptr, stats_ptr, 1.0, area, p, inside, source, c)
         of_gate = warpgroup_mma_wait(0, deps=[of_gate])
         barrier()
         fetch_gradients(grad_ptr, grad_s[1], following, 1, area, following < last)
@@ -211,8 +233,7 @@ def input_gradient_kernel(
     wl: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [num_warps, 1], [1, 0])
     wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     banks: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    linear_s = gl.allocate_shared_memory(gl.bfloat16, [4, STEP, WIDTH], wide)
-    gate_s = gl.allocate_shared_memory(gl.bfloat16, [4, STEP, WIDTH], wide)
+    both_s = gl.allocate_shared_memory(gl.bfloat16, [8, 64, WIDTH], wide)
     out_gate_s = gl.allocate_shared_memory(gl.bfloat16, [2, STEP, WIDTH], wide)
     # An allocation each: between accesses to one a barrier would be put.
     a0 = gl.allocate_shared_memory(gl.bfloat16, [STEP, TILE], wide)
@@ -225,9 +246,8 @@ def input_gradient_kernel(
     a_gamma = gl.allocate_shared_memory(gl.float32, [8, WIDTH], banks)
     b_beta = gl.allocate_shared_memory(gl.float32, [8, WIDTH], banks)
     b_gamma = gl.allocate_shared_memory(gl.float32, [8, WIDTH], banks)
-    place_weights(w_ptr, linear_s, 0, wl)
-    place_weights(w_ptr, gate_s, 2 * WIDTH, wl)
-    place_weights(w_ptr, out_gate_s, 5 * WIDTH, wl)
+    place_both(w_ptr, both_s, wl)
+    place_rows(w_ptr, 5 * WIDTH, out_gate_s, wl)
     fence_async_shared()
     barrier()
     first = gl.program_id(0) * group
@@ -235,8 +255,8 @@ def input_gradient_kernel(
     share = norm_partial_ptr + gl.program_id(0).to(gl.int64) * (4 * WIDTH)
     gl.warp_specialize(
         [
-            (gradient_tiles, (z_ptr, stats_ptr, rstd_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, d_gate_ptr, dz_ptr, n_ptr, share, more_ptr, n_tokens, padded, stride_i, stride_j, first, last, linear_s, gate_s, out_gate_s, a0, a1, a2, a_beta, a_gamma, MASKED, EVEN, NORMAL, MORE)),
-            (gradient_tiles, (z_ptr, stats_ptr, rstd_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, d_gate_ptr, dz_ptr, n_ptr, share + 2 * WIDTH, more_ptr, n_tokens, padded, stride_i, stride_j, first + 1, last, linear_s, gate_s, out_gate_s, b0, b1, b2, b_beta, b_gamma, MASKED, EVEN, NORMAL, MORE)),
+            (gradient_tiles, (z_ptr, stats_ptr, rstd_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, d_gate_ptr, dz_ptr, n_ptr, share, more_ptr, n_tokens, padded, stride_i, stride_j, first, last, both_s, out_gate_s, a0, a1, a2, a_beta, a_gamma, MASKED, EVEN, NORMAL, MORE)),
+            (gradient_tiles, (z_ptr, stats_ptr, rstd_ptr, gamma_ptr, beta_ptr, mask_ptr, grad_ptr, d_gate_ptr, dz_ptr, n_ptr, share + 2 * WIDTH, more_ptr, n_tokens, padded, stride_i, stride_j, first + 1, last, both_s, out_gate_s, b0, b1, b2, b_beta, b_gamma, MASKED, EVEN, NORMAL, MORE)),
         ],
         [4],
         [240],

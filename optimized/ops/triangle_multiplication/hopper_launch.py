@@ -31,15 +31,16 @@ def project(
     w: Folded,
     shape: Shape,
     eps: float,
+    given: bool = False,
     config: Config = PROJECT_HOPPER,
 ) -> Tensor:
-    """As `launch.project_folded`, and the statistics `[3, P, P]` of z are put into `stats`."""
+    """As `launch.project_folded`; the statistics `[3, P, P]` of z are put into `stats`, or `given` there with the mask's effect."""
     from optimized.ops.triangle_multiplication import hopper_project
 
     programs, group = one_each(shape.padded**2 // HOPPER_TILE, z.device)
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
     arguments = (z, z if mask is None else mask, stats, *w, ab, *shape.place(z), group, eps)
-    sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None}
+    sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None, "GIVEN": given}
     launch(hopper_project.project_kernel, (programs, 1, 1), config, arguments, **sizes)
     return ab
 

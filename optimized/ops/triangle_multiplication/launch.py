@@ -439,9 +439,10 @@ def _forward_raw(
         z_statistics(z, mask, shape, eps, stats[2:], of_z)
     else:
         z, _ = normalise(z, mask, shape, eps, stats[2:], of_z)
-    x = contract(project_folded(z, stats[4], of_z, w, shape), outgoing)
     if early:
+        x = contract(hopper_launch.project(z, None, stats[2:], w, shape, eps, given=True), outgoing)
         return hopper_launch.output(x, z, stats, w, shape, eps), x
+    x = contract(project_folded(z, stats[4], of_z, w, shape), outgoing)
     x_statistics(x, shape, eps, stats[:2], of_x)
     return output_folded(x, z, stats, moments, w, shape), x
 
@@ -479,7 +480,10 @@ def backward(
         early = overlaps(z, shape.hidden, x.dtype)
         of_gate = d_gate if early else gate_gradient(d_gate, packed, shape)
         del d_linear, d_gate
-        ab = project_folded(z, stats[4], moments[statistics.MOMENTS :], of_folded, shape)
+        if early:
+            ab = hopper_launch.project(z, None, stats[2:], of_folded, shape, eps, given=True)
+        else:
+            ab = project_folded(z, stats[4], moments[statistics.MOMENTS :], of_folded, shape)
         del moments
     else:
         dx, of_gate, shares_out, pairs = output_backward(x, z, norms, packed, dy, shape, eps)
