@@ -120,16 +120,21 @@ def _workload(record: Record) -> Mapping[str, Any]:
 
 def _varying(records: Sequence[Record]) -> list[tuple[str, str]]:
     """(group, name) of each factor that takes several values at one variant and length, or, for the
-    factors that do not follow the length, anywhere within one variant."""
+    factors that do not follow the length, anywhere within one variant. An option that an older record does not
+    have is another value too: nobody knows that it ran as the default of today."""
     by_variant: dict[tuple[str, str, Any], set[str]] = defaultdict(set)
+    options: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for record in records:
+        factors = record["factors"]
+        options[factors["variant"], factors["seq_len_tokens"]].update(_workload(record))
     for record in records:
         factors: Mapping[str, Any] = record["factors"]
         variant, length = factors["variant"], factors["seq_len_tokens"]
         by_variant[("tier", "tier", variant)].add(json.dumps(record.get("tier")))
         for name in SERIES_FACTORS:
             by_variant[("factors", name, variant)].add(json.dumps(factors.get(name)))
-        for name, value in _workload(record).items():
-            by_variant[("workload", name, (variant, length))].add(json.dumps(value))
+        for name in options[variant, length]:
+            by_variant[("workload", name, (variant, length))].add(json.dumps(_workload(record).get(name)))
     return sorted({(group, name) for (group, name, _), values in by_variant.items() if len(values) > 1})
 
 
@@ -149,7 +154,7 @@ def _part(name: str, value: Any) -> str:
         return f"limit {bytes_text(value)}" if value else "no limit"
     if name in ("tier", "device"):
         return str(value)
-    return f"{name}={value}"
+    return "" if value is None else f"{name}={value}"
 
 
 def _times(records: Sequence[Record]) -> Times | None:

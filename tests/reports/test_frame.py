@@ -133,6 +133,18 @@ def test_series_of_one_variant_are_told_apart_by_what_varies(make):
     assert names == ["pytorch · no limit", "pytorch · limit 40.0 GiB"]
 
 
+def test_an_option_that_older_records_lack_sets_them_apart(make):
+    """As where a run was resumed by a version with a new option: its memory trial is not that of the older time trial."""
+    run = make("point")
+    held = lines(run)
+    for record in held:
+        record["factors"]["workload"] |= {"graphs": True} if record["memory"] else {}
+    (run / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in held))
+    older, newer = cells(load_run(run).records)
+    assert older.time and older.peak_bytes is None
+    assert newer.peak_bytes and newer.time is None and newer.series.endswith(" · graphs=True")
+
+
 def test_boundary_from_records(make):
     found = {b.series: b for b in boundaries(cells(load_run(make("nvidia", repeats=1, steps=6)).records))}
     assert (found["pytorch"].max_ok, found["pytorch"].min_fail, found["pytorch"].monotone) == (
