@@ -74,7 +74,7 @@ def load_pairs(
 
 
 @gluon.jit
-def standard(z, kept, shift, stats_ptr, tile, n_tokens, padded, eps, EVEN: gl.constexpr, GIVEN: gl.constexpr):  # fmt: skip
+def standardised(z, kept, shift, stats_ptr, tile, n_tokens, padded, eps, EVEN: gl.constexpr, GIVEN: gl.constexpr):  # fmt: skip
     """(z - mean) · rstd of a tile in bf16, zero where a position is left out, and which are not.
 
     By statistics that are given; or else they go to memory.
@@ -92,9 +92,8 @@ def standard(z, kept, shift, stats_ptr, tile, n_tokens, padded, eps, EVEN: gl.co
         keep = inside & kept
         mean = gl.sum(left + right, 1) * (1.0 / WIDTH)
         left, right = left - mean[:, None], right - mean[:, None]
-        squares = gl.sum(left * left, 1) + gl.sum(
-            right * right, 1
-        )  # apart, to be summed as they are multiplied
+        # Each by itself, so that squares are summed as they are multiplied.
+        squares = gl.sum(left * left, 1) + gl.sum(right * right, 1)
         rstd = gl.rsqrt(squares * (1.0 / WIDTH) + eps)
         of_kept = gl.where(keep, rstd, 0.0)
         gl.store(stats_ptr + p, gl.where(inside, rstd, 0.0))
@@ -128,7 +127,7 @@ def project_tiles(
     for tile in range(first, last, 2):
         # As large as nothing, and unknown before: addresses of weights would be kept, and spilled, through the loop.
         none_yet = tile >> 28
-        n, keep = standard(z, kept, shift, stats_ptr, tile, n_tokens, padded, eps, EVEN, GIVEN)
+        n, keep = standardised(z, kept, shift, stats_ptr, tile, n_tokens, padded, eps, EVEN, GIVEN)
         operand = gl.convert_layout(turned_about(n), z_l)
         keep = gl.convert_layout(keep, gl.SliceLayout(1, BESIDE), assert_trivial=True)
         ones = gl.where((e < 2)[None, :] & keep[:, None], 1.0, 0.0).to(gl.bfloat16)
