@@ -125,8 +125,7 @@ def _varying(records: Sequence[Record]) -> list[tuple[str, str]]:
     by_variant: dict[tuple[str, str, Any], set[str]] = defaultdict(set)
     options: dict[tuple[str, int], set[str]] = defaultdict(set)
     for record in records:
-        factors = record["factors"]
-        options[factors["variant"], factors["seq_len_tokens"]].update(_workload(record))
+        options[record["factors"]["variant"], record["factors"]["seq_len_tokens"]].update(_workload(record))
     for record in records:
         factors: Mapping[str, Any] = record["factors"]
         variant, length = factors["variant"], factors["seq_len_tokens"]
