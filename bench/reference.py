@@ -73,7 +73,9 @@ def parts() -> dict[str, Part]:
         "boltz": Part(f"{lab}/boltz_lab.py --out {{out}} --profile", 300),
         "attention": Part(f"{lab}/attention_lab.py --out {{out}} --budget 120", 150),
         "triangle": Part(f"{lab}/triangle_lab.py --out {{out}}", 150),
+        "groups": Part(f"{lab}/groups_lab.py --out {{out}}", 200),
         "host": Part(f"{lab}/host_lab.py", 60),
+        "host-parts": Part(f"{lab}/host_lab.py --parts", 60),
         "options": Part(f"{lab}/step_options.py --out {{out}} --seq-len 384,640 {WAYS}", 400),
     }
     for op, names in IMPLEMENTATIONS.items():
