@@ -8,12 +8,10 @@ once at N² rows, between the marks that a profiler started with it looks for. C
 """
 
 # mypy: ignore-errors
-import argparse
-import json
 from functools import partial
-from pathlib import Path
 
 import gluon_gated
+import lab
 import torch
 from torch import Tensor
 from triton.testing import do_bench
@@ -78,42 +76,29 @@ class Problem:
 
 def main() -> None:
     """Compare and time all of them at every length, or run each once."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path())
-    parser.add_argument("--profile", type=int, metavar="N")
-    args = parser.parse_args()
+    args = lab.options(__doc__).parse_args()
     if args.profile:
         problem = Problem(args.profile, HALF, FULL, True)
-        for call in (problem.package, partial(problem.groups, 2), partial(problem.groups, 3)):
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStart()
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStop()
+        lab.run_marked((problem.package, partial(problem.groups, 2), partial(problem.groups, 3)))
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "gated_lab.jsonl").open("w") as file:
-        for n in LENGTHS:
-            for case in CASES:
-                problem = Problem(n, *case)
-                exact = problem.exact()
-                row = {"n": n, "case": [str(part) for part in case]}
-                calls = {"package": problem.package}
-                calls |= {f"{groups} groups": partial(problem.groups, groups) for groups in (2, 3)}
-                for name, call in calls.items():
-                    found = call()
-                    own = {"same": torch.equal(found, call())}
-                    own["error"] = ((found.double() - exact).norm() / exact.norm()).item()
-                    if n >= 384:
-                        own["ms"] = do_bench(call, warmup=20, rep=100, return_mode="median")
-                    row[name] = own
-                print(row, flush=True)
-                file.write(json.dumps(row) + "\n")
-                del problem, exact, found
-                torch.cuda.empty_cache()
+    rows = lab.Rows(args.out, "gated_lab.jsonl")
+    for n in LENGTHS:
+        for case in CASES:
+            problem = Problem(n, *case)
+            exact = problem.exact()
+            row = {"n": n, "case": [str(part) for part in case]}
+            calls = {"package": problem.package}
+            calls |= {f"{groups} groups": partial(problem.groups, groups) for groups in (2, 3)}
+            for name, call in calls.items():
+                found = call()
+                own = {"same": torch.equal(found, call())}
+                own["error"] = ((found.double() - exact).norm() / exact.norm()).item()
+                if n >= 384:
+                    own["ms"] = do_bench(call, warmup=20, rep=100, return_mode="median")
+                row[name] = own
+            rows.put(row)
+            del problem, exact, found
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -21,21 +21,12 @@ from optimized.ops.triangle_multiplication.hopper_gradient import (
     ask_for,
 )
 from optimized.ops.triangle_multiplication.hopper_project import (
-    PLANES,
+    PLANES,  # noqa: F401 (`put` has it)
     load_pairs,
     place_biases,
+    put,
     standardised,
 )
-
-
-@gluon.jit
-def put(stage, out_ptr, tile, k, padded, on):
-    """As there, of as many channels as `stage` has."""
-    channels: gl.constexpr = stage.shape[0]
-    t = gl.arange(0, channels, gl.SliceLayout(1, PLANES))
-    p = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(0, PLANES))
-    into = out_ptr + (k * channels + t).to(gl.int64)[:, None] * (padded.to(gl.int64) * padded) + p[None, :]
-    gl.store(into, stage.load(PLANES), mask=on)
 
 
 @gluon.jit

@@ -9,14 +9,12 @@ profiler started with it looks for. Forms are compiled side by side first.
 """
 
 # mypy: ignore-errors
-import argparse
-import json
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import gluon_groups
+import lab
 import torch
 from torch import Tensor
 from triton.testing import do_bench
@@ -88,11 +86,7 @@ def compiled(only: int | None) -> None:
 
 def main() -> None:
     """Compare and time every form at every length, or run each once."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path())
-    parser.add_argument("--profile", type=int, metavar="N")
+    parser = lab.options(__doc__)
     parser.add_argument("--compile", type=int)
     args = parser.parse_args()
     if args.compile is not None:
@@ -100,38 +94,30 @@ def main() -> None:
         return
     if args.profile:
         problem = Problem(args.profile, True, False)
-        for call in (problem.package, *(partial(problem.form, *form) for form in FORMS)):
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStart()
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStop()
+        lab.run_marked((problem.package, *(partial(problem.form, *form) for form in FORMS)))
         return
     compiled(None)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "groups_lab.jsonl").open("w") as file:
-        for n in LENGTHS:
-            for masked, given in CASES:
-                problem = Problem(n, masked, given)
-                exact, kept = problem.package(), problem.stats.clone()
-                row = {"n": n, "masked": masked, "given": given, "forms": {}}
-                calls = {"package": problem.package}
-                calls |= {str(form): partial(problem.form, *form) for form in FORMS}
-                for name, call in calls.items():
-                    problem.stats.copy_(kept) if given else problem.stats.zero_()
-                    found = call()
-                    own = {
-                        "same": torch.equal(found, exact) and torch.equal(problem.stats, kept),
-                        "again": torch.equal(call(), found),
-                    }
-                    if n >= 384:
-                        own["ms"] = do_bench(call, warmup=20, rep=100, return_mode="median")
-                    row["forms"][name] = own
-                print(row, flush=True)
-                file.write(json.dumps(row) + "\n")
-                del problem, exact, kept
-                torch.cuda.empty_cache()
+    rows = lab.Rows(args.out, "groups_lab.jsonl")
+    for n in LENGTHS:
+        for masked, given in CASES:
+            problem = Problem(n, masked, given)
+            exact, kept = problem.package(), problem.stats.clone()
+            row = {"n": n, "masked": masked, "given": given, "forms": {}}
+            calls = {"package": problem.package}
+            calls |= {str(form): partial(problem.form, *form) for form in FORMS}
+            for name, call in calls.items():
+                problem.stats.copy_(kept) if given else problem.stats.zero_()
+                found = call()
+                own = {
+                    "same": torch.equal(found, exact) and torch.equal(problem.stats, kept),
+                    "again": torch.equal(call(), found),
+                }
+                if n >= 384:
+                    own["ms"] = do_bench(call, warmup=20, rep=100, return_mode="median")
+                row["forms"][name] = own
+            rows.put(row)
+            del problem, exact, kept
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -9,12 +9,9 @@ is possible, so start it with a time limit.
 """
 
 # mypy: ignore-errors
-import argparse
-import json
-from functools import partial
-from pathlib import Path
 
 import gluon_transition
+import lab
 import torch
 from torch import Tensor
 from triton.testing import do_bench
@@ -88,46 +85,33 @@ class Problem:
 
 def main() -> None:
     """Compare and time both at every length, or run each once."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path())
-    parser.add_argument("--profile", type=int, metavar="N")
-    args = parser.parse_args()
+    args = lab.options(__doc__).parse_args()
     if args.profile:
         problem = Problem(args.profile, torch.bfloat16, False)
-        for call in (problem.package, problem.shared):
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStart()
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStop()
+        lab.run_marked((problem.package, problem.shared))
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "transition_lab.jsonl").open("w") as file:
-        for n in LENGTHS:
-            for dtype, more in CASES:
-                problem = Problem(n, dtype, more)
-                row = {"n": n, "dtype": str(dtype), "more": more}
-                exact = problem.exact() if n <= 384 else None
-                for name in ("package", "shared"):
-                    call = partial(getattr(problem, name))
-                    found, again = call(), call()
-                    own = {"same": all(map(torch.equal, found, again))}
-                    if exact:
-                        results = (*found[:2], found[2].sum(0))
-                        own["errors"] = [
-                            ((r.double() - e).norm() / e.norm()).item()
-                            for r, e in zip(results, exact, strict=True)
-                        ]
-                    if n >= 384:
-                        own["ms"] = do_bench(call, warmup=20, rep=100, return_mode="median")
-                    row[name] = own
-                print(row, flush=True)
-                file.write(json.dumps(row) + "\n")
-                del problem, exact, found, again
-                torch.cuda.empty_cache()
+    rows = lab.Rows(args.out, "transition_lab.jsonl")
+    for n in LENGTHS:
+        for dtype, more in CASES:
+            problem = Problem(n, dtype, more)
+            row = {"n": n, "dtype": str(dtype), "more": more}
+            exact = problem.exact() if n <= 384 else None
+            for name in ("package", "shared"):
+                call = getattr(problem, name)
+                found, again = call(), call()
+                own = {"same": all(map(torch.equal, found, again))}
+                if exact:
+                    results = (*found[:2], found[2].sum(0))
+                    own["errors"] = [
+                        ((r.double() - e).norm() / e.norm()).item()
+                        for r, e in zip(results, exact, strict=True)
+                    ]
+                if n >= 384:
+                    own["ms"] = do_bench(call, warmup=20, rep=100, return_mode="median")
+                row[name] = own
+            rows.put(row)
+            del problem, exact, found, again
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

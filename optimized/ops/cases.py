@@ -93,20 +93,20 @@ def hopper_cases() -> list[KernelCase]:
     found: list[KernelCase] = []
     gradient = (hopper_gradient.input_gradient_kernel, triangle.GRADIENT_HOPPER)
     project = (hopper_project.project_kernel, triangle.PROJECT_HOPPER)
-    for fn, config, short, floats in (
-        (*project, "project_hopper", False),
-        (*project, "given.project_hopper", False),
-        (hopper_output.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper", False),
-        (*gradient, "input_gradient_hopper", False),
-        (*gradient, "normal.input_gradient_hopper", True),
+    bare = {"MASKED": True, "NORMAL": False, "MORE": True}
+    floats = bare | {"NORMAL": True}
+    for fn, config, short, form in (
+        (*project, "project_hopper", {"MASKED": True, "GIVEN": False}),
+        (*project, "given.project_hopper", {"MASKED": False, "GIVEN": True}),
+        (hopper_output.output_kernel, triangle.OUTPUT_HOPPER, "output_hopper", {}),
+        (*gradient, "input_gradient_hopper", bare),
+        (*gradient, "normal.input_gradient_hopper", floats),
     ):
         for even in (False, True):
-            given = short.startswith("given")
-            sizes: dict[str, int] = {"EVEN": even, "MASKED": not given, "GIVEN": given}
-            sizes |= {"NORMAL": floats, "MORE": True}
+            sizes: dict[str, int] = {"EVEN": even, **form, "num_warps": config.num_warps}
             name = f"triangle_multiplication.bf16.128.{short}{'.even' if even else ''}"
-            case = make_case(name, fn, config, "bf16", sizes | {"num_warps": config.num_warps})
-            of_floats = dict.fromkeys(("dz_ptr", "more_ptr"), "*fp32") if floats else {}
+            case = make_case(name, fn, config, "bf16", sizes)
+            of_floats = dict.fromkeys(("dz_ptr", "more_ptr"), "*fp32") if form is floats else {}
             found.append(replace(case, signature={**case.signature, **of_floats}))
     for x in ("bf16", "fp32"):
         sizes = {"HEADS": 4, "T": 4, "num_warps": linear.HOPPER.num_warps}

@@ -32,7 +32,6 @@ def project(
     shape: Shape,
     eps: float,
     given: bool = False,
-    config: Config = PROJECT_HOPPER,
 ) -> Tensor:
     """As `launch.project_folded`; the statistics `[3, P, P]` of z are put into `stats`, or `given` there with the mask's effect."""
     from optimized.ops.triangle_multiplication import hopper_project
@@ -41,7 +40,7 @@ def project(
     ab = torch.empty((2 * shape.hidden, shape.padded, shape.padded), dtype=z.dtype, device=z.device)
     arguments = (z, z if mask is None else mask, stats, *w, ab, *shape.place(z), group, eps)
     sizes = {"EVEN": _even(z, shape), "MASKED": mask is not None, "GIVEN": given}
-    launch(hopper_project.project_kernel, (programs, 1, 1), config, arguments, **sizes)
+    launch(hopper_project.project_kernel, (programs, 1, 1), PROJECT_HOPPER, arguments, **sizes)
     return ab
 
 
@@ -76,7 +75,6 @@ def input_gradient(
     stats: Tensor,
     rstd: Tensor | None = None,
     more: Tensor | None = None,
-    config: Config = GRADIENT_HOPPER,
 ) -> tuple[Tensor, Tensor]:
     """As `launch.gate_gradient` and then `launch.input_gradient` with statistics."""
     from optimized.ops.triangle_multiplication import hopper_gradient
@@ -93,5 +91,5 @@ def input_gradient(
         "NORMAL": rstd is not None,
         "MORE": more is not None,
     }
-    launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
+    launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), GRADIENT_HOPPER, arguments, **sizes)
     return dz, shares

@@ -106,10 +106,11 @@ def standardised(z, kept, shift, stats_ptr, tile, n_tokens, padded, eps, EVEN: g
 
 @gluon.jit
 def put(stage, out_ptr, tile, k, padded, on):
-    """64 channels of a tile from shared memory to a and b."""
-    t = gl.arange(0, STEP, gl.SliceLayout(1, PLANES))
+    """The k-th channels of a tile, as many as `stage` has, from shared memory to a and b."""
+    channels: gl.constexpr = stage.shape[0]
+    t = gl.arange(0, channels, gl.SliceLayout(1, PLANES))
     p = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(0, PLANES))
-    into = out_ptr + (k * STEP + t).to(gl.int64)[:, None] * (padded.to(gl.int64) * padded) + p[None, :]
+    into = out_ptr + (k * channels + t).to(gl.int64)[:, None] * (padded.to(gl.int64) * padded) + p[None, :]
     gl.store(into, stage.load(PLANES), mask=on)
 
 

@@ -428,7 +428,7 @@ def forward(
 def _forward_raw(
     z: Tensor, w: Folded, mask: Tensor | None, outgoing: bool, eps: float, shape: Shape, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """y and the contraction by the kernels that multiply raw rows; the statistics are put into `stats [5, P, P]`."""
+    """y and the contraction by the kernels that take raw rows and folded weights; the statistics are put into `stats [5, P, P]`."""
     raw, early = z.dtype == w.weights.dtype, overlaps(z, shape.hidden, w.weights.dtype)
     if raw and early:
         x = contract(hopper_launch.project(z, mask, stats[2:], w, shape, eps), outgoing)
