@@ -84,10 +84,18 @@ def make_case(
     )
 
 
+def of_x(case: KernelCase, dtype: str) -> KernelCase:
+    """The same of x, and of gradients to x, in another dtype."""
+    own = {n: f"*{dtype}" for n in ("x_ptr", "dx_ptr", "more_ptr") if n in case.signature}
+    return replace(case, signature={**case.signature, **own})
+
+
 def hopper_cases() -> list[KernelCase]:
     """The kernels in Gluon, for whole tiles and for others."""
     from optimized.ops.layer_norm_linear import hopper as linear_hopper
+    from optimized.ops.layer_norm_linear import hopper_gradient as linear_gradient
     from optimized.ops.transition import hopper as transition_hopper
+    from optimized.ops.transition import hopper_gradient as transition_gradient
     from optimized.ops.triangle_multiplication import hopper_gradient, hopper_output, hopper_project
 
     found: list[KernelCase] = []
@@ -112,7 +120,21 @@ def hopper_cases() -> list[KernelCase]:
         sizes = {"HEADS": 4, "T": 4, "num_warps": linear.HOPPER.num_warps}
         name = f"layer_norm_linear.bf16.128.forward_hopper.of_{x}"
         case = make_case(name, linear_hopper.forward_kernel, linear.HOPPER, "bf16", sizes)
-        found.append(replace(case, signature={**case.signature, "x_ptr": f"*{x}"}))
+        found.append(of_x(case, x))
+        for heads, more in ((4, False), (0, True)):
+            sizes = {"HEADS": heads, "MORE": more, "num_warps": linear.HOPPER.num_warps}
+            name = f"layer_norm_linear.bf16.128.input_gradient_hopper.of_{x}{'.added' if more else ''}"
+            kernel = linear_gradient.input_gradient_kernel
+            found.append(of_x(make_case(name, kernel, linear.HOPPER, "bf16", sizes), x))
+        for more in (False, True):
+            config = transition.GRADIENT_HOPPER
+            sizes = {"CHUNKS": 16, "MORE": more, "num_warps": config.num_warps}
+            name = f"transition.bf16.128x512.input_gradient_hopper.of_{x}{'.added' if more else ''}"
+            kernel = transition_gradient.input_gradient_kernel
+            found.append(of_x(make_case(name, kernel, config, "bf16", sizes), x))
+    sizes = {"H": 512, "num_warps": transition.ARRANGE.num_warps}
+    name = "transition.bf16.128x512.arrange"
+    found.append(make_case(name, transition_gradient.arrange_kernel, transition.ARRANGE, "bf16", sizes))
     config = transition.FORWARD_HOPPER
     for added in (False, True):
         sizes = {"C": 128, "H": 512, "ADDED": added, "num_warps": config.num_warps}

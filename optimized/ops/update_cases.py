@@ -53,11 +53,17 @@ def _gated(short: str) -> list[KernelCase]:
     dtype = getattr(torch, DTYPES[short])
     for c, h in ((64, 64), (128, 128), (64, 256)):
         sizes = {"C": c, "H": h, "BC": c, "BH": h, "KEEP": True, "RESIDUAL": True}
-        kernels = (("forward", h, gated.forward_kernel), ("backward", c, gated.backward_kernel))
+        kernels = [("forward", h, gated.forward_kernel), ("backward", c, gated.backward_kernel)]
+        if short != "fp32":
+            kernels.append(("forward_wide", h, gated.forward_kernel))
         for kernel, held, fn in kernels:
             key = f"gated_output.{kernel}", held
             config = gated_launch.default(*key, dtype)
-            found.append(make_case(f"gated_output.{short}.{h}x{c}.{kernel}", fn, config, short, sizes, key))
+            case = make_case(f"gated_output.{short}.{h}x{c}.{kernel}", fn, config, short, sizes, key)
+            if kernel == "forward_wide":
+                wide = dict.fromkeys(("residual_ptr", "keep_ptr", "out_ptr"), "*fp32")
+                case = replace(case, signature={**case.signature, **wide})
+            found.append(case)
     block = gated_launch.FLAT
     found.append(make_case(f"gated_output.{short}.gate", gated.gate_kernel, block, short, {"H": 128}))
     found.append(

@@ -39,6 +39,11 @@ def transitions():
     return lambda *t: [transition(*t)], lambda *t: [transition_reference(*t)]
 
 
+def as_maps(fn):
+    """LayerNorm and four maps with a narrow one, of tensors in a row."""
+    return lambda x, gamma, beta, *w: list(fn(x, gamma, beta, list(w[:4]), w[4]))
+
+
 def triangles(outgoing, mask):
     return (
         lambda z, *w: [triangle_multiplication(z, TriangleWeights(*w), outgoing, mask)],
@@ -99,12 +104,9 @@ def test_layer_norm_linear_errors(dtype, parameter_dtype):
     x, grad = pair_input(75, 128, dtype)
     weights = parameters([(128,), (128,), *[(128, 128)] * 4, (4, 128)], parameter_dtype, "cuda")
 
-    def split(fn):
-        return lambda x, gamma, beta, *w: fn(x, gamma, beta, list(w[:4]), w[4])
-
     grads = [grad] * 4 + [grad[..., :4].movedim(2, 0).contiguous()]
     check_against_definition(
-        split(layer_norm_linear), split(layer_norm_linear_reference), [x, *weights], grads
+        as_maps(layer_norm_linear), as_maps(layer_norm_linear_reference), [x, *weights], grads
     )
 
 
@@ -123,6 +125,28 @@ def test_layer_norm_linear_of_few_rows(rows, maps, heads, dtype):
     for one, other in zip(found, exact, strict=True):
         assert one.dtype == BF and one.shape == other.shape
         assert distance(one, other) < 2**-7
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 130, 1000])
+@pytest.mark.parametrize("dtype", [BF, FULL])
+def test_gradients_of_few_rows(rows, dtype):
+    """Fewer than a tile has, as many, and a last tile that is not full or overlaps another; under autocast."""
+    x = (torch.randn(rows, 128, device="cuda") * 2 + 0.3).to(dtype)
+    gamma, beta, *maps = parameters([(128,), (128,), *[(128, 128)] * 4, (4, 128)], FULL, "cuda")
+    for fused, exact, weights in (
+        (transition, transition_reference, transition_parameters(128, 4, FULL)),
+        (as_maps(layer_norm_linear), as_maps(layer_norm_linear_reference), [gamma, beta, *maps]),
+    ):
+        leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+        with torch.autocast("cuda", BF):
+            results = fused(*leaves)
+        of_double = [t.detach().double().requires_grad_() for t in leaves]
+        expected = exact(*of_double)
+        grads = [torch.randn_like(y) for y in (results if isinstance(results, list) else [results])]
+        found = torch.autograd.grad(results, leaves, grads if isinstance(results, list) else grads[0])
+        wanted = torch.autograd.grad(expected, of_double, [g.double() for g in grads])
+        for one, other in zip(found, wanted, strict=True):
+            assert distance(one, other) < 2**-6
 
 
 @pytest.mark.parametrize("n", [96, 101])
@@ -199,6 +223,9 @@ def test_hundred_repeats_are_bitwise_equal():
     x, grad = pair_input(90, 128, BF)
     check_bitwise(transitions()[0], [x, *transition_parameters(128, 4, FULL)], [grad], times=100)
     check_bitwise(triangles(True, None)[0], [x, *triangle_parameters(128, 128, FULL)], [grad], times=100)
+    maps = parameters([(128,), (128,), *[(128, 128)] * 4, (4, 128)], FULL, "cuda")
+    grads = [grad] * 4 + [grad[..., :4].movedim(2, 0).contiguous()]
+    check_bitwise(as_maps(layer_norm_linear), [x, *maps], grads, times=100)
 
 
 def test_transition_past_two_to_the_31_elements():
@@ -210,6 +237,33 @@ def test_transition_past_two_to_the_31_elements():
         for part in (slice(0, 512), slice(rows - 512, rows)):
             exact = transition_reference(x[part].double(), *weights)
             assert distance(y[part], exact) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("fused", "exact", "weights"),
+    [
+        (transition, transition_reference, lambda: transition_parameters(128, 4, BF)),
+        (
+            as_maps(layer_norm_linear),
+            as_maps(layer_norm_linear_reference),
+            lambda: parameters([(128,), (128,), *[(128, 128)] * 4, (4, 128)], BF, "cuda"),
+        ),
+    ],
+)
+def test_input_gradients_past_two_to_the_31_elements(fused, exact, weights):
+    """Of the first rows and the last: rows do not depend on each other."""
+    rows = 2**31 // 128 + 640
+    x = torch.randn(rows, 128, device="cuda", dtype=BF).requires_grad_()
+    weights = weights()
+    results = fused(x, *weights)
+    results = results if isinstance(results, list) else [results]
+    grads = [torch.randn_like(y) for y in results]
+    (dx,) = torch.autograd.grad(results, x, grads)
+    for part in (slice(0, 512), slice(rows - 512, rows)):
+        own = x[part].detach().double().requires_grad_()
+        of_part = [g[part] if g.shape[0] == rows else g[:, part] for g in grads]
+        (wanted,) = torch.autograd.grad(exact(own, *weights), own, [g.double() for g in of_part])
+        assert distance(dx[part], wanted) < 2**-6
 
 
 @pytest.mark.parametrize("outgoing", [True, False])

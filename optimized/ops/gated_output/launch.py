@@ -19,11 +19,17 @@ BLOCK = 2048
 """Elements per program of the elementwise kernels of the wide form."""
 FLAT = Config({"BLOCK": BLOCK}, 4)
 
-HALF = {"forward": tile(64, 64, 4, 1), "backward": tile(128, 64, 8, 2)}
+
+def _forward(config: Config) -> dict[str, Config]:
+    """`forward_wide` is the same kernel with results wider than its products are."""
+    return {"forward": config, "forward_wide": config}
+
+
+HALF = _forward(tile(64, 64, 4, 1)) | {"backward": tile(128, 64, 8, 2)}
 # The weight gradient has c rows: more than four warps would share 64 of them.
 HALF_NARROW = HALF | {"backward": tile(64, 64, 4, 2)}
-HALF_WIDE = {"forward": tile(128, 64, 8, 1), "backward": tile(32, 32, 8, 1)}
-FULL = {"forward": tile(32, 16, 4, 1), "backward": tile(32, 16, 8, 1)}
+HALF_WIDE = _forward(tile(128, 64, 8, 1)) | {"backward": tile(32, 32, 8, 1)}
+FULL = _forward(tile(32, 16, 4, 1)) | {"backward": tile(32, 16, 8, 1)}
 
 
 class Keep(NamedTuple):
@@ -87,7 +93,9 @@ def forward(
     wide_dtype = dtype if residual is None else torch.promote_types(residual.dtype, dtype)
     if not fused(weight):
         return add(residual, side_by_side(gate(x, g, dtype), [weight]), keep, shape, wide_dtype)
-    config = config or _config("forward", hidden, dtype, x.device)
+    # A tile of its own: what is added then takes twice the registers.
+    kernel = "forward_wide" if wide_dtype.itemsize > dtype.itemsize else "forward"
+    config = config or _config(kernel, hidden, dtype, x.device)
     out = torch.empty((rows, channels), dtype=wide_dtype, device=x.device)
     mask = Keep.of(keep, shape, out)
     source = out if residual is None else residual

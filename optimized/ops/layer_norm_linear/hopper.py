@@ -18,11 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import BESIDE, CHANNELS, WHOLE, WIDTH, barrier, turned_about, value_of
+from optimized.ops.gluon_parts import BESIDE, CHANNELS, ROWS, WHOLE, WIDTH, barrier, turned_about, value_of
 from optimized.ops.names import profiled_as
 
-ROWS = gl.constexpr(64)
-"""Of a tile."""
 NARROW = gl.constexpr(16)
 """Outputs of the narrow map, as many as a product has at least."""
 

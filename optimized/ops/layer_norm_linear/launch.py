@@ -29,7 +29,8 @@ HALF_WIDE = dict.fromkeys(HALF, tile(32, 32, 8, 1))
 FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1)) | {"bias_gradient": tile(16, 16, 8, 1)}
 FOLD = Config({"ROWS": 8})
 HOPPER, HOPPER_ROWS, HOPPER_CHANNELS, HOPPER_HEADS = Config({}, 4), 64, 128, 16
-"""Of the kernel in `hopper`, which adds four warps: rows of a tile, channels and outputs of a map, the most of the narrow one."""
+"""Of the kernels in `hopper` and `hopper_gradient`, which add four warps and six: rows of a tile, channels and outputs of a map, the
+most of the narrow one."""
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
@@ -151,6 +152,13 @@ def fold_weights(w: Tensor, gamma: Tensor) -> Tensor:
     return folded
 
 
+def _overlaps_backward(x: Tensor, widths: Widths, dtype: torch.dtype, grads: list[Tensor]) -> bool:
+    """Whether the input gradient is that of `hopper_gradient`: of four maps, whose gradients copies of 16 bytes can fetch."""
+    whole = widths.count == 4 and x.shape[0] >= HOPPER_ROWS
+    copied = all(dy.dtype == dtype and dy.data_ptr() % 16 == 0 for dy in grads[:4])
+    return whole and copied and overlaps(x, widths, dtype)
+
+
 def input_gradient(
     x: Tensor,
     folded: Tensor,
@@ -165,11 +173,19 @@ def input_gradient(
     `more`: another gradient of x, which is added to dx.
     """
     rows, channels = x.shape
-    config = config or _config("input_gradient" if widths.count else "bias_gradient", x, folded.dtype)
     dx = torch.empty_like(x)
     normal = torch.empty((rows, channels), dtype=folded.dtype, device=x.device)
-    pointers = (*_four(grads[: widths.count], folded), grads[-1], dx, normal)
-    arguments = (x, folded, *pointers, x if more is None else more, rows, eps)
+    pointers = (*_four(grads[: widths.count], folded), grads[-1], dx, normal, x if more is None else more)
+    if config is None and _overlaps_backward(x, widths, folded.dtype, grads):
+        from optimized.ops.layer_norm_linear import hopper_gradient
+
+        programs, group = one_each(ceil_div(rows, HOPPER_ROWS), x.device)
+        sizes = {"HEADS": widths.heads, "MORE": more is not None}
+        arguments = (x, folded, *pointers, rows, group, eps)
+        launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), HOPPER, arguments, **sizes)
+        return dx, normal
+    config = config or _config("input_gradient" if widths.count else "bias_gradient", x, folded.dtype)
+    arguments = (x, folded, *pointers, rows, eps)
     blocks = widths.blocks(channels) | {"SHORT": rows < config.constants["BM"], "MORE": more is not None}
     grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
     launch(kernels.input_gradient_kernel, grid, config, arguments, **blocks)

@@ -8,6 +8,7 @@ from optimized.ops.launching import (
     ceil_div,
     chosen,
     fast_sigmoid,
+    one_each,
     processors,
     product_width,
     runs_gluon,
@@ -41,6 +42,10 @@ HALF_WIDE = {
 
 # Of the kernel in `hopper`: rows, and hidden units at a time.
 FORWARD_HOPPER = Config({"BM": 64, "BN": 64}, 4)
+# Of that in `hopper_gradient`, which adds five warps: steps of weights that are on their way or in use.
+GRADIENT_HOPPER, ARRANGE = Config({"STAGES": 4}, 4), Config({}, 4)
+GRADIENT_ROWS, GRADIENT_UNITS = 128, 32
+"""Of two tiles, and hidden units of a step, which go round the stages an even number of times."""
 
 
 def default(kernel: str, channels: int, dtype: torch.dtype) -> Config:
@@ -125,6 +130,8 @@ def input_gradient(
     `more`: another gradient of x, which is added to dx.
     """
     rows, channels = x.shape
+    if config is None and _shares_weights(x, w):
+        return _input_gradient_hopper(x, norm, w, dy, eps, more)
     config = config or _config("input_gradient", x, w.dtype)
     programs, group = spread(ceil_div(rows, config.constants["BM"]), config, channels, w)
     dx = torch.empty_like(x)
@@ -133,6 +140,34 @@ def input_gradient(
     arguments = (x, *norm, w, dy, dx, n, shares, x if more is None else more, rows, group, eps)
     sizes = _sizes(w, channels, x.device) | _form("JOINT", config) | {"MORE": more is not None}
     launch(kernels.input_gradient_kernel, (programs, 1, 1), config, arguments, **sizes)
+    return dx, n, shares
+
+
+def _shares_weights(x: Tensor, w: Tensor) -> bool:
+    """Whether the input gradient is that of `hopper_gradient`."""
+    round_trip = 2 * GRADIENT_HOPPER.constants["STAGES"] * GRADIENT_UNITS
+    fits = x.shape[1] == 128 and w.numel() // (3 * 128) % round_trip == 0
+    dtypes = w.dtype == torch.bfloat16 and x.dtype in (torch.bfloat16, torch.float32)
+    return fits and dtypes and runs_gluon(x.device)
+
+
+def _input_gradient_hopper(
+    x: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, dy: Tensor, eps: float, more: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from optimized.ops.transition import hopper_gradient
+
+    rows, channels = x.shape
+    hidden = w.numel() // (3 * channels)
+    chunks = hidden // GRADIENT_UNITS
+    arranged = torch.empty_like(w)
+    launch(hopper_gradient.arrange_kernel, (chunks, 1, 1), ARRANGE, (w, arranged), H=hidden)
+    programs, group = one_each(ceil_div(rows, GRADIENT_ROWS), x.device)
+    dx, n = torch.empty_like(x), torch.empty((rows, channels), dtype=w.dtype, device=x.device)
+    shares = torch.empty((2 * programs, 2 * channels), dtype=torch.float32, device=x.device)
+    turns = chunks // GRADIENT_HOPPER.constants["STAGES"]
+    arguments = (x, *norm, arranged, dy, dx, n, shares, x if more is None else more, rows, group, turns, eps)
+    sizes = {"CHUNKS": chunks, "MORE": more is not None}
+    launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), GRADIENT_HOPPER, arguments, **sizes)
     return dx, n, shares
 
 

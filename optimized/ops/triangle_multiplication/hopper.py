@@ -26,8 +26,6 @@ TILE = gl.constexpr(64)
 """Positions of a step."""
 STEP = gl.constexpr(64)
 """Channels of a and b at a time on the input side, of 256."""
-PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-"""Of a product with 64 columns."""
 
 
 @gluon.jit
@@ -61,13 +59,3 @@ def place_both(w_ptr, into, layout: gl.constexpr):
         t = r // step * (2 * WIDTH) + k * step + r % step
         c = value_of(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)))
         into.index(k).store(gl.load(w_ptr + t[:, None] * WIDTH + c[None, :]))
-
-
-@gluon.jit
-def in_halves(x, layout: gl.constexpr):
-    """The left and the right half of the columns: a view of what each lane holds."""
-    columns: gl.constexpr = x.shape[1] // 2
-    left, right = gl.split(gl.permute(gl.reshape(x, (x.shape[0], 2, columns)), (0, 2, 1)))
-    return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(
-        right, layout, assert_trivial=True
-    )

@@ -20,14 +20,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import CHANNELS, WHOLE, WIDTH, barrier, fast_tanh, turned_about, value_of
+from optimized.ops.gluon_parts import (
+    CHANNELS,
+    HALF,
+    PART,
+    WHOLE,
+    WIDTH,
+    ask_for,
+    barrier,
+    fast_tanh,
+    in_halves,
+    place_rows,
+    sums_of_lanes,
+    turned_about,
+    widened,
+)
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import PART, STEP, TILE, in_halves, place_both, places
+from optimized.ops.triangle_multiplication.hopper import STEP, TILE, place_both, places
 
-HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
-"""Of a product with 32 columns."""
 GRADIENTS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
@@ -40,61 +51,12 @@ def fetch_gradients(ptr, into, tile, STEP_AT: gl.constexpr, area, on):
 
 
 @gluon.jit
-def ask_for(ptr, tile, on):
-    """A tile's rows of 128 values, into the second cache."""
-    values: gl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
-    for k in gl.static_range(TILE * WIDTH // (128 * values)):
-        line = (tile * (TILE * WIDTH // values) + k * 128 + gl.arange(0, 128, FLAT)).to(gl.int64)
-        gl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-            "=r,l,r",
-            [(ptr + line * values).to(gl.int64), ((line >= 0) & on).to(gl.int32)],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@gluon.jit
-def place_rows(w_ptr, first, into, layout: gl.constexpr):
-    """As `place_both`, of rows one after another from `first` on."""
-    parts: gl.constexpr = into.shape[0]
-    rows: gl.constexpr = into.shape[1]
-    for k in gl.static_range(parts):
-        t = first + k * rows + gl.arange(0, rows, gl.SliceLayout(1, layout))
-        c = value_of(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)))
-        into.index(k).store(gl.load(w_ptr + t[:, None] * WIDTH + c[None, :]))
-
-
-@gluon.jit
-def widened(x):
-    """x, in bf16, in fp32: pairs that lie in one register take two instructions."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 t; shl.b32 t, $2, 16; mov.b32 $0, t; and.b32 t, $2, 0xffff0000; mov.b32 $1, t; }",
-        "=f,=f,r",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
 def standardised(z_ptr, stats_ptr, factor, area, p, inside, source, c):
     """factor · (z - mean) · rstd of a tile in fp32, and rstd."""
     rstd = gl.load(stats_ptr + 2 * area + p, mask=inside, other=1.0)
     shift = gl.load(stats_ptr + 3 * area + p, mask=inside, other=0.0) * factor
     z = widened(gl.load(z_ptr + source[:, None] + c[None, :], mask=inside[:, None], other=0.0))
     return z * (rstd * factor)[:, None] + shift[:, None], rstd
-
-
-@gluon.jit
-def sums_of_lanes(x):
-    """An eighth of the rows of x: sums of eight each, two of a lane and two of each of three neighbours."""
-    halves = gl.sum(gl.reshape(x, (x.shape[0] // 16, 2, 8, WIDTH)), 1)
-    quarters = gl.sum(gl.reshape(halves, (x.shape[0] // 16, 2, 4, WIDTH)), 1)
-    eighths = gl.sum(gl.reshape(quarters, (x.shape[0] // 16, 2, 2, WIDTH)), 1)
-    return gl.reshape(eighths, (x.shape[0] // 8, WIDTH))
 
 
 @gluon.jit
@@ -160,10 +122,6 @@ def gradient_tiles(
         # As large as nothing, and unknown before: addresses of weights would be kept, and spilled, through the loop.
         none_yet = tile >> 28
         following = tile + 2
-        if EVEN:
-            ask_for(z_ptr, following, following < last)
-            if MORE:
-                ask_for(more_ptr, following, following < last)
         p = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, CHANNELS))
         inside, source, cell = places(p, n_tokens, padded, stride_i, stride_j, EVEN)
         keep = inside
@@ -175,6 +133,11 @@ def gradient_tiles(
         n = gl.where(keep[:, None], n, 0.0).to(gl.bfloat16)
         gl.store(n_ptr + p.to(gl.int64)[:, None] * WIDTH + c[None, :], n)
         dn = through_projections(n, grad_ptr, d_gate_ptr, both_s, grad_s, area, tile, none_yet)
+        # Not sooner: in the time of a whole tile as much passes through the second cache as it holds.
+        if EVEN:
+            ask_for(z_ptr, following, following < last)
+            if MORE:
+                ask_for(more_ptr, tile, tile < last)
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()

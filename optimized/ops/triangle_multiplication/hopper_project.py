@@ -17,9 +17,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import BESIDE, CHANNELS, WHOLE, WIDTH, barrier, fast_tanh, turned_about
+from optimized.ops.gluon_parts import (
+    BESIDE,
+    CHANNELS,
+    PART,
+    WHOLE,
+    WIDTH,
+    barrier,
+    fast_tanh,
+    in_halves,
+    turned_about,
+)
 from optimized.ops.names import profiled_as
-from optimized.ops.triangle_multiplication.hopper import PART, STEP, TILE, in_halves, place_both, places
+from optimized.ops.triangle_multiplication.hopper import STEP, TILE, place_both, places
 
 PLANES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Of results on their way to memory."""

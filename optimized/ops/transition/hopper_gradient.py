@@ -1,8 +1,10 @@
-"""The transition's input gradient for Hopper with weights that two groups of warps share: see `transition_lab`.
+"""Input gradient of the transition for Hopper in Gluon, Triton's lower level: what `kernels.input_gradient_kernel` computes.
 
-What `kernels.input_gradient_kernel` of `optimized.ops.transition` computes. Two groups of four warps take tiles of 64 rows of their own, whose
-LN(x) and dy the matrix unit reads from registers. A fifth warp brings the weights, 32 hidden units at a time, into a ring in shared
-memory, where both groups use them: they are read from L2 once for 128 rows. What the first products leave in registers is the last one's operand there.
+Two groups of four warps take tiles of 64 rows of their own, whose LN(x) and dy the matrix unit reads from registers; what the first
+products leave there is the last one's operand. A warp besides brings the weights, 32 hidden units at a time, into a ring in shared
+memory, where both groups use them: they are read from the second cache once for 128 rows.
+
+bf16 weights and dy, x in bf16 or fp32, 128 channels and a multiple of 256 hidden units; sm_90.
 """
 
 # ruff: noqa: ANN001, ANN201 (Gluon compiles these functions: an annotation would mean a compile-time constant)
@@ -17,20 +19,43 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from optimized.ops.gluon_parts import CHANNELS, WHOLE, WIDTH, barrier, fast_tanh, turned_about
-from optimized.ops.triangle_multiplication.hopper import PART, TILE, in_halves
-from optimized.ops.triangle_multiplication.hopper_gradient import HALF, sums_of_lanes, widened
+from optimized.ops.gluon_parts import (
+    CHANNELS,
+    HALF,
+    PART,
+    ROWS,
+    WHOLE,
+    WIDTH,
+    barrier,
+    fast_tanh,
+    in_halves,
+    sums_of_lanes,
+    turned_about,
+    value_of,
+    widened,
+)
+from optimized.ops.names import profiled_as
 
 UNITS = gl.constexpr(32)
 """Hidden units of a step."""
 
 
+@gluon.jit(repr=profiled_as("transition_arrange"))
+def arrange_kernel(w_ptr, out_ptr, H: gl.constexpr, num_warps: gl.constexpr):
+    """The weights of a step from packed w_a, w_b, w_out: as many rows of w_a, of w_b and of w_outᵀ, channels as products have them."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [num_warps, 1], [1, 0])
+    r = gl.arange(0, UNITS, gl.SliceLayout(1, layout))[:, None]
+    n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    unit, c = gl.program_id(0) * UNITS + r, value_of(n)[None, :]
+    cells = out_ptr + gl.program_id(0) * (3 * UNITS * WIDTH) + r * WIDTH + n[None, :]
+    gl.store(cells, gl.load(w_ptr + unit * WIDTH + c))
+    gl.store(cells + UNITS * WIDTH, gl.load(w_ptr + H * WIDTH + unit * WIDTH + c))
+    gl.store(cells + 2 * UNITS * WIDTH, gl.load(w_ptr + 2 * H * WIDTH + c * H + unit))
+
+
 @gluon.jit
 def bring(w_ptr, pair_s, out_s, full_s, empty_s, steps, CHUNKS: gl.constexpr, STAGES: gl.constexpr):
-    """By one warp: a step's weights after another, as soon as both groups have used what lies in their place.
-
-    Of each step 96 rows of 128 lie one after another: as many units of w_a, of w_b and of w_out as a step has.
-    """
+    """By one warp: the weights of a step after another, as soon as both groups have used what lies in their place."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0])
     c = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     pair = gl.arange(0, 2 * UNITS, gl.SliceLayout(1, layout))[:, None] * WIDTH + c[None, :]
@@ -59,9 +84,9 @@ def differentiated(a, b, dh):
 @gluon.jit
 def through_hidden(n, dy, pair_s, out_s, full_s, empty_s, turns, STAGES: gl.constexpr):
     """The gradient to LN(x) of a tile. Its steps go round the ring an even number of times: places and phases are known."""
-    none = gl.full([TILE, 2 * UNITS], 0.0, gl.float32, PART)
-    none_h = gl.full([TILE, UNITS], 0.0, gl.float32, HALF)
-    dn = gl.full([TILE, WIDTH], 0.0, gl.float32, WHOLE)
+    none = gl.full([ROWS, 2 * UNITS], 0.0, gl.float32, PART)
+    none_h = gl.full([ROWS, UNITS], 0.0, gl.float32, HALF)
+    dn = gl.full([ROWS, WIDTH], 0.0, gl.float32, WHOLE)
     n = gl.convert_layout(turned_about(n), gl.DotOperandLayout(0, PART, 2))
     dy = gl.convert_layout(turned_about(dy), gl.DotOperandLayout(0, HALF, 2))
     for turn in range(turns):
@@ -111,12 +136,12 @@ def gradient_tiles(
     pair_s, out_s, full_s, empty_s, beta_s, gamma_s, STAGES: gl.constexpr, MORE: gl.constexpr,
 ):  # fmt: skip
     """dx of one tile of each pair, by four warps."""
-    sl: gl.constexpr = sums_of_lanes(gl.full([TILE, WIDTH], 0.0, gl.float32, CHANNELS)).type.layout
+    sl: gl.constexpr = sums_of_lanes(gl.full([ROWS, WIDTH], 0.0, gl.float32, CHANNELS)).type.layout
     beta_s.store(gl.full([8, WIDTH], 0.0, gl.float32, sl))
     gamma_s.store(gl.full([8, WIDTH], 0.0, gl.float32, sl))
     c = gl.arange(0, WIDTH, gl.SliceLayout(0, CHANNELS))
     for both in range(first, last):
-        p = (2 * both + own) * TILE + gl.arange(0, TILE, gl.SliceLayout(1, CHANNELS))
+        p = (2 * both + own) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, CHANNELS))
         inside = (p < rows)[:, None]
         cells = p.to(gl.int64)[:, None] * WIDTH + c[None, :]
         x = load_rows(x_ptr, cells, inside)
@@ -147,7 +172,7 @@ def gradient_tiles(
     gl.store(share_ptr + WIDTH + t, gl.sum(beta_s.load(columns), 0))
 
 
-@gluon.jit(do_not_specialize=["group"])
+@gluon.jit(repr=profiled_as("transition_input_gradient_hopper"), do_not_specialize=["group"])
 def input_gradient_kernel(
     x_ptr, gamma_ptr, beta_ptr, w_ptr, dy_ptr, dx_ptr, n_ptr, norm_partial_ptr, more_ptr, rows, group, turns, eps,
     CHUNKS: gl.constexpr, STAGES: gl.constexpr, MORE: gl.constexpr, num_warps: gl.constexpr,
@@ -174,7 +199,7 @@ def input_gradient_kernel(
     fence_async_shared()
     barrier()
     first = gl.program_id(0) * group
-    last = gl.minimum(first + group, (rows + 2 * TILE - 1) // (2 * TILE))
+    last = gl.minimum(first + group, (rows + 2 * ROWS - 1) // (2 * ROWS))
     share = norm_partial_ptr + gl.program_id(0).to(gl.int64) * (4 * WIDTH)
     steps = gl.maximum(last - first, 0) * CHUNKS
     gl.warp_specialize(
