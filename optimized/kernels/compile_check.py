@@ -54,7 +54,6 @@ ACCEPTED = (
     Accepted("sm_90", "triangle_multiplication.*16.128.output_backward (*", 416, _FASTEST),
     Accepted("sm_90", "triangle_multiplication.bf16.128.input_gradient_hopper*", 24, _RESIDENT),
     Accepted("sm_90", "triangle_multiplication.bf16.128.normal.input_gradient_hopper*", 96, _FLOAT),
-    Accepted("sm_90", "layer_norm_linear.bf16.128.forward_hopper*", 72, _RESIDENT),
     Accepted("sm_90", "triangle_multiplication.*16.128.*input_gradient*", 264, _CARRIED),
     Accepted("sm_90", "triangle_multiplication.bf16.128.normal.input_gradient*", 712, _FLOAT),
     Accepted("sm_90", "layer_norm_linear.*16.128.input_gradient*", 64, _ENDING),

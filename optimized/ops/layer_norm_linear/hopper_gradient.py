@@ -30,14 +30,8 @@ from optimized.ops.gluon_parts import (
     place_rows,
     turned_about,
 )
-from optimized.ops.layer_norm_linear.hopper import NARROW, place_narrow
+from optimized.ops.layer_norm_linear.hopper import NARROW, cells_of_rows, place_narrow, start_of
 from optimized.ops.names import profiled_as
-
-
-@gluon.jit
-def start_of(tile, rows):
-    """The row with which a tile begins: the last tile ends with the last row, and what it shares with another is computed twice."""
-    return gl.minimum(tile * ROWS, rows - ROWS).to(gl.int64)
 
 
 @gluon.jit
@@ -69,8 +63,7 @@ def gradient_tiles(
     """Every other tile from `first` on, by four warps."""
     none = gl.full([ROWS, WIDTH], 0.0, gl.float32, WHOLE)
     places, full, empty = (place_0, place_1), (full_0, full_1), (empty_0, empty_1)
-    r = gl.arange(0, ROWS, gl.SliceLayout(1, CHANNELS))
-    cells = r[:, None] * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, CHANNELS))[None, :]
+    cells = cells_of_rows()
     for tile in range(first, last, 2):
         # As large as nothing, and unknown before: addresses of weights would be kept, and spilled, through the loop.
         none_yet = tile >> 28

@@ -29,7 +29,7 @@ HALF_WIDE = dict.fromkeys(HALF, tile(32, 32, 8, 1))
 FULL = dict.fromkeys(HALF, tile(32, 16, 8, 1)) | {"bias_gradient": tile(16, 16, 8, 1)}
 FOLD = Config({"ROWS": 8})
 HOPPER, HOPPER_ROWS, HOPPER_CHANNELS, HOPPER_HEADS = Config({}, 4), 64, 128, 16
-"""Of the kernels in `hopper` and `hopper_gradient`, which add four warps and six: rows of a tile, channels and outputs of a map, the
+"""Of the kernels in `hopper` and `hopper_gradient`, which add eight warps and six: rows of a tile, channels and outputs of a map, the
 most of the narrow one."""
 
 
@@ -87,8 +87,9 @@ class Widths:
 
 
 def overlaps(x: Tensor, widths: Widths, dtype: torch.dtype) -> bool:
-    """Whether the forward kernel is that of `hopper`."""
+    """Whether the forward kernel is that of `hopper`: from a whole tile of rows on."""
     sizes = x.shape[1] == widths.hidden == HOPPER_CHANNELS and widths.heads <= HOPPER_HEADS
+    sizes = sizes and x.shape[0] >= HOPPER_ROWS
     dtypes = dtype == torch.bfloat16 and x.dtype in (torch.bfloat16, torch.float32)
     return sizes and dtypes and runs_gluon(x.device)
 
@@ -154,9 +155,8 @@ def fold_weights(w: Tensor, gamma: Tensor) -> Tensor:
 
 def _overlaps_backward(x: Tensor, widths: Widths, dtype: torch.dtype, grads: list[Tensor]) -> bool:
     """Whether the input gradient is that of `hopper_gradient`: of four maps, whose gradients copies of 16 bytes can fetch."""
-    whole = widths.count == 4 and x.shape[0] >= HOPPER_ROWS
     copied = all(dy.dtype == dtype and dy.data_ptr() % 16 == 0 for dy in grads[:4])
-    return whole and copied and overlaps(x, widths, dtype)
+    return widths.count == 4 and copied and overlaps(x, widths, dtype)
 
 
 def input_gradient(
