@@ -126,10 +126,11 @@ def hopper_cases() -> list[KernelCase]:
             name = f"layer_norm_linear.bf16.128.input_gradient_hopper.of_{x}{'.added' if more else ''}"
             kernel = linear_gradient.input_gradient_kernel
             found.append(of_x(make_case(name, kernel, linear.HOPPER, "bf16", sizes), x))
-        for more in (False, True):
+        for hidden, more in ((256, False), (512, False), (512, True)):
             config = transition.GRADIENT_HOPPER
-            sizes = {"CHUNKS": 16, "MORE": more, "num_warps": config.num_warps}
-            name = f"transition.bf16.128x512.input_gradient_hopper.of_{x}{'.added' if more else ''}"
+            chunks = hidden // transition.GRADIENT_UNITS
+            sizes = {"CHUNKS": chunks, "MORE": more, "num_warps": config.num_warps}
+            name = f"transition.bf16.128x{hidden}.input_gradient_hopper.of_{x}{'.added' if more else ''}"
             kernel = transition_gradient.input_gradient_kernel
             found.append(of_x(make_case(name, kernel, config, "bf16", sizes), x))
     sizes = {"H": 512, "num_warps": transition.ARRANGE.num_warps}

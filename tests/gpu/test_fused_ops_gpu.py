@@ -52,7 +52,7 @@ def triangles(outgoing, mask):
 
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), [(BF, FULL), (BF, BF), (HALF, FULL), (FULL, FULL)])
-@pytest.mark.parametrize(("n", "c", "factor"), [(96, 128, 4), (61, 64, 2), (20, 384, 4)])
+@pytest.mark.parametrize(("n", "c", "factor"), [(96, 128, 4), (61, 128, 2), (61, 64, 2), (20, 384, 4)])
 def test_transition_errors(n, c, factor, dtype, parameter_dtype):
     x, grad = pair_input(n, c, dtype)
     check_against_definition(*transitions(), [x, *transition_parameters(c, factor, parameter_dtype)], [grad])
