@@ -69,7 +69,7 @@ def parts() -> dict[str, Part]:
         "tests-operators": Part(f"{tests} {several}", 500),
         "tests-systems": Part(f"{tests}/test_peer_systems_gpu.py", 500),
         "tests-harness": Part(f"{tests}/test_harness_gpu.py", 400),
-        "verify": Part(f"{cli} verify", 200),
+        "verify": Part(f"{cli} verify", 500),
         "boltz": Part(f"{lab}/boltz_lab.py --out {{out}} --profile", 300),
         "attention": Part(f"{lab}/attention_lab.py --out {{out}} --budget 120", 150),
         "triangle": Part(f"{lab}/triangle_lab.py --out {{out}}", 150),
