@@ -84,10 +84,6 @@ def verify(op: str, dtype: str, device: str) -> dict[str, Any]:
     Raises `UnsupportedError` where the definition would run instead.
     """
     interpreted = device != "cuda" and interpreting()
-    if interpreted:
-        from optimized.ops.interpreter import mend_interpreter
-
-        mend_interpreter()
     effort = ON_GPU if device == "cuda" else INTERPRETED
     worst, where, odd, count = 0.0, "", set(), 0
     for label, problem in cases(op, dtype, device, effort):

@@ -1,4 +1,4 @@
-"""What Triton 3.6's CPU interpreter gets wrong, mended: for tests, and for `verify` without a GPU.
+"""What Triton's CPU interpreter gets wrong, mended before the first kernel is launched in it.
 
 - Loop bounds held in tensors fail with NumPy 2.4 (`__index__` of a one-element array).
 - bfloat16, stored as uint16, is truncated instead of rounded, and `tl.dot` multiplies the bit patterns.

@@ -80,6 +80,9 @@ def launch(
     """
     recorder = watch.recorder
     if interpreting():
+        from optimized.ops.interpreter import mend_interpreter
+
+        mend_interpreter()
         run = partial(kernel[grid], **config.launch(), **sizes)
         if recorder:
             recorder.launched(run, arguments, addresses=False)

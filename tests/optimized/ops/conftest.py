@@ -1,4 +1,4 @@
-"""Mends Triton's CPU interpreter, which `tests/conftest.py` has chosen."""
+"""Mends Triton's CPU interpreter, which `tests/conftest.py` has chosen, for kernels that tests launch themselves."""
 
 import sys
 from pathlib import Path
