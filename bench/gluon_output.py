@@ -103,16 +103,16 @@ def backward_kernel(
         following = 1 - slot
         start = step * TILE
         fetch_back(x_ptr, z_ptr, dy_ptr, stats_ptr, x_s, z_s, dy_s, stats_s, step + 1, following, n_tokens, padded, stride_i, stride_j, area, EVEN, zl, xl, flat, step + 1 < last)  # fmt: skip
-        rstd = stats_s.index(slot * 4).load(along)
-        shift = stats_s.index(slot * 4 + 1).load(along)
-        # The projected row less its bias, and the gate.
-        u = linear * rstd[None, :] + sums_s.index(0).load(down)[:, None] * shift[None, :]
         rstd_z = stats_s.index(slot * 4 + 2).load(along)
         shift_z = stats_s.index(slot * 4 + 3).load(along)
         gate = gate * rstd_z[None, :] + (
             sums_s.index(2).load(down)[:, None] * shift_z[None, :] + sums_s.index(3).load(down)[:, None]
         )
         t = fast_tanh(gate)
+        # The projected row less its bias.
+        rstd = stats_s.index(slot * 4).load(along)
+        shift = stats_s.index(slot * 4 + 1).load(along)
+        u = linear * rstd[None, :] + sums_s.index(0).load(down)[:, None] * shift[None, :]
         half = 0.5 * dy_s.index(slot).permute((1, 0)).load(acc_l).to(gl.float32)
         d = half * t + half
         d_gate = d * (u + sums_s.index(1).load(down)[:, None])
@@ -136,6 +136,9 @@ def backward_kernel(
         dx, dw, d = warpgroup_mma_wait(0, deps=[dx, dw, d])
         barrier()
         next_linear, next_gate = products_out(wo, wg, x_s.index(following), z_s.index(following), none)
+        # Loaded again: kept, they would cost 32 registers through all of the above.
+        rstd = stats_s.index(slot * 4).load(along)
+        shift = stats_s.index(slot * 4 + 1).load(along)
         normal = x_s.index(slot).load(acc_l).to(gl.float32) * rstd[None, :] + shift[None, :]
         stage_s.store((dx - normal * second[None, :]).to(gl.bfloat16))
         barrier()

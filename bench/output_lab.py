@@ -4,7 +4,7 @@ python bench/output_lab.py --out DIR      (a minute on one Hopper card)
 
 Beside the package's two kernels that of `gluon_output`, which leaves the gate's weight gradient to the second of them. Relative distances
 to float64 of dx, rstd · d of the gate, the output projection's gradient and its norm's, whether a repetition is equal in every bit, and ms.
-Compiled for sm_90 by Triton 3.6 (304 bytes a thread spilled, addresses for the most part) and not run yet. Writes `output_lab.jsonl`.
+Compiled for sm_90 by Triton 3.6 (224 bytes a thread spilled, addresses for the most part) and not run yet. Writes `output_lab.jsonl`.
 """
 
 # mypy: ignore-errors
