@@ -75,6 +75,7 @@ def parts() -> dict[str, Part]:
         "triangle": Part(f"{lab}/triangle_lab.py --out {{out}}", 150),
         "ring": Part(f"{lab}/ring_lab.py --out {{out}}", 120),
         "output": Part(f"{lab}/output_lab.py --out {{out}}", 120),
+        "ending": Part(f"{lab}/ending_lab.py --out {{out}}", 120),
         "host": Part(f"{lab}/host_lab.py", 60),
         "host-parts": Part(f"{lab}/host_lab.py --parts", 60),
         "options": Part(f"{lab}/step_options.py --out {{out}} --seq-len 384,640 {WAYS}", 400),
