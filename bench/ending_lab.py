@@ -8,14 +8,11 @@ Triton 3.6, nothing spilled, and not run yet. Writes `ending_lab.jsonl`.
 """
 
 # mypy: ignore-errors
-import argparse
-import json
-from pathlib import Path
 
 import gluon_ending
+import lab
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
 from optimized.ops.gated_output import launch as package
 from optimized.ops.launcher import launch
@@ -71,32 +68,15 @@ class Problem:
 
 def main() -> None:
     """Compare and time both at every length."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path())
-    folder = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "ending_lab.jsonl").open("w") as file:
-        for n in LENGTHS:
-            for case in CASES:
-                problem = Problem(n, *case)
-                exact = problem.exact()
-                row = {"n": n, "case": [str(part) for part in case]}
-                for name in ("package", "fused"):
-                    call = getattr(problem, name)
-                    found = call()
-                    own = {"same": all(map(torch.equal, found, call()))}
-                    pairs = zip(found, exact, strict=True)
-                    own["errors"] = [((f.double() - e).norm() / e.norm()).item() for f, e in pairs]
-                    if n >= 384:
-                        own["ms"] = do_bench(call, warmup=20, rep=100, return_mode="median")
-                    row[name] = own
-                print(row, flush=True)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                del problem, exact, found
-                torch.cuda.empty_cache()
+    rows = lab.Rows(__doc__, "ending_lab.jsonl")
+    for n in LENGTHS:
+        for case in CASES:
+            problem = Problem(n, *case)
+            exact = problem.exact()
+            calls = {"package": (problem.package, exact), "fused": (problem.fused, exact)}
+            row = {"n": n, "case": [str(part) for part in case]} | lab.compared(calls, n >= 384)
+            del problem, exact, calls
+            rows.put(row)
 
 
 if __name__ == "__main__":

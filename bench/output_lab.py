@@ -8,11 +8,11 @@ Compiled for sm_90 by Triton 3.6 (224 bytes a thread spilled, addresses for the 
 """
 
 # mypy: ignore-errors
-import argparse
-import json
-from pathlib import Path
+
+from functools import partial
 
 import gluon_output
+import lab
 import torch
 from torch import Tensor
 from triton.testing import do_bench
@@ -115,39 +115,20 @@ class Problem:
 
 
 def main() -> None:
-    """Compare and time both ways at every length."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path())
-    folder = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output_lab.jsonl").open("w") as file:
-        for n in LENGTHS:
-            problem, row = Problem(n), {"n": n}
-            exact = problem.exact() if n <= 450 else None
-            for name in ("both", "fused"):
-                call = getattr(problem, name)
-                found = call()
-                own = {"same": all(map(torch.equal, found, call()))}
-                if exact:
-                    pairs = zip(found, exact, strict=True)
-                    own["errors"] = [((f.double() - e).norm() / e.norm()).item() for f, e in pairs]
-                if n >= 384:
-                    own["ms"] = do_bench(call, warmup=20, rep=100, return_mode="median")
-                row[name] = own
-            if n >= 384:
-                ds = problem.backward()[1:]
-                row["backward"] = do_bench(problem.backward, return_mode="median")
-                row["weights"] = do_bench(
-                    lambda problem=problem, ds=ds: problem.weights(*ds), return_mode="median"
-                )
-                del ds
-            print(row, flush=True)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            del problem, exact, found
-            torch.cuda.empty_cache()
+    """Compare and time both ways at every length, and the package's two kernels by themselves."""
+    rows = lab.Rows(__doc__, "output_lab.jsonl")
+    for n in LENGTHS:
+        problem = Problem(n)
+        exact = problem.exact() if n <= 450 else None
+        calls = {"both": (problem.both, exact), "fused": (problem.fused, exact)}
+        row = {"n": n} | lab.compared(calls, n >= 384)
+        if n >= 384:
+            ds = problem.backward()[1:]
+            row["backward"] = do_bench(problem.backward, return_mode="median")
+            row["weights"] = do_bench(partial(problem.weights, *ds), return_mode="median")
+            del ds
+        del problem, exact, calls
+        rows.put(row)
 
 
 if __name__ == "__main__":

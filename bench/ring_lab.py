@@ -9,15 +9,12 @@ time limit. Writes `ring_lab.jsonl`.
 """
 
 # mypy: ignore-errors
-import argparse
-import json
 from functools import partial
-from pathlib import Path
 
 import gluon_ring
+import lab
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
 from optimized.ops.launcher import launch
 from optimized.ops.launching import ceil_div, one_each
@@ -100,38 +97,21 @@ class Problem:
 
 def main() -> None:
     """Compare and time all of them at every length."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path())
-    folder = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "ring_lab.jsonl").open("w") as file:
-        for n in LENGTHS:
-            for dtype, added in CASES:
-                problem = Problem(n, dtype, added)
-                row = {"n": n, "dtype": str(dtype), "added": added}
-                exact = problem.exact() if n <= 384 else (None, None)
-                for name, call, wanted in (
-                    ("forward", problem.forward, exact[0]),
-                    ("forward, 2 groups", partial(problem.forward_ring, 2), exact[0]),
-                    ("forward, 3 groups", partial(problem.forward_ring, 3), exact[0]),
-                    ("gradient", problem.gradient, exact[1]),
-                    ("gradient, 3 groups", problem.gradient_ring, exact[1]),
-                ):
-                    found = call()
-                    own = {"same": all(map(torch.equal, found, call()))}
-                    if wanted:
-                        pairs = zip(found, wanted, strict=True)
-                        own["errors"] = [((f.double() - e).norm() / e.norm()).item() for f, e in pairs]
-                    if n >= 384:
-                        own["ms"] = do_bench(call, warmup=20, rep=100, return_mode="median")
-                    row[name] = own
-                print(row, flush=True)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                del problem, exact, found, wanted
-                torch.cuda.empty_cache()
+    rows = lab.Rows(__doc__, "ring_lab.jsonl")
+    for n in LENGTHS:
+        for dtype, added in CASES:
+            problem = Problem(n, dtype, added)
+            forward, backward = problem.exact() if n <= 384 else (None, None)
+            calls = {
+                "forward": (problem.forward, forward),
+                "forward, 2 groups": (partial(problem.forward_ring, 2), forward),
+                "forward, 3 groups": (partial(problem.forward_ring, 3), forward),
+                "gradient": (problem.gradient, backward),
+                "gradient, 3 groups": (problem.gradient_ring, backward),
+            }
+            row = {"n": n, "dtype": str(dtype), "added": added} | lab.compared(calls, n >= 384)
+            del problem, forward, backward, calls
+            rows.put(row)
 
 
 if __name__ == "__main__":
