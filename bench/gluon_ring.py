@@ -1,7 +1,7 @@
 """The transition for Hopper by three groups of warps that share a ring of weights: see `ring_lab`.
 
 `optimized.ops.transition.hopper_gradient` has two groups, whose operands lie in registers. Forward there is room for three, with
-168 registers each; backward where LN(x) and dy lie in shared memory.
+160 registers each; backward where LN(x) and dy lie in shared memory.
 """
 
 # ruff: noqa: ANN001, ANN201 (Gluon compiles these functions: an annotation would mean a compile-time constant)

@@ -69,10 +69,11 @@ def cells_of_rows():
 
 @gluon.jit
 def normalised(x, eps):
-    """(x - mean) · rstd in fp32; two passes."""
+    """(x - mean) · rstd in fp32, and rstd; two passes."""
     x = x.to(gl.float32)
     x = x - (gl.sum(x, 1) * (1.0 / WIDTH))[:, None]
-    return x * gl.rsqrt(gl.sum(x * x, 1) * (1.0 / WIDTH) + eps)[:, None]
+    rstd = gl.rsqrt(gl.sum(x * x, 1) * (1.0 / WIDTH) + eps)
+    return x * rstd[:, None], rstd
 
 
 @gluon.jit
@@ -91,7 +92,7 @@ def forward_tiles(
         none_yet = tile >> 28
         following = tile + GROUPS
         start = start_of(tile, rows)
-        normal = normalised(gl.load(x_ptr + start * WIDTH + cells), eps)
+        normal, _ = normalised(gl.load(x_ptr + start * WIDTH + cells), eps)
         gamma, beta = gl.load(gamma_ptr + c).to(gl.float32), gl.load(beta_ptr + c).to(gl.float32)
         n = (normal * gamma[None, :] + beta[None, :]).to(gl.bfloat16)
         n = gl.convert_layout(turned_about(n), gl.DotOperandLayout(0, WHOLE, 2))

@@ -30,7 +30,7 @@ from optimized.ops.gluon_parts import (
     place_rows,
     turned_about,
 )
-from optimized.ops.layer_norm_linear.hopper import NARROW, cells_of_rows, place_narrow, start_of
+from optimized.ops.layer_norm_linear.hopper import NARROW, cells_of_rows, normalised, place_narrow, start_of
 from optimized.ops.names import profiled_as
 
 
@@ -69,10 +69,7 @@ def gradient_tiles(
         none_yet = tile >> 28
         following = tile + 2
         start = start_of(tile, rows)
-        x = gl.load(x_ptr + start * WIDTH + cells).to(gl.float32)
-        x = x - (gl.sum(x, 1) * (1.0 / WIDTH))[:, None]
-        rstd = gl.rsqrt(gl.sum(x * x, 1) * (1.0 / WIDTH) + eps)
-        normal = x * rstd[:, None]
+        normal, rstd = normalised(gl.load(x_ptr + start * WIDTH + cells), eps)
         gl.store(normal_ptr + start * WIDTH + cells, normal.to(gl.bfloat16))
         dn = none
         if HEADS > 0:
