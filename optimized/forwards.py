@@ -130,16 +130,20 @@ def triangle_attention(
     return update if out_bias is None else update + out_bias.to(update.dtype)
 
 
-def pair_bias(z: Tensor, norm: Any, linear: Any, fused_ops: frozenset[str], fallbacks: Fallbacks) -> Tensor:
+def pair_bias(
+    z: Tensor, norm: Any, linear: Any, fused_ops: frozenset[str], fallbacks: Fallbacks
+) -> tuple[Tensor, Tensor]:
     """Biases of attention (AF3 Algorithm 24, line 3), [H, *, N, N] from z [*, N, N, c] by a layer norm and a projection.
 
-    One operator where "layer_norm_linear" was asked for and it takes these modules, else the modules themselves.
+    One operator where "layer_norm_linear" was asked for and it takes these modules, else the modules themselves. The second
+    result is z, for what comes after: the operator adds its gradient to that through the biases.
     """
     if "layer_norm_linear" not in fused_ops or bias_obstacle(norm, linear):
-        return linear(norm(z)).movedim(-1, 0)
+        return linear(norm(z)).movedim(-1, 0), z
     parts = (norm.weight, norm.bias)
     fallbacks.check("layer_norm_linear", norm_linear_op.supported(z, *parts, [], linear.weight))
-    return norm_linear_op.layer_norm_linear(z, *parts, [], linear.weight, norm.eps)[0]
+    bias, z = norm_linear_op.layer_norm_linear(z, *parts, [], linear.weight, norm.eps, carried=True)
+    return bias, z
 
 
 def bias_obstacle(norm: Any, linear: Any) -> str:

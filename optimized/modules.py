@@ -119,7 +119,7 @@ class PairBias(Fused, attention_pair_bias.PairBias):
 
     def forward(self, z: Tensor) -> Tensor:
         """[heads, ..., N] from z [..., N, c_z]."""
-        return forwards.pair_bias(z, self.layer_norm, self.linear, self.fused_ops, self.fallbacks)
+        return forwards.pair_bias(z, self.layer_norm, self.linear, self.fused_ops, self.fallbacks)[0]
 
 
 class AttentionPairBias(Fused, attention_pair_bias.AttentionPairBias):

@@ -96,6 +96,7 @@ def hopper_cases() -> list[KernelCase]:
     from optimized.ops.layer_norm_linear import hopper_gradient as linear_gradient
     from optimized.ops.transition import hopper as transition_hopper
     from optimized.ops.transition import hopper_gradient as transition_gradient
+    from optimized.ops.transition import hopper_ring as transition_ring
     from optimized.ops.triangle_multiplication import hopper_gradient, hopper_output, hopper_project
 
     found: list[KernelCase] = []
@@ -126,21 +127,24 @@ def hopper_cases() -> list[KernelCase]:
             name = f"layer_norm_linear.bf16.128.input_gradient_hopper.of_{x}{'.added' if more else ''}"
             kernel = linear_gradient.input_gradient_kernel
             found.append(of_x(make_case(name, kernel, linear.HOPPER, "bf16", sizes), x))
-        for hidden, more in ((256, False), (512, False), (512, True)):
-            config = transition.GRADIENT_HOPPER
-            chunks = hidden // transition.GRADIENT_UNITS
-            sizes = {"CHUNKS": chunks, "MORE": more, "num_warps": config.num_warps}
-            name = f"transition.bf16.128x{hidden}.input_gradient_hopper.of_{x}{'.added' if more else ''}"
-            kernel = transition_gradient.input_gradient_kernel
-            found.append(of_x(make_case(name, kernel, config, "bf16", sizes), x))
+        for hidden, added in ((256, False), (512, False), (512, True)):
+            config = transition.HOPPER
+            sizes = {"CHUNKS": hidden // transition.HOPPER_UNITS, "num_warps": config.num_warps}
+            sizes |= {"ADDED": added, "MORE": added}
+            for short, kernel in (
+                ("forward_hopper", transition_hopper.forward_kernel),
+                ("input_gradient_hopper", transition_gradient.input_gradient_kernel),
+            ):
+                name = f"transition.bf16.128x{hidden}.{short}.of_{x}{'.added' if added else ''}"
+                case = of_x(make_case(name, kernel, config, "bf16", sizes), x)
+                sums = {"out_ptr": f"*{x}"} if added and short == "forward_hopper" else {}
+                found.append(replace(case, signature={**case.signature, **sums}))
     sizes = {"H": 512, "num_warps": transition.ARRANGE.num_warps}
     name = "transition.bf16.128x512.arrange"
-    found.append(make_case(name, transition_gradient.arrange_kernel, transition.ARRANGE, "bf16", sizes))
-    config = transition.FORWARD_HOPPER
-    for added in (False, True):
-        sizes = {"C": 128, "H": 512, "ADDED": added, "num_warps": config.num_warps}
-        name = f"transition.bf16.128x512.forward_hopper{'.added' if added else ''}"
-        found.append(make_case(name, transition_hopper.forward_kernel, config, "bf16", sizes))
+    case = make_case(name, transition_ring.arrange_kernel, transition.ARRANGE, "bf16", sizes)
+    found.append(
+        replace(case, signature={**case.signature, **dict.fromkeys(("a_ptr", "b_ptr", "w_ptr"), "*fp32")})
+    )
     return found
 
 

@@ -12,6 +12,7 @@ from optimized.ops.conditioned_transition import kernels as conditioned
 from optimized.ops.conditioned_transition import launch as conditioned_launch
 from optimized.ops.gated_output import kernels as gated
 from optimized.ops.gated_output import launch as gated_launch
+from optimized.ops.launching import has_gluon
 from optimized.ops.linear import kernels as linear
 from optimized.ops.linear import launch as linear_launch
 from optimized.ops.offline import KernelCase
@@ -26,6 +27,8 @@ WIDTHS = (128, 384, 768)
 def cases(arch: str) -> list[KernelCase]:
     """The kernels of these operators that `arch` launches, for all dtypes, at the AF3 widths."""
     found: list[KernelCase] = _linear() if arch.startswith("sm_") else []
+    if arch == "sm_90" and has_gluon():
+        found += _ends_on_hopper()
     for short in DTYPES:
         dtype = getattr(torch, DTYPES[short])
         for c in WIDTHS:
@@ -73,6 +76,21 @@ def _gated(short: str) -> list[KernelCase]:
     flat = gated_launch.default(*key, dtype)
     sizes = {"C": 128, "KEEP": True, "RESIDUAL": True}
     found.append(make_case(f"gated_output.{short}.residual", gated.residual_kernel, flat, short, sizes, key))
+    return found
+
+
+def _ends_on_hopper() -> list[KernelCase]:
+    """The backward kernel in Gluon, of what triangle attention keeps and of updates by themselves."""
+    from optimized.ops.gated_output import hopper
+
+    found = []
+    for of_x, of_dy, keep in (("fp16", "fp32", True), ("fp16", "fp32", False), ("bf16", "bf16", True)):
+        config = gated_launch.HOPPER
+        sizes = {"KEEP": keep, "num_warps": config.num_warps}
+        name = f"gated_output.bf16.128x128.backward_hopper.of_{of_x}.{of_dy}{'.dropout' if keep else ''}"
+        case = make_case(name, hopper.backward_kernel, config, "bf16", sizes)
+        own = {"x_ptr": f"*{of_x}", "dy_ptr": f"*{of_dy}", "keep_ptr": f"*{of_dy}"}
+        found.append(replace(case, signature={**case.signature, **own}))
     return found
 
 

@@ -165,8 +165,12 @@ class PairformerLayer(_PairUpdates):
         with torch.autocast("cuda", enabled=False):
             s = s.float()
             normed = self.pre_norm_s(s)
-            s = s + self.attention(s=normed, z=z.float(), mask=mask.float(), k_in=normed)
-            s = self.s_post_norm(forwards.with_transition(self.transition_s, s))
+            inputs = {"s": normed, "mask": mask.float(), "k_in": normed}
+            if z.dtype == torch.float32 and getattr(self.attention, "carries", False):
+                update, z = self.attention(**inputs, z=z, carried=True)
+            else:
+                update = self.attention(**inputs, z=z.float())
+            s = self.s_post_norm(forwards.with_transition(self.transition_s, s + update))
         return s, z
 
 
@@ -200,12 +204,13 @@ class _PairBias(Fused):
     proj_o: Any
     proj_z: Any
 
-    def _bias(self, z: Tensor) -> Tensor:
-        """[B, H, L, K] from z [B, L, K, c_z], or from [B, L, K, H] where there is nothing to project."""
+    def _bias(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, L, K] from z [B, L, K, c_z], or from [B, L, K, H] where there is nothing to project; and z."""
         if not isinstance(self.proj_z, nn.Sequential):
-            return self.proj_z(z)
+            return self.proj_z(z), z
         norm, linear = self.proj_z[0], self.proj_z[1]
-        return forwards.pair_bias(z, norm, linear, self.fused_ops, self.fallbacks).movedim(0, 1)
+        bias, z = forwards.pair_bias(z, norm, linear, self.fused_ops, self.fallbacks)
+        return bias.movedim(0, 1), z
 
     def _attend(self, s: Tensor, k_in: Tensor, bias: Tensor, mask: Tensor, multiplicity: int) -> Tensor:
         """s [B·M, L, c], k_in [B·M, K, c], bias [B, H, L, K], mask [B·M, K]; M samples share a bias."""
@@ -222,9 +227,29 @@ class _PairBias(Fused):
 class AttentionPairBias(_PairBias):
     """Attention with pair bias of Boltz-2 (`attentionv2`)."""
 
-    def forward(self, s: Tensor, z: Tensor, mask: Tensor, k_in: Tensor, multiplicity: int = 1) -> Tensor:
-        """The update of s [B·M, L, c]; z [B, L, K, c_z] or, without a projection of its own, [B, L, K, H]."""
-        return self._attend(s, k_in, self._bias(z), mask, multiplicity)
+    _forward_hooks: Any
+
+    @property
+    def carries(self) -> bool:
+        """Whether z can be had back: hooks are to be handed the update alone."""
+        return not self._forward_hooks
+
+    def forward(
+        self,
+        s: Tensor,
+        z: Tensor,
+        mask: Tensor,
+        k_in: Tensor,
+        multiplicity: int = 1,
+        carried: bool = False,
+    ) -> Any:
+        """The update of s [B·M, L, c], and with `carried` z for what comes after.
+
+        z [B, L, K, c_z] or, without a projection of its own, [B, L, K, H].
+        """
+        bias, z = self._bias(z)
+        update = self._attend(s, k_in, bias, mask, multiplicity)
+        return (update, z) if carried else update
 
 
 class FirstAttentionPairBias(_PairBias):
@@ -250,7 +275,7 @@ class FirstAttentionPairBias(_PairBias):
             k_in, mask = to_keys(s), to_keys(mask.unsqueeze(-1)).squeeze(-1)
         bias = None if model_cache is None else model_cache.get("z")
         if bias is None:
-            bias = self._bias(z)
+            bias, _ = self._bias(z)
             if model_cache is not None:
                 model_cache["z"] = bias
         return self._attend(s, k_in, bias, mask, multiplicity)

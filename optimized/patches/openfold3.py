@@ -135,7 +135,7 @@ class AttentionPairBias(_PairBias):
         **options: Any,
     ) -> Tensor:
         """The update of a [*, N, c]; z [*, N, N, c_z]; mask [*, N]."""
-        bias = forwards.pair_bias(z, self.layer_norm_z, self.linear_z, self.fused_ops, self.fallbacks)
+        bias, _ = forwards.pair_bias(z, self.layer_norm_z, self.linear_z, self.fused_ops, self.fallbacks)
         return self._attend(self.layer_norm_a(a), bias.movedim(0, -3), mask, use_high_precision_attention)
 
 

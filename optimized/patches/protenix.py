@@ -109,7 +109,7 @@ class AttentionPairBias(Fused):
         norm, linear = self.layernorm_z, self.linear_nobias_z
         if channels_first:
             return torch.nn.functional.conv2d(z, (linear.weight * norm.weight)[:, :, None, None])
-        return forwards.pair_bias(z, norm, linear, self.fused_ops, self.fallbacks).movedim(0, -3)
+        return forwards.pair_bias(z, norm, linear, self.fused_ops, self.fallbacks)[0].movedim(0, -3)
 
 
 def _check_transition(m: Any) -> str:

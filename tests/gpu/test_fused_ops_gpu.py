@@ -89,14 +89,19 @@ def test_triangle_multiplication_of_a_part_of_wider_rows(n, channels):
         check_against_definition(ours, definition, [wide, *weights], [grad])
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 130, 1000])
+@pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("added", [False, True])
-def test_transition_of_few_rows(rows, added):
-    """Fewer than a tile has, as many, and tiles that overlap."""
-    x = torch.randn(rows, 128, device="cuda").to(BF)
-    weights = transition_parameters(128, 4, FULL)
-    apart = torch.cat([transition(row, *weights, added=added) for row in x.split(1)])
-    assert distance(transition(x, *weights, added=added), apart) < 2**-8
+@pytest.mark.parametrize("dtype", [BF, FULL])
+def test_transition_of_few_rows(dtype, added, factor, rows):
+    """Fewer than a tile has, as many, and a last tile that is not full; under autocast."""
+    x = (torch.randn(rows, 128, device="cuda") * 2 + 0.3).to(dtype)
+    weights = transition_parameters(128, factor, FULL)
+    with torch.autocast("cuda", BF):
+        found = transition(x, *weights, added=added)
+    exact = transition_reference(x.double(), *(w.double() for w in weights), added=added)
+    assert found.dtype == (dtype if added else BF)
+    assert distance(found, exact) < 2**-7
 
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), [(BF, FULL), (HALF, HALF), (FULL, FULL)])
@@ -192,6 +197,25 @@ def test_updates_of_16_bits_added_to_a_float32_input(update, whole, weights):
     of_updates = torch.autograd.grad(updates, leaves, grad.to(BF))
     torch.testing.assert_close(of_sums[0], of_updates[0] + grad)
     assert all(torch.equal(a, b) for a, b in zip(of_sums[1:], of_updates[1:], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF, FULL])
+def test_a_narrow_map_past_which_its_input_is_carried(dtype):
+    """The gradient of what comes after, added in the kernel, is that which autograd would add."""
+    x, after = pair_input(75, 128, dtype)
+    parts = parameters([(128,), (128,), (16, 128)], FULL, "cuda")
+    leaves = [t.requires_grad_() for t in (x, *parts)]
+    grad = torch.randn(16, *x.shape[:-1], device="cuda").to(dtype)
+
+    def run(carried):
+        x, gamma, beta, head = leaves
+        return layer_norm_linear(x, gamma, beta, [], head, carried=carried)
+
+    bias, carried = run(True)
+    found = torch.autograd.grad([bias, carried], leaves, [grad, after])
+    apart = torch.autograd.grad(run(False), leaves, grad)
+    torch.testing.assert_close(found[0].double(), apart[0].double() + after, atol=2**-6, rtol=2**-7)
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], apart[1:], strict=True))
 
 
 def test_a_narrow_map_alone_in_float32():

@@ -93,6 +93,29 @@ def test_gated_output_errors(n, h, c, dtype, parameter_dtype):
     check_against_definition(*fns, tensors, grads)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 63), (8, 8), (5, 13), (10, 13), (1, 1000)])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("shared", [None, 0, 1])
+def test_gradients_of_few_gated_rows(shared, wide, rows, columns):
+    """Fewer than a tile has, as many, and a last tile that overlaps another; dropout shared by rows, by columns or not there.
+
+    `wide`: added to float32, whose gradient is float32 too.
+    """
+    x, g = (randn(rows, columns, 128, dtype=BF) for _ in range(2))
+    residual, grad = (randn(rows, columns, 128, dtype=FULL if wide else BF) for _ in range(2))
+    shape = [rows, columns, 128]
+    if shared is not None:
+        shape[shared] = 1
+    keep = (torch.rand(shape, device="cuda") > 0.25).to(grad.dtype) / 0.75 if shared is not None else None
+    leaves = [t.requires_grad_() for t in (x, g, matrix(128, 128, FULL))]
+    of_double = [t.detach().double().requires_grad_() for t in leaves]
+    with torch.autocast("cuda", BF):
+        found = torch.autograd.grad(gated_output(*leaves, residual, keep), leaves, grad)
+    exact = gated_output_reference(*of_double, residual, None if keep is None else keep.double())
+    for one, other in zip(found, torch.autograd.grad(exact, of_double, grad.double()), strict=True):
+        assert distance(one, other) < 2**-6
+
+
 def outer_problem(rows, n, dtype, parameter_dtype):
     mask = torch.rand(rows, n, device="cuda") > 0.2
     shapes = [(32, 64), (32, 64), (128, 1024)]
@@ -140,14 +163,19 @@ def test_hundred_repeats_are_bitwise_equal():
 
 
 def test_gated_output_past_two_to_the_31_elements():
+    """Of the first rows and the last: rows do not depend on each other."""
     rows = 2**31 // 128 + 640
-    x, g = (torch.randn(1, rows, 128, device="cuda", dtype=BF) for _ in range(2))
-    w = matrix(128, 128, BF)
-    with torch.no_grad():
-        y = gated_output(x, g, w)
-        for part in (slice(0, 512), slice(rows - 512, rows)):
-            exact = gated_output_reference(x[:, part].double(), g[:, part], w)
-            assert distance(y[:, part], exact) < 1e-2
+    x, g = (torch.randn(1, rows, 128, device="cuda", dtype=BF).requires_grad_() for _ in range(2))
+    w, grad = matrix(128, 128, BF), torch.randn(1, rows, 128, device="cuda", dtype=BF)
+    y = gated_output(x, g, w)
+    found = torch.autograd.grad(y, (x, g), grad)
+    for part in (slice(0, 512), slice(rows - 512, rows)):
+        own = [t[:, part].detach().double().requires_grad_() for t in (x, g)]
+        exact = gated_output_reference(*own, w)
+        assert distance(y[:, part], exact) < 1e-2
+        wanted = torch.autograd.grad(exact, own, grad[:, part].double())
+        for one, other in zip(found, wanted, strict=True):
+            assert distance(one[:, part], other) < 2**-6
 
 
 def test_averaging_past_two_to_the_31_elements():

@@ -239,15 +239,16 @@ def test_boltz_layers_without_single_track():
     assert check(theirs, PAIRFORMER[1:], call).counts()["gated_output"] == 2
 
 
-def test_boltz_hooks_on_attention_see_its_update():
-    """Not z with its update, which the layer takes from the module where nobody looks."""
+@pytest.mark.parametrize(("part", "axes"), [("tri_att_start", 2), ("attention", 1)])
+def test_boltz_hooks_on_attention_see_its_update(part, axes):
+    """Not z with its update, nor z besides, which the layer takes from the module where nobody looks."""
     theirs = randomise(boltz_pairformer()).eval()
     patched = copy.deepcopy(theirs)
     apply(patched)
     seen: list[Tensor] = []
     for m in (theirs, patched):
-        m.layers[0].tri_att_start.register_forward_hook(
-            lambda _m, _i, output: seen.append(output[0][KEEP][:, KEEP])
+        getattr(m.layers[0], part).register_forward_hook(
+            lambda _m, _i, output: seen.append(output[0][KEEP][:, KEEP] if axes == 2 else output[0][KEEP])
         )
         with torch.no_grad():
             seeded(batched)(m, *PAIRFORMER)

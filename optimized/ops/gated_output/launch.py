@@ -9,7 +9,16 @@ from optimized.ops.conditioned_transition.launch import grid
 from optimized.ops.conditioned_transition.launch import tile as flat_tile
 from optimized.ops.gated_output import kernels
 from optimized.ops.launcher import launch
-from optimized.ops.launching import ceil_div, chosen, processors, product_width, resized, tile
+from optimized.ops.launching import (
+    ceil_div,
+    chosen,
+    one_each,
+    processors,
+    product_width,
+    resized,
+    runs_gluon,
+    tile,
+)
 from optimized.ops.library_products import side_by_side, side_by_side_backward, weight_product
 from optimized.ops.tuning import Config
 
@@ -18,6 +27,8 @@ MAX_FUSED = 256
 BLOCK = 2048
 """Elements per program of the elementwise kernels of the wide form."""
 FLAT = Config({"BLOCK": BLOCK}, 4)
+# Of the kernel in `hopper`.
+HOPPER, HOPPER_ROWS, HOPPER_WIDTH = Config({}, 8), 64, 128
 
 
 def _forward(config: Config) -> dict[str, Config]:
@@ -117,12 +128,18 @@ def backward(
     shape: torch.Size,
     dtype: torch.dtype,
     config: Config | None = None,
+    spent: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dg, and the gradient of the weight in fp32."""
+    """dx, dg, and the gradient of the weight in fp32.
+
+    `spent`: g is not needed any more, and dg takes its place in memory; dx is in `dtype`, whatever x is in.
+    """
     rows, hidden = x.shape
     channels = weight.shape[0]
-    if not fused(weight):
-        return library_backward(add(None, dout, keep, shape, dtype), x, g, weight)
+    if config is None and _stays_on_chip(dout, x, g, weight, dtype, spent):
+        return _backward_hopper(dout, x, g, weight, keep, shape, spent)
+    if spent or not fused(weight):
+        return library_backward(add(None, dout, keep, shape, dtype), x, g, weight, spent)
     config = config or _config("backward", channels, dtype, x.device)
     config = resized(config, min(config.constants["BN"], product_width(hidden)))
     mask = Keep.of(keep, shape, dout)
@@ -134,6 +151,34 @@ def backward(
     places = (rows, mask.columns, splits, mask.row, mask.column)
     sizes = {"KEEP": keep is not None, "C": channels, "H": hidden, "BC": product_width(channels)}
     launch(kernels.backward_kernel, (chunks, splits, 1), config, tensors + places, **sizes)
+    return dx, dg, shares.sum(0)
+
+
+def _stays_on_chip(
+    dout: Tensor, x: Tensor, g: Tensor, weight: Tensor, dtype: torch.dtype, spent: bool
+) -> bool:
+    """Whether the gradients are those of the kernel in `hopper`, which copies of 16 bytes feed and dx leaves in bf16."""
+    half = (torch.bfloat16, torch.float16)
+    dtypes = dtype == g.dtype == torch.bfloat16 and dout.dtype in (torch.bfloat16, torch.float32)
+    dtypes = dtypes and (x.dtype in half if spent else x.dtype == torch.bfloat16)
+    fits = x.shape[0] >= HOPPER_ROWS and tuple(weight.shape) == (HOPPER_WIDTH, HOPPER_WIDTH)
+    copied = all(t.data_ptr() % 16 == 0 for t in (dout, x, g))
+    return fits and dtypes and copied and runs_gluon(x.device)
+
+
+def _backward_hopper(
+    dout: Tensor, x: Tensor, g: Tensor, weight: Tensor, keep: Tensor | None, shape: torch.Size, spent: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from optimized.ops.gated_output import hopper
+
+    rows = x.shape[0]
+    mask = Keep.of(keep, shape, dout)
+    programs, group = one_each(ceil_div(rows, HOPPER_ROWS), x.device)
+    dx, dg = torch.empty_like(g), g if spent else torch.empty_like(g)
+    shares = torch.empty((programs, *weight.shape), dtype=torch.float32, device=x.device)
+    tensors = (dout, g, x, weight.to(g.dtype).contiguous(), mask.values, dx, dg, shares)
+    arguments = (*tensors, rows, mask.columns, mask.row, mask.column, group)
+    launch(hopper.backward_kernel, (programs, 1, 1), HOPPER, arguments, KEEP=keep is not None)
     return dx, dg, shares.sum(0)
 
 

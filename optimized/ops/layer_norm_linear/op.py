@@ -53,24 +53,32 @@ def layer_norm_linear(
     weights: Sequence[Tensor],
     head_weight: Tensor | None = None,
     eps: float = 1e-5,
+    carried: bool = False,
 ) -> list[Tensor]:
     """[w · LN(x) for w in weights], and head_weight · LN(x) with its channels first, reading x once.
 
     x `[..., c]`; up to four weights `[h, c]` of one shape give `[..., h]`, each contiguous, so that
     `y.unflatten(-1, (heads, d))` is the `[row, token, head, d]` view the attention kernels take; head_weight
     `[heads, c]` gives `[heads, ...]`. Products and results are in autocast's dtype where autocast is on and in
-    x's dtype otherwise. Only x and the parameters are kept for the backward pass. Where the kernels do not apply
-    (`supported` says why) the definition runs.
+    x's dtype otherwise. With `carried` x is the last result too, for what else needs it: of that, the gradient is then
+    added where this one's is written, not in a pass of its own. Only x and the parameters are kept for the backward
+    pass. Where the kernels do not apply (`supported` says why) the definition runs.
     """
     dtype = compute_dtype(x)
-    if not supported(x, norm_weight, norm_bias, weights, head_weight).ok:
-        return layer_norm_linear_reference(x, norm_weight, norm_bias, weights, head_weight, eps, dtype)
+    parameters = (norm_weight, norm_bias, weights, head_weight)
     heads = [head_weight] if head_weight is not None else []
-    if direct((x, norm_weight, norm_bias, *weights, *heads)):
+    if not supported(x, *parameters).ok:
+        results = layer_norm_linear_reference(x, *parameters, eps, dtype)
+    elif direct((x, norm_weight, norm_bias, *weights, *heads)):
         everything = (norm_weight, norm_bias, *weights, *heads)
-        return list(_LayerNormLinear.apply(x, len(weights), eps, dtype, *everything))
-    op = torch.ops.megafold_bench.layer_norm_linear
-    return op(x, norm_weight, norm_bias, list(weights), head_weight, eps, dtype)
+        through = carried and x.requires_grad
+        results = list(_LayerNormLinear.apply(x, len(weights), eps, dtype, through, *everything))
+        if through:
+            return results
+    else:
+        op = torch.ops.megafold_bench.layer_norm_linear
+        results = op(x, norm_weight, norm_bias, list(weights), head_weight, eps, dtype)
+    return [*results, x] if carried else results
 
 
 class _LayerNormLinear(torch.autograd.Function):
@@ -78,19 +86,30 @@ class _LayerNormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, count: int, eps: float, dtype: torch.dtype, *parameters: Tensor
+        ctx: Any, x: Tensor, count: int, eps: float, dtype: torch.dtype, carried: bool, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *parameters)
-        ctx.settings = (count, eps)
-        return tuple(_forward(x, count, eps, dtype, *parameters))
+        ctx.settings = (count, eps, carried)
+        ctx.set_materialize_grads(not carried)
+        results = tuple(_forward(x, count, eps, dtype, *parameters))
+        ctx.like = [(y.shape, y.dtype) for y in results]
+        # Detached: returned as it is, x would be a view here that nothing may be written into.
+        return (*results, x.detach()) if carried else results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        count, eps = ctx.settings
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        count, eps, carried = ctx.settings
         x, *parameters = ctx.saved_tensors
-        dx, flat = _backward(x, count, eps, len(grads), *grads, *parameters)
-        return (dx, None, None, None, *unpacked(flat, parameters))
+        *own, more = grads if carried else (*grads, None)
+        if carried and all(g is None for g in own):
+            return (more, *(None,) * (4 + len(parameters)))
+        whole = [
+            x.new_zeros(shape, dtype=dtype) if g is None else g
+            for g, (shape, dtype) in zip(own, ctx.like, strict=True)
+        ]
+        dx, flat = _backward(x, more, count, eps, len(whole), *whole, *parameters)
+        return (dx, None, None, None, None, *unpacked(flat, parameters))
 
 
 def packed(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -152,9 +171,11 @@ def _forward(x: Tensor, count: int, eps: float, dtype: torch.dtype, *parameters:
 
 
 @planned
-def _backward(x: Tensor, count: int, eps: float, results: int, *rest: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(
+    x: Tensor, more: Tensor | None, count: int, eps: float, results: int, *rest: Tensor
+) -> tuple[Tensor, Tensor]:
     """`run_backward` of the gradients of the results and the parameters in a row."""
-    return run_backward(rest[:results], x, list(rest[results:]), count, eps)
+    return run_backward(rest[:results], x, list(rest[results:]), count, eps, more=more)
 
 
 @torch.library.custom_op("megafold_bench::layer_norm_linear", mutates_args=())
@@ -198,7 +219,7 @@ def _layer_norm_linear_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     heads = [head_weight] if head_weight is not None else []
-    return _backward(x, len(weights), eps, len(grads), *grads, norm_weight, norm_bias, *weights, *heads)
+    return _backward(x, None, len(weights), eps, len(grads), *grads, norm_weight, norm_bias, *weights, *heads)
 
 
 @_layer_norm_linear_backward.register_fake

@@ -1,10 +1,7 @@
 """Input gradient of the transition for Hopper in Gluon, Triton's lower level: what `kernels.input_gradient_kernel` computes.
 
-Two groups of four warps take tiles of 64 rows of their own, whose LN(x) and dy the matrix unit reads from registers; what the first
-products leave there is the last one's operand. A warp besides brings the weights, 32 hidden units at a time, into a ring in shared
-memory, where both groups use them: they are read from the second cache once for 128 rows.
-
-bf16 weights and dy, x in bf16 or fp32, 128 channels and a multiple of 256 hidden units; sm_90.
+Weights are in the ring of `hopper_ring`. The matrix unit reads LN(x) and dy from registers, and what the first products leave there
+is the last one's operand. dy in bf16.
 """
 
 # ruff: noqa: ANN001, ANN201 (Gluon compiles these functions: an annotation would mean a compile-time constant)
@@ -12,7 +9,6 @@ bf16 weights and dy, x in bf16 or fp32, 128 channels and a multiple of 256 hidde
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -31,44 +27,9 @@ from optimized.ops.gluon_parts import (
     in_halves,
     sums_of_lanes,
     turned_about,
-    value_of,
-    widened,
 )
 from optimized.ops.names import profiled_as
-
-UNITS = gl.constexpr(32)
-"""Hidden units of a step."""
-
-
-@gluon.jit(repr=profiled_as("transition_arrange"))
-def arrange_kernel(w_ptr, out_ptr, H: gl.constexpr, num_warps: gl.constexpr):
-    """The weights of a step from packed w_a, w_b, w_out: as many rows of w_a, of w_b and of w_outᵀ, channels as products have them."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [num_warps, 1], [1, 0])
-    r = gl.arange(0, UNITS, gl.SliceLayout(1, layout))[:, None]
-    n = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    unit, c = gl.program_id(0) * UNITS + r, value_of(n)[None, :]
-    cells = out_ptr + gl.program_id(0) * (3 * UNITS * WIDTH) + r * WIDTH + n[None, :]
-    gl.store(cells, gl.load(w_ptr + unit * WIDTH + c))
-    gl.store(cells + UNITS * WIDTH, gl.load(w_ptr + H * WIDTH + unit * WIDTH + c))
-    gl.store(cells + 2 * UNITS * WIDTH, gl.load(w_ptr + 2 * H * WIDTH + c * H + unit))
-
-
-@gluon.jit
-def bring(w_ptr, pair_s, out_s, full_s, empty_s, steps, CHUNKS: gl.constexpr, STAGES: gl.constexpr):
-    """By one warp: the weights of a step after another, as soon as both groups have used what lies in their place."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0])
-    c = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    pair = gl.arange(0, 2 * UNITS, gl.SliceLayout(1, layout))[:, None] * WIDTH + c[None, :]
-    out = (2 * UNITS + gl.arange(0, UNITS, gl.SliceLayout(1, layout)))[:, None] * WIDTH + c[None, :]
-    for step in range(steps):
-        at = step % STAGES
-        mbarrier.wait(empty_s.index(at), (step // STAGES + 1) & 1)
-        chunk = w_ptr + step % CHUNKS * (3 * UNITS * WIDTH)
-        async_copy.async_copy_global_to_shared(pair_s.index(at), chunk + pair)
-        async_copy.async_copy_global_to_shared(out_s.index(at), chunk + out)
-        async_copy.mbarrier_arrive(full_s.index(at), increment_count=False)
-    async_copy.commit_group()
-    async_copy.wait_group(0)
+from optimized.ops.transition.hopper_ring import UNITS, bring, half_normal, load_rows, make_ring, statistics
 
 
 @gluon.jit
@@ -116,21 +77,6 @@ def through_hidden(n, dy, pair_s, out_s, full_s, empty_s, turns, STAGES: gl.cons
 
 
 @gluon.jit
-def load_rows(ptr, cells, inside):
-    """Rows of x in fp32, zero where there are none."""
-    x = gl.load(ptr + cells, mask=inside, other=0.0)
-    return widened(x) if x.dtype == gl.bfloat16 else x
-
-
-@gluon.jit
-def statistics(x, eps):
-    """Mean and rstd of rows in fp32; two passes."""
-    mean = gl.sum(x, 1) * (1.0 / WIDTH)
-    off = x - mean[:, None]
-    return mean, gl.rsqrt(gl.sum(off * off, 1) * (1.0 / WIDTH) + eps)
-
-
-@gluon.jit
 def gradient_tiles(
     x_ptr, gamma_ptr, beta_ptr, dy_ptr, dx_ptr, n_ptr, share_ptr, more_ptr, rows, eps, first, last, turns, own: gl.constexpr,
     pair_s, out_s, full_s, empty_s, beta_s, gamma_s, STAGES: gl.constexpr, MORE: gl.constexpr,
@@ -147,9 +93,7 @@ def gradient_tiles(
         x = load_rows(x_ptr, cells, inside)
         dy = gl.load(dy_ptr + cells, mask=inside, other=0.0)
         mean, rstd = statistics(x, eps)
-        half_beta = 0.5 * gl.load(beta_ptr + c).to(gl.float32)
-        n = (x - mean[:, None]) * (0.5 * rstd)[:, None]
-        n = (n * gl.load(gamma_ptr + c).to(gl.float32)[None, :] + half_beta[None, :]).to(gl.bfloat16)
+        n = half_normal(x, gamma_ptr, beta_ptr, mean, rstd)
         gl.store(n_ptr + cells, n, mask=inside)
         dn = through_hidden(n, dy, pair_s, out_s, full_s, empty_s, turns, STAGES)
         # x is read again (from L2): keeping the tile would cost its registers through the products.
@@ -183,21 +127,12 @@ def input_gradient_kernel(
     """
     gl.assume(rows > 0)
     gl.assume(group > 0)
-    wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     banks: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    pair_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * UNITS, WIDTH], wide)
-    out_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, UNITS, WIDTH], wide)
     a_beta = gl.allocate_shared_memory(gl.float32, [8, WIDTH], banks)
     a_gamma = gl.allocate_shared_memory(gl.float32, [8, WIDTH], banks)
     b_beta = gl.allocate_shared_memory(gl.float32, [8, WIDTH], banks)
     b_gamma = gl.allocate_shared_memory(gl.float32, [8, WIDTH], banks)
-    full_s = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_s = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for k in gl.static_range(STAGES):
-        mbarrier.init(full_s.index(k), count=32)
-        mbarrier.init(empty_s.index(k), count=2)
-    fence_async_shared()
-    barrier()
+    pair_s, out_s, full_s, empty_s = make_ring(STAGES)
     first = gl.program_id(0) * group
     last = gl.minimum(first + group, (rows + 2 * ROWS - 1) // (2 * ROWS))
     share = norm_partial_ptr + gl.program_id(0).to(gl.int64) * (4 * WIDTH)

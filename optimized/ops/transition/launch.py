@@ -1,5 +1,7 @@
 """Launches of the transition kernels: tile shapes, grids and workspaces."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,11 +42,9 @@ HALF_WIDE = {
 }
 
 
-# Of the kernel in `hopper`: rows, and hidden units at a time.
-FORWARD_HOPPER = Config({"BM": 64, "BN": 64}, 4)
-# Of that in `hopper_gradient`, which adds five warps: steps of weights that are on their way or in use.
-GRADIENT_HOPPER, ARRANGE = Config({"STAGES": 4}, 4), Config({}, 4)
-GRADIENT_ROWS, GRADIENT_UNITS = 128, 32
+# Of the kernels in `hopper` and `hopper_gradient`, which add five warps: steps of weights that are on their way or in use.
+HOPPER, ARRANGE = Config({"STAGES": 4}, 4), Config({}, 4)
+HOPPER_ROWS, HOPPER_UNITS = 128, 32
 """Of two tiles, and hidden units of a step, which go round the stages an even number of times."""
 
 
@@ -70,6 +70,28 @@ def _sizes(w: Tensor, channels: int, device: torch.device) -> dict[str, int]:
     return {"C": channels, "H": hidden, "BC": block, "FAST": fast_sigmoid(w.dtype, device)}
 
 
+def run_forward(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    eps: float,
+    dtype: torch.dtype,
+    added: bool,
+) -> Tensor:
+    """`forward` from w_a, w_b, w_out, by the kernel for this device."""
+    hidden = weights[0].shape[0]
+    if not _rings(x, hidden, dtype):
+        return forward(x, norm, pack(weights, dtype), eps, added=added)
+    from optimized.ops.transition import hopper
+
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, dtype) if added else dtype, device=x.device)
+    chunks, turns, programs, group = _rounds(x, hidden)
+    arguments = (x, *norm, _arranged(weights, dtype), out, x.shape[0], group, turns, eps)
+    sizes = {"CHUNKS": chunks, "ADDED": added}
+    launch(hopper.forward_kernel, (programs, 1, 1), HOPPER, arguments, **sizes)
+    return out
+
+
 def forward(
     x: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -85,8 +107,6 @@ def forward(
     rows, channels = x.shape
     dtype = torch.promote_types(x.dtype, w.dtype) if added else w.dtype
     out = torch.empty((rows, channels), dtype=dtype, device=x.device)
-    if config is None and _overlaps(x, w):
-        return _forward_hopper(x, norm, w, out, eps, added)
     config = config or _config("forward", x, w.dtype)
     grid = (ceil_div(rows, config.constants["BM"]), 1, 1)
     sizes = _sizes(w, channels, x.device)
@@ -95,25 +115,30 @@ def forward(
     return out
 
 
-def _overlaps(x: Tensor, w: Tensor) -> bool:
-    """Whether the forward kernel is that of `hopper`: from a whole tile of rows on, which copies of 16 bytes can fetch."""
-    rows, channels = x.shape
-    tile, chunk = FORWARD_HOPPER.constants["BM"], FORWARD_HOPPER.constants["BN"]
-    hidden = w.numel() // (3 * channels)
-    fits = rows >= tile and channels == 128 and hidden % chunk == 0 and hidden > chunk
-    return fits and w.dtype == torch.bfloat16 and x.data_ptr() % 16 == 0 and runs_gluon(x.device)
+def _rings(x: Tensor, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels are those whose weights are in the ring of `hopper_ring`."""
+    round_trip = 2 * HOPPER.constants["STAGES"] * HOPPER_UNITS
+    fits = x.shape[1] == 128 and hidden % round_trip == 0
+    dtypes = dtype == torch.bfloat16 and x.dtype in (torch.bfloat16, torch.float32)
+    return fits and dtypes and runs_gluon(x.device)
 
 
-def _forward_hopper(
-    x: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, out: Tensor, eps: float, added: bool
-) -> Tensor:
-    from optimized.ops.transition import hopper
+def _rounds(x: Tensor, hidden: int) -> tuple[int, int, int, int]:
+    """Of those kernels: steps, how often these go round the stages, programs, and pairs of tiles of each."""
+    chunks = hidden // HOPPER_UNITS
+    turns = chunks // HOPPER.constants["STAGES"]
+    return chunks, turns, *one_each(ceil_div(x.shape[0], HOPPER_ROWS), x.device)
 
-    rows, channels = x.shape
-    grid = (ceil_div(rows, FORWARD_HOPPER.constants["BM"]), 1, 1)
-    sizes = {"C": channels, "H": w.numel() // (3 * channels), "ADDED": added}
-    launch(hopper.forward_kernel, grid, FORWARD_HOPPER, (x, *norm, w, out, rows, eps), **sizes)
-    return out
+
+def _arranged(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """w_a, w_b, w_out as a ring takes them, in `dtype`."""
+    from optimized.ops.transition import hopper_ring
+
+    hidden = weights[0].shape[0]
+    arranged = torch.empty(3 * weights[0].numel(), dtype=dtype, device=weights[0].device)
+    arguments = (*(w.contiguous() for w in weights), arranged)
+    launch(hopper_ring.arrange_kernel, (hidden // HOPPER_UNITS, 1, 1), ARRANGE, arguments, H=hidden)
+    return arranged
 
 
 def input_gradient(
@@ -130,8 +155,6 @@ def input_gradient(
     `more`: another gradient of x, which is added to dx.
     """
     rows, channels = x.shape
-    if config is None and _shares_weights(x, w):
-        return _input_gradient_hopper(x, norm, w, dy, eps, more)
     config = config or _config("input_gradient", x, w.dtype)
     programs, group = spread(ceil_div(rows, config.constants["BM"]), config, channels, w)
     dx = torch.empty_like(x)
@@ -143,31 +166,25 @@ def input_gradient(
     return dx, n, shares
 
 
-def _shares_weights(x: Tensor, w: Tensor) -> bool:
-    """Whether the input gradient is that of `hopper_gradient`."""
-    round_trip = 2 * GRADIENT_HOPPER.constants["STAGES"] * GRADIENT_UNITS
-    fits = x.shape[1] == 128 and w.numel() // (3 * 128) % round_trip == 0
-    dtypes = w.dtype == torch.bfloat16 and x.dtype in (torch.bfloat16, torch.float32)
-    return fits and dtypes and runs_gluon(x.device)
-
-
 def _input_gradient_hopper(
-    x: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, dy: Tensor, eps: float, more: Tensor | None
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    dy: Tensor,
+    eps: float,
+    more: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `input_gradient`, from w_a, w_b, w_out."""
     from optimized.ops.transition import hopper_gradient
 
     rows, channels = x.shape
-    hidden = w.numel() // (3 * channels)
-    chunks = hidden // GRADIENT_UNITS
-    arranged = torch.empty_like(w)
-    launch(hopper_gradient.arrange_kernel, (chunks, 1, 1), ARRANGE, (w, arranged), H=hidden)
-    programs, group = one_each(ceil_div(rows, GRADIENT_ROWS), x.device)
-    dx, n = torch.empty_like(x), torch.empty((rows, channels), dtype=w.dtype, device=x.device)
+    chunks, turns, programs, group = _rounds(x, weights[0].shape[0])
+    dx, n = torch.empty_like(x), torch.empty((rows, channels), dtype=dy.dtype, device=x.device)
     shares = torch.empty((2 * programs, 2 * channels), dtype=torch.float32, device=x.device)
-    turns = chunks // GRADIENT_HOPPER.constants["STAGES"]
-    arguments = (x, *norm, arranged, dy, dx, n, shares, x if more is None else more, rows, group, turns, eps)
+    outs = (dx, n, shares, x if more is None else more)
+    arguments = (x, *norm, _arranged(weights, dy.dtype), dy, *outs, rows, group, turns, eps)
     sizes = {"CHUNKS": chunks, "MORE": more is not None}
-    launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), GRADIENT_HOPPER, arguments, **sizes)
+    launch(hopper_gradient.input_gradient_kernel, (programs, 1, 1), HOPPER, arguments, **sizes)
     return dx, n, shares
 
 
@@ -191,7 +208,7 @@ def backward(
     dy: Tensor,
     x: Tensor,
     norm: tuple[Tensor, Tensor],
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     eps: float,
     dtype: torch.dtype,
     added: bool,
@@ -200,6 +217,9 @@ def backward(
 
     `added`: dy is the gradient of x + y.
     """
-    w, narrow = pack(weights, dtype), dy.to(dtype)
-    dx, n, shares = input_gradient(x, norm, w, narrow, eps, more=dy if added else None)
+    w, narrow, more = pack(weights, dtype), dy.to(dtype), dy if added else None
+    if _rings(x, weights[0].shape[0], dtype):
+        dx, n, shares = _input_gradient_hopper(x, norm, weights, narrow, eps, more)
+    else:
+        dx, n, shares = input_gradient(x, norm, w, narrow, eps, more=more)
     return dx, fold([shares], [weight_gradient(n, w, narrow)], gradient_dtype((*norm, *weights)))

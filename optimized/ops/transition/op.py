@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optimized.ops.launcher import direct, same_way, undispatched
 from optimized.ops.launching import compute_dtype
-from optimized.ops.parameters import gradient_dtype, pack, unpacked
+from optimized.ops.parameters import gradient_dtype, unpacked
 from optimized.ops.plans import planned
 from optimized.ops.support import Supported, triton_support
 from optimized.ops.transition import full, launch
@@ -73,8 +73,8 @@ def _forward(
         with torch.autocast(x.device.type, enabled=False):
             y = full.forward(rows, [norm_weight, norm_bias, w_a, w_b, w_out], eps)
             return (y.add_(rows) if added else y).view(x.shape)
-    packed = pack([w_a, w_b, w_out], dtype)
-    return launch.forward(rows, (norm_weight, norm_bias), packed, eps, added=added).view(x.shape)
+    weights = (w_a, w_b, w_out)
+    return launch.run_forward(rows, (norm_weight, norm_bias), weights, eps, dtype, added).view(x.shape)
 
 
 _op = torch.library.custom_op("megafold_bench::transition", mutates_args=())(_forward)

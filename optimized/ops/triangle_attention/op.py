@@ -143,9 +143,9 @@ def _backward(
     w = projections.packed(parameters, dtype)
     qs, ks, vs, gate, pairs = projections.run_forward(z, parameters, MAPS, eps, dtype, w)
     qs, ks, vs, x = (to_rows(t, heads, columns) for t in (qs, ks, vs, o))
-    du = launch.add(None, as_rows(dy), keep, dy.shape, dtype)
-    do, dg, d_out = launch.library_backward(du, as_rows(o), as_rows(gate), out, spent=True)
-    del du, gate
+    ends = (as_rows(dy), as_rows(o), as_rows(gate), out, keep, dy.shape, dtype)
+    do, dg, d_out = launch.backward(*ends, spent=True)
+    del gate, ends
     dx, keys = to_rows(do.view(o.shape), heads, columns), _keys(mask, columns)
     dq, dk, dv, d_pairs = attention.run_backward(
         dx, None, qs, ks, vs, bias_of_rows(pairs, flipped), keys, x, lse, rounding, scale, "ieee", True, True

@@ -78,6 +78,41 @@ def test_unused_results_have_no_gradient():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("used", ["both", "x", "bias"])
+def test_x_carried_past_its_maps(used):
+    """The gradient of what comes after x is part of its own, whichever of the two is used."""
+    tensors, (grad,) = problem((6, 9), 32, 0, 0, 4, FULL, FULL)
+
+    def run(fn, apart):
+        x, gamma, beta, head = leaves = [t.clone().requires_grad_() for t in tensors]
+        bias, after = (
+            (*fn(x, gamma, beta, [], head), x) if apart else fn(x, gamma, beta, [], head, carried=True)
+        )
+        parts = {"both": [(bias, grad), (after, x.detach().cos())]}
+        parts |= {"x": parts["both"][1:], "bias": parts["both"][:1]}
+        outs, grads = zip(*parts[used], strict=True)
+        return torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+
+    for ours, exact in zip(
+        run(layer_norm_linear, False), run(layer_norm_linear_reference, True), strict=True
+    ):
+        if exact is None:
+            assert ours is None or not ours.any()
+        else:
+            torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_carried_is_x():
+    x, gamma, beta, head = problem((6, 9), 32, 0, 0, 4, FULL, FULL)[0]
+    _, after = layer_norm_linear(x, gamma, beta.requires_grad_(), [], head, carried=True)
+    assert after is x  # which asks for no gradient
+    _, after = layer_norm_linear(x.requires_grad_(), gamma, beta, [], head, carried=True)
+    assert after.data_ptr() == x.data_ptr()
+    after.mul_(2.0)  # allowed as of any tensor, and noticed as of any that is kept
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        after.sum().backward()
+
+
 def test_results_are_contiguous_heads():
     tensors, _ = problem((4, 6), 32, 32, 4, 4, BF, FULL)
     *wide, bias = split(layer_norm_linear, 4)(*tensors)
