@@ -248,6 +248,11 @@ def adds(update: Any) -> bool:
     return getattr(update, "adds", False) and not update._forward_hooks
 
 
+def carries(attention: Any) -> bool:
+    """Whether a module, replaced or not, can hand on the z that it takes its biases from: as `adds`, unless it has hooks."""
+    return getattr(attention, "carries", False) and not attention._forward_hooks
+
+
 def with_update(
     update: Any, x: Tensor, into: Into, fallbacks: Fallbacks, options: Mapping[str, Any]
 ) -> Tensor:

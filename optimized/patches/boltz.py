@@ -166,7 +166,7 @@ class PairformerLayer(_PairUpdates):
             s = s.float()
             normed = self.pre_norm_s(s)
             inputs = {"s": normed, "mask": mask.float(), "k_in": normed}
-            if z.dtype == torch.float32 and getattr(self.attention, "carries", False):
+            if z.dtype == torch.float32 and forwards.carries(self.attention):
                 update, z = self.attention(**inputs, z=z, carried=True)
             else:
                 update = self.attention(**inputs, z=z.float())
@@ -227,12 +227,7 @@ class _PairBias(Fused):
 class AttentionPairBias(_PairBias):
     """Attention with pair bias of Boltz-2 (`attentionv2`)."""
 
-    _forward_hooks: Any
-
-    @property
-    def carries(self) -> bool:
-        """Whether z can be had back: hooks are to be handed the update alone."""
-        return not self._forward_hooks
+    carries = True
 
     def forward(
         self,
